@@ -1,0 +1,90 @@
+"""The one list of operator problems that every path is held to, and the one rule of what is exact enough."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from tinylora.ops import reference
+
+NAMES = ("x", "weight", "down", "core", "up", "bias")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and dtypes of one adapted linear; `operands()` makes them, the same ones every time."""
+
+    M: int
+    N: int
+    K: int
+    r: int
+    dtype: torch.dtype = torch.float32
+    factors: torch.dtype | None = None  # dtype of down and up; None is `dtype`
+    core: str = "dense"  # dense | none | rows
+    bias: bool = True
+    adapters: int = 3
+
+    @property
+    def id(self) -> str:
+        short = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+        factors = "" if self.factors is None else f"-{short[self.factors]}"
+        bias = "-bias" if self.bias else ""
+        return f"{self.M}x{self.N}x{self.K}-r{self.r}-{short[self.dtype]}{factors}-{self.core}{bias}"
+
+    def with_(self, **changes) -> "Problem":
+        return replace(self, **changes)
+
+    def operands(self, seed: int = 0, device: str = "cpu"):
+        """(x, weight, down, core, up, bias), adapter_ids; scaled so that base and correction weigh the same."""
+        g = torch.Generator().manual_seed(seed)
+
+        def normal(*shape, dtype, scale=1.0):
+            return (torch.randn(*shape, generator=g) * scale).to(device=device, dtype=dtype)
+
+        factors = self.factors or self.dtype
+        core_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        core = {"dense": (self.r, self.r), "rows": (self.adapters, self.r, self.r), "none": None}[self.core]
+        operands = (
+            normal(self.M, self.K, dtype=self.dtype),
+            normal(self.N, self.K, dtype=self.dtype, scale=self.K**-0.5),
+            normal(self.r, self.K, dtype=factors, scale=self.K**-0.5),
+            None if core is None else normal(*core, dtype=core_dtype, scale=self.r**-0.5),
+            normal(self.N, self.r, dtype=factors, scale=self.r**-0.5),
+            normal(self.N, dtype=self.dtype) if self.bias else None,
+        )
+        ids = None
+        if self.core == "rows":
+            ids = torch.randint(-1, self.adapters, (self.M,), generator=g).to(device)
+        return operands, ids
+
+
+def grads(function, operands, ids, dy):
+    """Y and the gradient of every operand, by name."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in operands]
+    y = function(*leaves, ids)
+    y.backward(dy.to(y.dtype))
+    return {"y": y.detach()} | {name: t.grad for name, t in zip(NAMES, leaves, strict=True) if t is not None}
+
+
+def exact(operands, ids, dy):
+    """The reference in fp64 on the operands as they are, rounded already."""
+    wide = [None if t is None else t.double() for t in operands]
+    return grads(reference.adapted_linear, wide, ids, dy.double())
+
+
+def torch_own(operands, ids, dy):
+    """The reference in the operands' own dtype: PyTorch's error, which sets the measure."""
+    dtype = operands[0].dtype
+    return grads(reference.adapted_linear, [None if t is None else t.to(dtype) for t in operands], ids, dy)
+
+
+def assert_as_good_as_torch(name, ours, exact, torch_own, factor=2.0):
+    """Our error against the exact answer may be at most `factor` times PyTorch's own in the same dtype."""
+    if exact.numel() == 0:
+        assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+        return
+    ours_err = (ours.double() - exact).abs().max().item()
+    torch_err = (torch_own.double() - exact).abs().max().item()
+    floor = torch.finfo(ours.dtype).eps * exact.abs().max().item()
+    assert ours_err <= factor * torch_err + floor, (
+        f"{name}: error {ours_err:.3e}, PyTorch's own {torch_err:.3e}, allowed {factor}x + {floor:.1e}"
+    )

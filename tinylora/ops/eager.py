@@ -1,0 +1,151 @@
+"""The operator as torch calls: what runs on a CPU, and wherever no kernel covers the operands.
+
+Three rules keep it fast and exact:
+- Y is touched twice, by the frozen matmul and by one in-place addmm; no delta, no sum, no cast of Y exists.
+- Everything at rank r (z, s, t, q: [M, r]) is fp32 even for bf16 operands. Torch has no bf16 x bf16 -> fp32
+  matmul on CPUs, so `thin` upcasts a block of rows that stays in the L2 cache, never the whole of x.
+- s = 0 adds exact zeros: with a zero core the result is F.linear's, bit for bit.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of one upcast block: 1 MiB in fp32, which fits the L2 cache of every server CPU of the last years.
+BLOCK = 1 << 18
+
+
+def rank_dtype(*operands: Tensor | None) -> torch.dtype:
+    """The dtype of everything at rank r: fp32, or fp64 as soon as one operand has it."""
+    return (
+        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in operands) else torch.float32
+    )
+
+
+def row_blocks(M: int, width: int) -> Iterator[slice]:
+    """Slices of M rows, each of at most BLOCK elements at `width` elements a row, and of at least one row."""
+    rows = max(1, BLOCK // max(1, width))
+    for start in range(0, M, rows):
+        yield slice(start, start + rows)
+
+
+def thin(x: Tensor, down: Tensor) -> Tensor:
+    """z = X Dᵀ, [M, r], in fp32 (fp64 if an operand is), whatever the dtype of x."""
+    dtype = rank_dtype(x, down)
+    down = down.to(dtype)
+    if x.dtype == dtype:
+        return x @ down.T
+    z = x.new_empty(x.shape[0], down.shape[0], dtype=dtype)
+    for rows in row_blocks(*x.shape):
+        torch.mm(x[rows].to(dtype), down.T, out=z[rows])
+    return z
+
+
+def thin_transposed(s: Tensor, x: Tensor) -> Tensor:
+    """sᵀ X, [r, K], for s of [M, r]: the gradient of a thin factor, summed over rows in s's dtype."""
+    if x.dtype == s.dtype:
+        return s.T @ x
+    total = s.new_zeros(s.shape[1], x.shape[1])
+    for rows in row_blocks(*x.shape):
+        total.addmm_(s[rows].T, x[rows].to(s.dtype))
+    return total
+
+
+def apply_core(
+    z: Tensor, core: Tensor | None, adapter_ids: Tensor | None, transposed: bool = False
+) -> Tensor:
+    """s = z Cᵀ, or z C if `transposed`; with `adapter_ids` row m meets core[adapter_ids[m]], and -1 gives 0."""
+    if core is None:
+        return z
+    core = core.to(z.dtype)
+    if adapter_ids is None:
+        return z @ (core if transposed else core.T)
+    M, r = z.shape
+    s = torch.empty_like(z)
+    for rows in row_blocks(M, r * r):
+        c = core[adapter_ids[rows].clamp(min=0)]
+        s[rows] = ((c.mT if transposed else c) @ z[rows].unsqueeze(-1)).squeeze(-1)
+    return s.masked_fill_((adapter_ids < 0).unsqueeze(-1), 0)
+
+
+def core_gradient(t: Tensor, z: Tensor, core: Tensor, adapter_ids: Tensor | None) -> Tensor:
+    """dC = tᵀ z, or with `adapter_ids` one such sum for every adapter over the rows that used it."""
+    if adapter_ids is None:
+        return t.T @ z
+    A, r, _ = core.shape
+    total = t.new_zeros(A + 1, r, r)  # the last one takes the rows without an adapter
+    slots = torch.where(adapter_ids < 0, A, adapter_ids)
+    for rows in row_blocks(t.shape[0], r * r):
+        total.index_add_(0, slots[rows], t[rows].unsqueeze(-1) * z[rows].unsqueeze(-2))
+    return total[:A]
+
+
+def check_ids(adapter_ids: Tensor, adapters: int) -> None:
+    """Raise ValueError unless every id is -1 or below `adapters`. It reads the values: free only on a CPU."""
+    if adapter_ids.numel() == 0:
+        return
+    low, high = (int(i) for i in adapter_ids.aminmax())
+    if low < -1 or high >= adapters:
+        raise ValueError(
+            f"adapter_ids holds values from {low} to {high}, expected -1 (no adapter) to {adapters - 1}: "
+            f"core has {adapters} adapters"
+        )
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    bias: Tensor | None,
+    adapter_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(Y, z) for x of [M, K]."""
+    if adapter_ids is not None and adapter_ids.device.type == "cpu":
+        check_ids(adapter_ids, core.shape[0])
+    y = F.linear(x, weight, bias)
+    z = thin(x, down)
+    s = apply_core(z, core, adapter_ids)
+    y.addmm_(s.to(y.dtype), up.to(y.dtype).T)
+    return y, z
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    z: Tensor | None,
+    weight: Tensor,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    adapter_ids: Tensor | None,
+    need: tuple[bool, bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, weight, down, core, up, bias), None where `need` is False.
+
+    dX = dY W + ((dY U) C) D, dW = dYᵀ X, dD = (t C)ᵀ X, dC = tᵀ z, dU = dYᵀ s, db = Σ_m dY, with t = dY U.
+    x may be None unless dW or dD is needed, z unless dC or dU is.
+    """
+    need_x, need_weight, need_down, need_core, need_up, need_bias = need
+    dx = dweight = ddown = dcore = dup = dbias = None
+    if need_x or need_down or need_core:
+        t = thin(dy, up.T)
+    if need_x or need_down:
+        q = apply_core(t, core, adapter_ids, transposed=True)
+    if need_x:
+        dx = dy @ weight
+        dx.addmm_(q.to(dx.dtype), down.to(dx.dtype))
+    if need_weight:
+        dweight = dy.T @ x
+    if need_down:
+        ddown = thin_transposed(q, x).to(down.dtype)
+    if need_core:
+        dcore = core_gradient(t, z, core, adapter_ids).to(core.dtype)
+    if need_up:
+        dup = thin_transposed(apply_core(z, core, adapter_ids), dy).T.to(up.dtype).contiguous()
+    if need_bias:
+        dbias = dy.sum(0)
+    return dx, dweight, ddown, dcore, dup, dbias

@@ -1,0 +1,261 @@
+"""`adapted_linear`: the one operator that every adapter runs through. Checks, autograd, tracing, autocast.
+
+Eager calls on plain tensors go straight to the code that computes (`_forward`, `_backward`): the dispatcher's
+wrapper around a Python custom op costs tens of microseconds, as much as a small linear layer. Whatever looks
+at the call from outside (torch.compile, torch.export, dispatch modes, tensor subclasses, autocast) meets
+the custom op `tinylora::adapted_linear`, with the same two functions as its body.
+"""
+
+import torch
+from torch import Tensor
+
+from tinylora.ops import eager
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    bias: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
+) -> Tensor:
+    """Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ, without forming the adapted weight W + U C D.
+
+    x:           [..., K], the dtype of weight
+    weight:      [N, K], frozen or not
+    down:        [r, K], any floating dtype
+    core:        [r, r], or None for the identity, or [A, r, r] with adapter_ids
+    up:          [N, r], any floating dtype
+    bias:        [N] or None, the dtype of weight
+    adapter_ids: one integer per row of x ([M], or x's leading dimensions): row m uses core[adapter_ids[m]],
+                 and -1 means no adapter
+    returns      [..., N] in weight's dtype (under autocast: in autocast's)
+
+    z = X Dᵀ and all that happens at rank r are fp32 (fp64 if an operand is). Gradients are computed for the
+    operands that require them and for no other; when neither weight nor down does, the backward keeps z
+    ([M, r]) and not x. With a zero core the result on a CPU is F.linear's, bit for bit.
+
+    Raises ValueError, naming the operand, on shapes, dtypes, devices or ids that do not fit. Ids are checked
+    against A on a CPU only: a look at values on a GPU would stall it.
+
+    The operator is the common form of LoRA (arXiv 2106.09685), LoRA-XS (2405.17604) and TinyLoRA
+    (2602.04118, section 4): each is a choice of (down, core, up).
+    """
+    _check(x, weight, down, core, up, bias, adapter_ids)
+    x2d = x.reshape(-1, x.shape[-1])
+    ids = None if adapter_ids is None else adapter_ids.reshape(-1)
+    operands = (x2d, weight, down, core, up, bias)
+    if _seen_from_outside(operands):
+        y, _ = torch.ops.tinylora.adapted_linear(*operands, ids)
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        y = _AdaptedLinear.apply(*operands, ids)
+    else:
+        y, _ = _forward(*operands, ids)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _check(x, weight, down, core, up, bias, adapter_ids) -> None:
+    """Everything that could give a wrong number or an error deep below, said at the public edge."""
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected two dimensions (N, K)")
+    N, K = weight.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {K}): weight is {(N, K)} (N, K)")
+    if down.dim() != 2 or down.shape[1] != K or down.shape[0] < 1:
+        raise ValueError(f"down has shape {tuple(down.shape)}, expected (r, {K}): weight is {(N, K)} (N, K)")
+    r = down.shape[0]
+
+    def wants(name, t, shape, because):
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}: {because}")
+
+    wants("up", up, (N, r), f"weight is {(N, K)} (N, K) and down is {(r, K)} (r, K)")
+    if bias is not None:
+        wants("bias", bias, (N,), f"weight is {(N, K)} (N, K)")
+    if adapter_ids is None:
+        if core is not None:
+            wants(
+                "core", core, (r, r), f"down is {(r, K)} (r, K); a core per row, (A, r, r), needs adapter_ids"
+            )
+    else:
+        if core is None:
+            raise ValueError("adapter_ids came without a core, expected core of shape (A, r, r)")
+        if core.dim() != 3 or core.shape[1:] != (r, r) or core.shape[0] < 1:
+            raise ValueError(f"core has shape {tuple(core.shape)}, expected (A, {r}, {r}) with adapter_ids")
+        if adapter_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"adapter_ids has dtype {adapter_ids.dtype}, expected torch.int64 or torch.int32"
+            )
+        if tuple(adapter_ids.shape) not in (tuple(x.shape[:-1]), (x.numel() // K if K else 0,)):
+            raise ValueError(
+                f"adapter_ids has shape {tuple(adapter_ids.shape)}, expected {tuple(x.shape[:-1])}: one per row of x"
+            )
+
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, t in (("x", x), ("weight", weight), ("down", down), ("core", core), ("up", up), ("bias", bias)):
+        if t is None:
+            continue
+        if t.dtype not in _FLOATS:
+            raise ValueError(f"{name} has dtype {t.dtype}, expected one of {', '.join(map(str, _FLOATS))}")
+        if name in ("x", "bias") and t.dtype != weight.dtype and not autocast:
+            raise ValueError(f"{name} has dtype {t.dtype}, expected weight's {weight.dtype}")
+        if t.device != weight.device:
+            raise ValueError(f"{name} is on {t.device}, expected weight's device {weight.device}")
+    if adapter_ids is not None and adapter_ids.device != weight.device:
+        raise ValueError(f"adapter_ids is on {adapter_ids.device}, expected weight's device {weight.device}")
+
+
+def _seen_from_outside(operands) -> bool:
+    """Whether something other than plain eager torch must see one operator here."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.is_autocast_enabled(operands[0].device.type)
+        or any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in operands if t is not None)
+    )
+
+
+def _forward(x, weight, down, core, up, bias, adapter_ids):
+    return eager.forward(x, weight, down, core, up, bias, adapter_ids)
+
+
+def _backward(dy, x, z, weight, down, core, up, adapter_ids, need):
+    return eager.backward(dy, x, z, weight, down, core, up, adapter_ids, need)
+
+
+def _saved(x, weight, down, core, up, adapter_ids, z, need):
+    """What the backward reads, and nothing more: x only where dW or dD is asked for, z only for dC or dU."""
+    _, need_weight, need_down, need_core, need_up, _ = need
+    return (
+        x if need_weight or need_down else None,
+        z if need_core or need_up else None,
+        weight,
+        down,
+        core,
+        up,
+        adapter_ids,
+    )
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """The eager call. The gradient of the gradient does not exist: a frozen layer's users never take it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, down, core, up, bias, adapter_ids):
+        y, z = _forward(x, weight, down, core, up, bias, adapter_ids)
+        ctx.save_for_backward(*_saved(x, weight, down, core, up, adapter_ids, z, ctx.needs_input_grad[:6]))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        need = ctx.needs_input_grad[:6]
+        with torch.autocast(dy.device.type, enabled=False):
+            return (*_backward(dy, *ctx.saved_tensors, need), None)
+
+
+# --- the custom op: what torch.compile, torch.export and dispatch modes see -------------------------------
+
+_DEVICES = ("cpu", "cuda")
+
+
+@torch.library.custom_op("tinylora::adapted_linear", mutates_args=(), device_types=_DEVICES)
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    bias: Tensor | None,
+    adapter_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return _forward(x, weight, down, core, up, bias, adapter_ids)
+
+
+@_op.register_fake
+def _(x, weight, down, core, up, bias, adapter_ids):
+    z = x.new_empty(x.shape[0], down.shape[0], dtype=eager.rank_dtype(x, down))
+    return x.new_empty(x.shape[0], weight.shape[0]), z
+
+
+@torch.library.custom_op("tinylora::adapted_linear_backward", mutates_args=(), device_types=_DEVICES)
+def _op_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    z: Tensor | None,
+    weight: Tensor,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    adapter_ids: Tensor | None,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = _backward(dy, x, z, weight, down, core, up, adapter_ids, tuple(need))
+    return tuple(dy.new_empty(0) if g is None else g for g in grads)  # a schema has no optional outputs
+
+
+@_op_backward.register_fake
+def _(dy, x, z, weight, down, core, up, adapter_ids, need):
+    M, (N, K) = dy.shape[0], weight.shape
+    like = (
+        ((M, K), dy.dtype),
+        ((N, K), weight.dtype),
+        (down.shape, down.dtype),
+        ((0,) if core is None else core.shape, dy.dtype if core is None else core.dtype),
+        (up.shape, up.dtype),
+        ((N,), dy.dtype),
+    )
+    return tuple(
+        dy.new_empty(shape, dtype=dtype) if asked else dy.new_empty(0)
+        for asked, (shape, dtype) in zip(need, like, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, down, core, up, _, adapter_ids = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(
+        *_saved(x, weight, down, core, up, adapter_ids, output[1], ctx.needs_input_grad[:6])
+    )
+
+
+def _op_autograd(ctx, dy, _):
+    need = list(ctx.needs_input_grad[:6])
+    grads = torch.ops.tinylora.adapted_linear_backward(dy, *ctx.saved_tensors, need)
+    return (*(g if asked else None for g, asked in zip(grads, need, strict=True)), None)
+
+
+_op.register_autograd(_op_autograd, setup_context=_setup_context)
+
+# Autocast casts what F.linear would have cast (x, weight, bias) and leaves the factors alone: the core stays
+# fp32. torch.library.register_autocast casts every operand to one fixed dtype, hence the kernels by hand.
+_lib = torch.library.Library("tinylora", "IMPL")
+
+
+def _register_autocast(device: str, key: str) -> None:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def forward(x, weight, down, core, up, bias, adapter_ids):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = (
+            t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.float16, torch.bfloat16) else t
+            for t in (x, weight, bias)
+        )
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return torch.ops.tinylora.adapted_linear(x, weight, down, core, up, bias, adapter_ids)
+
+    def backward(*operands):
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return torch.ops.tinylora.adapted_linear_backward(*operands)
+
+    _lib.impl("adapted_linear", forward, key)
+    _lib.impl("adapted_linear_backward", backward, key)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
