@@ -19,9 +19,10 @@ class Problem:
     r: int
     dtype: torch.dtype = torch.float32
     factors: torch.dtype | None = None  # dtype of down and up; None is `dtype`
-    core: str = "dense"  # dense | none | rows
+    core: str = "dense"  # dense | none | rows | mixed | mixed-rows: the last two are v with a basis P
     bias: bool = True
     adapters: int = 3
+    u: int = 5
 
     @property
     def id(self) -> str:
@@ -34,7 +35,7 @@ class Problem:
         return replace(self, **changes)
 
     def operands(self, seed: int = 0, device: str = "cpu"):
-        """(x, weight, down, core, up, bias), adapter_ids; scaled so that base and correction weigh the same."""
+        """(x, weight, down, core, up, bias), adapter_ids, basis; base and correction weigh about the same."""
         g = torch.Generator().manual_seed(seed)
 
         def normal(*shape, dtype, scale=1.0):
@@ -42,7 +43,9 @@ class Problem:
 
         factors = self.factors or self.dtype
         core_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        core = {"dense": (self.r, self.r), "rows": (self.adapters, self.r, self.r), "none": None}[self.core]
+        one = (self.u,) if self.core.startswith("mixed") else (self.r, self.r)
+        per_row = self.core.endswith("rows")
+        core = None if self.core == "none" else (self.adapters, *one) if per_row else one
         operands = (
             normal(self.M, self.K, dtype=self.dtype),
             normal(self.N, self.K, dtype=self.dtype, scale=self.K**-0.5),
@@ -51,30 +54,30 @@ class Problem:
             normal(self.N, self.r, dtype=factors, scale=self.r**-0.5),
             normal(self.N, dtype=self.dtype) if self.bias else None,
         )
-        ids = None
-        if self.core == "rows":
-            ids = torch.randint(-1, self.adapters, (self.M,), generator=g).to(device)
-        return operands, ids
+        ids = torch.randint(-1, self.adapters, (self.M,), generator=g).to(device) if per_row else None
+        basis = normal(self.u, self.r, self.r, dtype=core_dtype, scale=self.r**-0.5) if len(one) == 1 else None
+        return operands, ids, basis
 
 
-def grads(function, operands, ids, dy):
+def grads(function, operands, ids, basis, dy):
     """Y and the gradient of every operand, by name."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in operands]
-    y = function(*leaves, ids)
+    y = function(*leaves, ids, basis=basis)
     y.backward(dy.to(y.dtype))
     return {"y": y.detach()} | {name: t.grad for name, t in zip(NAMES, leaves, strict=True) if t is not None}
 
 
-def exact(operands, ids, dy):
+def exact(operands, ids, basis, dy):
     """The reference in fp64 on the operands as they are, rounded already."""
     wide = [None if t is None else t.double() for t in operands]
-    return grads(reference.adapted_linear, wide, ids, dy.double())
+    return grads(reference.adapted_linear, wide, ids, None if basis is None else basis.double(), dy.double())
 
 
-def torch_own(operands, ids, dy):
+def torch_own(operands, ids, basis, dy):
     """The reference in the operands' own dtype: PyTorch's error, which sets the measure."""
     dtype = operands[0].dtype
-    return grads(reference.adapted_linear, [None if t is None else t.to(dtype) for t in operands], ids, dy)
+    *operands, basis = (None if t is None else t.to(dtype) for t in (*operands, basis))
+    return grads(reference.adapted_linear, operands, ids, basis, dy)
 
 
 def assert_as_good_as_torch(name, ours, exact, torch_own, factor=2.0):

@@ -19,9 +19,7 @@ BLOCK = 1 << 18
 
 def rank_dtype(*operands: Tensor | None) -> torch.dtype:
     """The dtype of everything at rank r: fp32, or fp64 as soon as one operand has it."""
-    return (
-        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in operands) else torch.float32
-    )
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in operands) else torch.float32
 
 
 def row_blocks(M: int, width: int) -> Iterator[slice]:
@@ -53,9 +51,7 @@ def thin_transposed(s: Tensor, x: Tensor) -> Tensor:
     return total
 
 
-def apply_core(
-    z: Tensor, core: Tensor | None, adapter_ids: Tensor | None, transposed: bool = False
-) -> Tensor:
+def apply_core(z: Tensor, core: Tensor | None, adapter_ids: Tensor | None, transposed: bool = False) -> Tensor:
     """s = z Cᵀ, or z C if `transposed`; with `adapter_ids` row m meets core[adapter_ids[m]], and -1 gives 0."""
     if core is None:
         return z
@@ -82,6 +78,22 @@ def core_gradient(t: Tensor, z: Tensor, core: Tensor, adapter_ids: Tensor | None
     return total[:A]
 
 
+def mix(core: Tensor | None, basis: Tensor | None) -> Tensor | None:
+    """C = Σᵢ vᵢ Pᵢ where a basis P [u, r, r] comes with core = v ([u], or [A, u]); else core as it is."""
+    if basis is None:
+        return core
+    u, r, _ = basis.shape
+    dtype = rank_dtype(core, basis)
+    return (core.to(dtype) @ basis.to(dtype).reshape(u, r * r)).view(*core.shape[:-1], r, r)
+
+
+def mix_gradient(dcore: Tensor, basis: Tensor | None) -> Tensor:
+    """dvᵢ = <Pᵢ, dC>; without a basis dC as it is."""
+    if basis is None:
+        return dcore
+    return dcore.flatten(-2) @ basis.to(dcore.dtype).flatten(-2).T
+
+
 def check_ids(adapter_ids: Tensor, adapters: int) -> None:
     """Raise ValueError unless every id is -1 or below `adapters`. It reads the values: free only on a CPU."""
     if adapter_ids.numel() == 0:
@@ -102,10 +114,12 @@ def forward(
     up: Tensor,
     bias: Tensor | None,
     adapter_ids: Tensor | None,
+    basis: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(Y, z) for x of [M, K]."""
     if adapter_ids is not None and adapter_ids.device.type == "cpu":
         check_ids(adapter_ids, core.shape[0])
+    core = mix(core, basis)
     y = F.linear(x, weight, bias)
     z = thin(x, down)
     s = apply_core(z, core, adapter_ids)
@@ -122,6 +136,7 @@ def backward(
     core: Tensor | None,
     up: Tensor,
     adapter_ids: Tensor | None,
+    basis: Tensor | None,
     need: tuple[bool, bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (x, weight, down, core, up, bias), None where `need` is False.
@@ -130,6 +145,8 @@ def backward(
     x may be None unless dW or dD is needed, z unless dC or dU is.
     """
     need_x, need_weight, need_down, need_core, need_up, need_bias = need
+    core_dtype = None if core is None else core.dtype
+    core = mix(core, basis)
     dx = dweight = ddown = dcore = dup = dbias = None
     if need_x or need_down or need_core:
         t = thin(dy, up.T)
@@ -143,7 +160,7 @@ def backward(
     if need_down:
         ddown = thin_transposed(q, x).to(down.dtype)
     if need_core:
-        dcore = core_gradient(t, z, core, adapter_ids).to(core.dtype)
+        dcore = mix_gradient(core_gradient(t, z, core, adapter_ids), basis).to(core_dtype)
     if need_up:
         dup = thin_transposed(apply_core(z, core, adapter_ids), dy).T.to(up.dtype).contiguous()
     if need_bias:

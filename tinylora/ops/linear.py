@@ -22,6 +22,8 @@ def adapted_linear(
     up: Tensor,
     bias: Tensor | None = None,
     adapter_ids: Tensor | None = None,
+    *,
+    basis: Tensor | None = None,
 ) -> Tensor:
     """Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ, without forming the adapted weight W + U C D.
 
@@ -33,6 +35,7 @@ def adapted_linear(
     bias:        [N] or None, the dtype of weight
     adapter_ids: one integer per row of x ([M], or x's leading dimensions): row m uses core[adapter_ids[m]],
                  and -1 means no adapter
+    basis:       [u, r, r], the frozen P of TinyLoRA: then core is v ([u], or [A, u]) and C = Σᵢ vᵢ Pᵢ
     returns      [..., N] in weight's dtype (under autocast: in autocast's)
 
     z = X Dᵀ and all that happens at rank r are fp32 (fp64 if an operand is). Gradients are computed for the
@@ -45,20 +48,20 @@ def adapted_linear(
     The operator is the common form of LoRA (arXiv 2106.09685), LoRA-XS (2405.17604) and TinyLoRA
     (2602.04118, section 4): each is a choice of (down, core, up).
     """
-    _check(x, weight, down, core, up, bias, adapter_ids)
+    _check(x, weight, down, core, up, bias, adapter_ids, basis)
     x2d = x.reshape(-1, x.shape[-1])
     ids = None if adapter_ids is None else adapter_ids.reshape(-1)
     operands = (x2d, weight, down, core, up, bias)
     if _seen_from_outside(operands):
-        y, _ = torch.ops.tinylora.adapted_linear(*operands, ids)
+        y, _ = torch.ops.tinylora.adapted_linear(*operands, ids, basis)
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        y = _AdaptedLinear.apply(*operands, ids)
+        y = _AdaptedLinear.apply(*operands, ids, basis)
     else:
-        y, _ = _forward(*operands, ids)
+        y, _ = _forward(*operands, ids, basis)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _check(x, weight, down, core, up, bias, adapter_ids) -> None:
+def _check(x, weight, down, core, up, bias, adapter_ids, basis) -> None:
     """Everything that could give a wrong number or an error deep below, said at the public edge."""
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected two dimensions (N, K)")
@@ -76,27 +79,34 @@ def _check(x, weight, down, core, up, bias, adapter_ids) -> None:
     wants("up", up, (N, r), f"weight is {(N, K)} (N, K) and down is {(r, K)} (r, K)")
     if bias is not None:
         wants("bias", bias, (N,), f"weight is {(N, K)} (N, K)")
-    if adapter_ids is None:
-        if core is not None:
-            wants(
-                "core", core, (r, r), f"down is {(r, K)} (r, K); a core per row, (A, r, r), needs adapter_ids"
-            )
+    if basis is None:
+        one, why = (r, r), f"down is {(r, K)} (r, K)"
     else:
         if core is None:
-            raise ValueError("adapter_ids came without a core, expected core of shape (A, r, r)")
-        if core.dim() != 3 or core.shape[1:] != (r, r) or core.shape[0] < 1:
-            raise ValueError(f"core has shape {tuple(core.shape)}, expected (A, {r}, {r}) with adapter_ids")
+            raise ValueError("basis came without a core, expected core of shape (u,): the v of Σ v_i P_i")
+        if basis.requires_grad:
+            raise ValueError("basis requires a gradient, expected a frozen one: only v trains")
+        if basis.dim() != 3 or basis.shape[1:] != (r, r) or basis.shape[0] < 1:
+            raise ValueError(f"basis has shape {tuple(basis.shape)}, expected (u, {r}, {r}): down is {(r, K)} (r, K)")
+        one, why = (basis.shape[0],), f"basis is {tuple(basis.shape)} (u, r, r)"
+    if adapter_ids is None:
+        if core is not None:
+            wants("core", core, one, f"{why}; a core per row, {('A', *one)}, needs adapter_ids")
+    else:
+        if core is None:
+            raise ValueError(f"adapter_ids came without a core, expected core of shape {('A', *one)}")
+        if core.dim() != len(one) + 1 or core.shape[1:] != one or core.shape[0] < 1:
+            raise ValueError(f"core has shape {tuple(core.shape)}, expected {('A', *one)} with adapter_ids: {why}")
         if adapter_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"adapter_ids has dtype {adapter_ids.dtype}, expected torch.int64 or torch.int32"
-            )
-        if tuple(adapter_ids.shape) not in (tuple(x.shape[:-1]), (x.numel() // K if K else 0,)):
+            raise ValueError(f"adapter_ids has dtype {adapter_ids.dtype}, expected torch.int64 or torch.int32")
+        if tuple(adapter_ids.shape) not in (tuple(x.shape[:-1]), (x.shape[:-1].numel(),)):
             raise ValueError(
                 f"adapter_ids has shape {tuple(adapter_ids.shape)}, expected {tuple(x.shape[:-1])}: one per row of x"
             )
 
     autocast = torch.is_autocast_enabled(x.device.type)
-    for name, t in (("x", x), ("weight", weight), ("down", down), ("core", core), ("up", up), ("bias", bias)):
+    named = {"weight": weight, "x": x, "bias": bias, "down": down, "core": core, "up": up, "basis": basis}
+    for name, t in named.items():
         if t is None:
             continue
         if t.dtype not in _FLOATS:
@@ -120,15 +130,15 @@ def _seen_from_outside(operands) -> bool:
     )
 
 
-def _forward(x, weight, down, core, up, bias, adapter_ids):
-    return eager.forward(x, weight, down, core, up, bias, adapter_ids)
+def _forward(x, weight, down, core, up, bias, adapter_ids, basis):
+    return eager.forward(x, weight, down, core, up, bias, adapter_ids, basis)
 
 
-def _backward(dy, x, z, weight, down, core, up, adapter_ids, need):
-    return eager.backward(dy, x, z, weight, down, core, up, adapter_ids, need)
+def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need):
+    return eager.backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need)
 
 
-def _saved(x, weight, down, core, up, adapter_ids, z, need):
+def _saved(x, weight, down, core, up, adapter_ids, basis, z, need):
     """What the backward reads, and nothing more: x only where dW or dD is asked for, z only for dC or dU."""
     _, need_weight, need_down, need_core, need_up, _ = need
     return (
@@ -139,6 +149,7 @@ def _saved(x, weight, down, core, up, adapter_ids, z, need):
         core,
         up,
         adapter_ids,
+        basis,
     )
 
 
@@ -146,9 +157,10 @@ class _AdaptedLinear(torch.autograd.Function):
     """The eager call. The gradient of the gradient does not exist: a frozen layer's users never take it."""
 
     @staticmethod
-    def forward(ctx, x, weight, down, core, up, bias, adapter_ids):
-        y, z = _forward(x, weight, down, core, up, bias, adapter_ids)
-        ctx.save_for_backward(*_saved(x, weight, down, core, up, adapter_ids, z, ctx.needs_input_grad[:6]))
+    def forward(ctx, x, weight, down, core, up, bias, adapter_ids, basis):
+        y, z = _forward(x, weight, down, core, up, bias, adapter_ids, basis)
+        need = ctx.needs_input_grad[:6]
+        ctx.save_for_backward(*_saved(x, weight, down, core, up, adapter_ids, basis, z, need))
         return y
 
     @staticmethod
@@ -156,7 +168,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         need = ctx.needs_input_grad[:6]
         with torch.autocast(dy.device.type, enabled=False):
-            return (*_backward(dy, *ctx.saved_tensors, need), None)
+            return (*_backward(dy, *ctx.saved_tensors, need), None, None)
 
 
 # --- the custom op: what torch.compile, torch.export and dispatch modes see -------------------------------
@@ -173,12 +185,13 @@ def _op(
     up: Tensor,
     bias: Tensor | None,
     adapter_ids: Tensor | None,
+    basis: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(x, weight, down, core, up, bias, adapter_ids)
+    return _forward(x, weight, down, core, up, bias, adapter_ids, basis)
 
 
 @_op.register_fake
-def _(x, weight, down, core, up, bias, adapter_ids):
+def _(x, weight, down, core, up, bias, adapter_ids, basis):
     z = x.new_empty(x.shape[0], down.shape[0], dtype=eager.rank_dtype(x, down))
     return x.new_empty(x.shape[0], weight.shape[0]), z
 
@@ -193,14 +206,15 @@ def _op_backward(
     core: Tensor | None,
     up: Tensor,
     adapter_ids: Tensor | None,
+    basis: Tensor | None,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = _backward(dy, x, z, weight, down, core, up, adapter_ids, tuple(need))
+    grads = _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, tuple(need))
     return tuple(dy.new_empty(0) if g is None else g for g in grads)  # a schema has no optional outputs
 
 
 @_op_backward.register_fake
-def _(dy, x, z, weight, down, core, up, adapter_ids, need):
+def _(dy, x, z, weight, down, core, up, adapter_ids, basis, need):
     M, (N, K) = dy.shape[0], weight.shape
     like = (
         ((M, K), dy.dtype),
@@ -217,17 +231,16 @@ def _(dy, x, z, weight, down, core, up, adapter_ids, need):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, down, core, up, _, adapter_ids = inputs
+    x, weight, down, core, up, _, adapter_ids, basis = inputs
+    need = ctx.needs_input_grad[:6]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(
-        *_saved(x, weight, down, core, up, adapter_ids, output[1], ctx.needs_input_grad[:6])
-    )
+    ctx.save_for_backward(*_saved(x, weight, down, core, up, adapter_ids, basis, output[1], need))
 
 
 def _op_autograd(ctx, dy, _):
     need = list(ctx.needs_input_grad[:6])
     grads = torch.ops.tinylora.adapted_linear_backward(dy, *ctx.saved_tensors, need)
-    return (*(g if asked else None for g, asked in zip(grads, need, strict=True)), None)
+    return (*(g if asked else None for g, asked in zip(grads, need, strict=True)), None, None)
 
 
 _op.register_autograd(_op_autograd, setup_context=_setup_context)
@@ -240,14 +253,14 @@ _lib = torch.library.Library("tinylora", "IMPL")
 def _register_autocast(device: str, key: str) -> None:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def forward(x, weight, down, core, up, bias, adapter_ids):
+    def forward(x, weight, down, core, up, bias, adapter_ids, basis):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = (
             t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.float16, torch.bfloat16) else t
             for t in (x, weight, bias)
         )
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return torch.ops.tinylora.adapted_linear(x, weight, down, core, up, bias, adapter_ids)
+            return torch.ops.tinylora.adapted_linear(x, weight, down, core, up, bias, adapter_ids, basis)
 
     def backward(*operands):
         with torch._C._ExcludeDispatchKeyGuard(keys):

@@ -1,4 +1,4 @@
-"""What the operator means, in eight lines of torch. Tests hold every other path against it in fp64."""
+"""What the operator means, in a few lines of torch. Tests hold every other path against it in fp64."""
 
 from torch import Tensor
 
@@ -11,8 +11,11 @@ def adapted_linear(
     up: Tensor,
     bias: Tensor | None = None,
     adapter_ids: Tensor | None = None,
+    basis: Tensor | None = None,
 ) -> Tensor:
     """Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ, in the dtype of its inputs; shapes as in `tinylora.ops.adapted_linear`."""
+    if basis is not None:  # TinyLoRA: core is v, and C = Σᵢ vᵢ Pᵢ
+        core = (core[..., None, None] * basis).sum(-3)
     z = x @ down.T
     if adapter_ids is not None:  # one core per row; -1 is no adapter
         rows = core[adapter_ids.reshape(x.shape[:-1]).clamp(min=0)]
