@@ -6,6 +6,8 @@ at the call from outside (torch.compile, torch.export, dispatch modes, tensor su
 the custom op `tinylora::adapted_linear`, with the same two functions as its body.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -100,7 +102,7 @@ def _check(x, weight, down, core, up, bias, adapter_ids, basis) -> None:
             raise ValueError(f"core has shape {tuple(core.shape)}, expected {('A', *one)} with adapter_ids: {why}")
         if adapter_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"adapter_ids has dtype {adapter_ids.dtype}, expected torch.int64 or torch.int32")
-        if tuple(adapter_ids.shape) not in (tuple(x.shape[:-1]), (x.shape[:-1].numel(),)):
+        if tuple(adapter_ids.shape) not in (tuple(x.shape[:-1]), (math.prod(x.shape[:-1]),)):
             raise ValueError(
                 f"adapter_ids has shape {tuple(adapter_ids.shape)}, expected {tuple(x.shape[:-1])}: one per row of x"
             )
