@@ -1,0 +1,72 @@
+"""What the compiler makes of every launch that the default can choose, for three architectures, without a GPU.
+
+Operands on the "meta" device go through the product's own launchers, so that what is compiled here is what a
+card would be given: the same divisibility, the same descriptors. STACK 0 means that no register spills.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from lanes import INTERPRETED_AT_IMPORT
+from launches import ARCHITECTURES, compiled_for, key, warm
+
+from tinylora.kernels import tiles
+
+pytestmark = pytest.mark.skipif(INTERPRETED_AT_IMPORT, reason="TRITON_INTERPRET is set: nothing can be compiled")
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda c: f"sm_{c[0]}{c[1]}")
+def compiled(request):
+    """(capability, every distinct launch, compiled for it); the cores share the work through Triton's cache."""
+    workers = min(4, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(warm, [request.param] * workers, range(workers), [workers] * workers))
+    return request.param, compiled_for(request.param)
+
+
+def test_nothing_spills_and_everything_fits(compiled):
+    capability, launches = compiled
+    limit = tiles.card(capability).shared
+    spilled = [(key(launch), launch.stack) for launch in launches if launch.stack]
+    assert not spilled, spilled
+    assert max(launch.shared for launch in launches) <= limit
+    assert len(launches) > 60
+
+
+def test_the_long_kernel_keeps_the_hardware_s_pace(compiled):
+    """On Hopper and newer: bulk copies in and out. On Hopper: a loop no longer than the bare matmul's 89
+    instructions at 128x256x64, one group of MMAs in flight across the wait, and no spill inside."""
+    capability, launches = compiled
+    long = [x for x in launches if x.name == "gemm_kernel" and not x.options["EXPAND"]]
+    bulk = [x for x in long if x.options["DESCRIPTORS"]]
+    assert bool(bulk) == (capability >= (9, 0))
+    for launch in bulk:
+        assert "cp.async.bulk.tensor" in launch.ptx
+        if capability[0] == 9:
+            allowed = {(128, 256): 89, (256, 128): 100, (128, 128): 90}
+            tile = launch.options["BLOCK_M"], launch.options["BLOCK_N"]
+            opcodes = launch.main_loop
+            assert len(opcodes) <= allowed[tile] + (launch.options["BLOCK_R"] < launch.options["WIDTH"]), key(launch)
+            assert any(op.startswith("HGMMA") for op in opcodes)
+            assert sum(op.startswith("UTMALDG") for op in opcodes) >= 2
+            assert not any(op.startswith(("LDL", "STL", "LDG")) for op in opcodes)
+            assert 1 in launch.waits, key(launch)
+    for launch in long:
+        if not launch.options["DESCRIPTORS"] and capability[0] == 8:
+            assert "cp.async.c" in launch.ptx and "mma.sync" in launch.ptx
+
+
+def test_decode_multiplies_with_weights_as_rows(compiled):
+    """On Hopper the decode kernel runs on warpgroup MMAs of 64 rows of W, its loads stay ahead, and few rows of
+    X are padded to 16 and not to 64."""
+    capability, launches = compiled
+    for launch in launches:
+        if launch.name == "decode_kernel" and capability[0] == 9 and launch.args[0].dtype != torch.float32:
+            m = launch.options["BLOCK_M"]
+            assert f"wgmma.mma_async.sync.aligned.m64n{m}k16" in launch.ptx, key(launch)
+            if launch.options["EVEN_K"] and launch.args[1].stride(1) == 1:
+                assert "cp.async.cg" in launch.ptx
+                assert launch.waits & {1, 2}, key(launch)
