@@ -159,10 +159,10 @@ def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice
         dcore = core_gradient(t, z, like, ours, r, tile)
         dcore = (eager.mix_gradient(dcore, basis) if own_basis is None else dcore).to(core.dtype)
     if need_down:
-        ddown = torch.empty_like(down)
+        ddown = torch.empty(down.shape, dtype=down.dtype, device=down.device)
         factor_gradient(t, theirs, x, ddown, tiles.factor_gradient_tile(M, x.shape[1], r, small), _precision())
     if need_up:
-        dup = torch.empty_like(up)
+        dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
         factor_gradient(z, ours, dy, dup.T, tiles.factor_gradient_tile(M, N, r, small), _precision())
     if need_weight:
         dweight = dy.T @ x
