@@ -18,8 +18,8 @@ class Site(NamedTuple):
 
     @property
     def type(self) -> str:
-        """The module type in the papers' sense: q_proj, down_proj, ..."""
-        return self.name.rpartition(".")[2]
+        """The module type in the papers' sense (q_proj, down_proj): the name without the numbers of blocks."""
+        return ".".join(part for part in self.name.split(".") if not part.isdecimal())
 
 
 class Factors(NamedTuple):
@@ -105,7 +105,7 @@ class AdapterConfig:
     target_modules: Sequence[str] | str | None = field(default=None)
 
     def __post_init__(self):
-        _require(self, "seed", isinstance(self.seed, int) and self.seed >= 0, "an integer of 0 or more")
+        _require(self, "seed", type(self.seed) is int and self.seed >= 0, "an integer of 0 or more")
         targets = self.target_modules
         if targets is not None and not isinstance(targets, str):
             fits = all(isinstance(t, str) and t for t in targets) and len(targets) > 0

@@ -45,7 +45,7 @@ class LoraXSConfig(AdapterConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self, "r", isinstance(self.r, int) and self.r >= 1, "an integer of 1 or more")
+        _require(self, "r", type(self.r) is int and self.r >= 1, "an integer of 1 or more")
         _require(self, "sigma", self.sigma in SIGMAS, f"one of {', '.join(SIGMAS)}")
 
     def local_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
@@ -89,7 +89,7 @@ class TinyLoraConfig(AdapterConfig):
         super().__post_init__()
         for name in ("r", "u", "n_tie"):
             value = getattr(self, name)
-            _require(self, name, isinstance(value, int) and value >= 1, "an integer of 1 or more")
+            _require(self, name, type(value) is int and value >= 1, "an integer of 1 or more")
         _require(self, "tying", self.tying in TYINGS, f"one of {', '.join(TYINGS)}")
         _require(self, "sigma", self.sigma in SIGMAS, f"one of {', '.join(SIGMAS)}")
 

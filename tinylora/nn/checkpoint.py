@@ -142,7 +142,7 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
             tensors = {n: file.get_tensor(n) for n in file.offset_keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from None
-    if "tinylora" not in metadata:
+    if metadata.keys() != {"format", "tinylora"} or metadata["format"] != "pt":
         raise ValueError(f"{path} is a safetensors file, but not an adapter that tinylora.save wrote")
     try:
         header = json.loads(metadata["tinylora"])
