@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tinylora.ops import eager
+from tinylora.ops.dispatch import TORCH, route_of
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -132,12 +133,22 @@ def _seen_from_outside(operands) -> bool:
     )
 
 
+def _computes(x, weight, down, core, up):
+    """The module that computes these operands: `fused`, or `eager` where no kernel covers them."""
+    if route_of(x, weight, down, core, up)[0] == TORCH:
+        return eager
+    from tinylora.ops import fused  # here, because it imports Triton
+
+    return fused
+
+
 def _forward(x, weight, down, core, up, bias, adapter_ids, basis):
-    return eager.forward(x, weight, down, core, up, bias, adapter_ids, basis)
+    return _computes(x, weight, down, core, up).forward(x, weight, down, core, up, bias, adapter_ids, basis)
 
 
 def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need):
-    return eager.backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need)
+    module = _computes(dy, weight, down, core, up)
+    return module.backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need)
 
 
 def _saved(x, weight, down, core, up, adapter_ids, basis, z, need):

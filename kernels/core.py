@@ -1,0 +1,33 @@
+"""The core as the kernels take it: which kind, which pointers."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Core:
+    """C of s = z Cᵀ: none (the identity), one for all rows, or one per row by ids; C itself, or v with P.
+
+    values: None, C [r, r], v [u], or one per adapter: [A, r, r], [A, u]
+    basis:  P [u, r, r] where values is v
+    ids:    [M] where there is one per adapter; -1 is no adapter
+    transposed: s = z C instead, which is what the backward needs
+    """
+
+    values: Tensor | None = None
+    basis: Tensor | None = None
+    ids: Tensor | None = None
+    transposed: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "none" if self.values is None else "dense" if self.ids is None else "rows"
+
+    @property
+    def u(self) -> int:
+        return 0 if self.basis is None else self.basis.shape[0]
+
+    def pointers(self, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(values, basis, ids), each contiguous; `unused` stands where there is none."""
+        return tuple(unused if t is None else t.contiguous() for t in (self.values, self.basis, self.ids))

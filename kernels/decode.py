@@ -1,0 +1,203 @@
+"""The decode kernel: for few rows, one launch streams W once and does everything else on the way.
+
+    Y = X Wᵀ + ((X Dᵀ) Cᵀ) Uᵀ + b, M <= 128
+
+A slice of K is a term of both sums: X Wᵀ = Σ_j X_j W_jᵀ, and ((X Dᵀ) Cᵀ) Uᵀ = Σ_j ((X_j D_jᵀ) Cᵀ) Uᵀ. So every
+program applies the core and U to its own slice's z, and no program waits for another's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .blocks import apply_core, dot_wide, last_to_arrive, load_s, load_up
+from .core import Core
+from .scratch import counters
+from .tiles import Decode, period
+
+
+@triton.jit(do_not_specialize=["M"])
+def decode_kernel(
+    x,
+    w,
+    down,
+    core,
+    basis,
+    ids,
+    up,
+    bias,
+    s,
+    y,
+    z,
+    planes,
+    z_planes,
+    arrived,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_dr,
+    stride_dk,
+    stride_un,
+    stride_ur,
+    R: tl.constexpr,
+    U: tl.constexpr,
+    CORE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    INLINE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PERIOD: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Y [M, N], rounded once; program (i, j) sums column block i over slice j of K, in fp32.
+
+    The accumulator is Yᵀ's, [BLOCK_N, BLOCK_M]: W is the side that fills a tensor core's rows, and few rows of
+    X are not padded to 64. INLINE: z comes from X and D on the way, and program (0, j) stores it; otherwise s
+    [M, WIDTH] comes from `thin`, and slice 0 alone adds it.
+    With SPLIT > 1 the partial sums meet in planes [SPLIT, M, N] and z_planes [SPLIT, M, R]; the last program of
+    a column block adds them from first to last.
+    """
+    tile_n = tl.program_id(0)
+    m = tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.arange(0, WIDTH)
+    rows = m[:, None] < M
+    k_slice = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
+    k_first = tl.program_id(1) * k_slice
+    k = (k_first + tl.arange(0, BLOCK_K)).to(tl.int64)
+    x_at = x + m.to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
+    # Columns beyond N wrap around: what they give is never stored.
+    w_at = w + (n % N).to(tl.int64)[:, None] * stride_wn + k[None, :] * stride_wk
+    d_at = down + ranks.to(tl.int64)[None, :] * stride_dr + k[:, None] * stride_dk
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    z_tile = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    for k_next in range(k_first, min(k_first + k_slice, K), BLOCK_K):
+        inside = tl.arange(0, BLOCK_K) < K - k_next
+        if EVEN_K:
+            a = tl.load(w_at, eviction_policy="evict_first")  # [BLOCK_N, BLOCK_K]
+            b = tl.load(x_at, mask=rows, other=0.0)  # [BLOCK_M, BLOCK_K]
+        else:
+            a = tl.load(w_at, mask=inside[None, :], other=0.0, eviction_policy="evict_first")  # [BLOCK_N, BLOCK_K]
+            b = tl.load(x_at, mask=rows & inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        if INLINE:
+            d = tl.load(d_at, mask=(ranks[None, :] < R) & inside[:, None], other=0.0)  # [BLOCK_K, WIDTH]
+            z_tile = dot_wide(b, d, z_tile, PRECISION)
+            d_at += BLOCK_K * stride_dk
+        x_at += BLOCK_K * stride_xk
+        w_at += BLOCK_K * stride_wk
+    z_mask = rows & (ranks[None, :] < R)
+    z_at = m[:, None] * R + ranks[None, :]
+    if INLINE:
+        s_tile = apply_core(z_tile, core, basis, ids, m, M, CORE, TRANSPOSED, R, U, WIDTH)  # [BLOCK_M, WIDTH]
+        u_tile = load_up(up, n, 0, N, stride_un, stride_ur, R, WIDTH, WIDTH, x.dtype.element_ty)  # [BLOCK_N, WIDTH]
+        acc = dot_wide(u_tile, s_tile.T, acc, PRECISION)
+        if tile_n == 0:
+            if SPLIT == 1:
+                tl.store(z + z_at, z_tile, mask=z_mask)
+            else:
+                tl.store(z_planes + tl.program_id(1) * M * R + z_at, z_tile, mask=z_mask)
+    elif tl.program_id(1) == 0:
+        for rank in range(0, WIDTH, BLOCK_R):
+            s_tile = load_s(s, m, rank, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
+            u_tile = load_up(up, n, rank, N, stride_un, stride_ur, R, PERIOD, BLOCK_R, s.dtype.element_ty)
+            acc = tl.dot(u_tile, s_tile.T, acc, input_precision=PRECISION)  # u_tile: [BLOCK_N, BLOCK_R]
+    at = m.to(tl.int64)[None, :] * N + n[:, None]  # Y and the planes are contiguous
+    inside = (m[None, :] < M) & (n[:, None] < N)
+    if SPLIT > 1:
+        plane = tl.cast(M, tl.int64) * N
+        tl.store(planes + tl.program_id(1) * plane + at, acc, mask=inside)
+        if last_to_arrive(arrived + tile_n, SPLIT):
+            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for j in range(SPLIT):
+                acc += tl.load(planes + j * plane + at, mask=inside, other=0.0, cache_modifier=".cg")
+            if HAS_BIAS:
+                acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]  # [BLOCK_N, 1]
+            tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
+            if INLINE and tile_n == 0:
+                z_tile = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+                for j in range(SPLIT):
+                    z_tile += tl.load(z_planes + j * M * R + z_at, mask=z_mask, other=0.0, cache_modifier=".cg")
+                tl.store(z + z_at, z_tile, mask=z_mask)
+    else:
+        if HAS_BIAS:
+            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]  # [BLOCK_N, 1]
+        tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
+
+
+def decode(
+    x: Tensor,
+    w: Tensor,
+    down: Tensor,
+    core: Core,
+    up: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    z: Tensor,
+    s: Tensor | None,
+    tile: Decode,
+    precision: str,
+) -> None:
+    """Write Y into y [M, N] and z into z [M, r], both contiguous; with s from `thin`, z is left alone.
+
+    x [M, K], w [N, K], down [r, K], up [N, r] in any strides.
+    """
+    M, K = x.shape
+    N = w.shape[0]
+    r = down.shape[0]
+    inline = s is None
+    blocks = -(-N // tile.n)
+    planes = z_planes = z
+    if tile.split > 1:
+        planes = torch.empty(tile.split, M, N, dtype=torch.float32, device=x.device)
+        z_planes = torch.empty(tile.split, M, r, dtype=torch.float32, device=x.device)
+    width = 16 if inline else s.shape[1]
+    decode_kernel[(blocks, tile.split)](
+        x,
+        w,
+        down,
+        *core.pointers(z),
+        up,
+        bias if bias is not None else z,
+        z if inline else s,
+        y,
+        z,
+        planes,
+        z_planes,
+        counters(blocks, x.device) if tile.split > 1 else z,
+        M,
+        N,
+        K,
+        *x.stride(),
+        *w.stride(),
+        *down.stride(),
+        *up.stride(),
+        R=r,
+        U=core.u,
+        CORE=core.kind,
+        TRANSPOSED=core.transposed,
+        INLINE=inline,
+        WIDTH=width,
+        PERIOD=width if inline else period(x.dtype, r),
+        BLOCK_R=min(width, 64),
+        HAS_BIAS=bias is not None,
+        EVEN_K=K % tile.k == 0,
+        PRECISION=precision,
+        SPLIT=tile.split,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

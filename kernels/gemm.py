@@ -1,0 +1,273 @@
+"""The long kernel: a frozen matmul that ends with the low-rank dot and the bias.
+
+    Y = X Wᵀ + S Uᵀ + b          X [M, K], W [N, K], S [M, r], U [N, r], b [N]
+
+The same kernel computes dX = dY W + Q D: W is then seen through its transpose, and D takes U's place.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .blocks import load_s, load_up, tile_order
+from .tiles import Gemm, period
+
+
+@triton.jit
+def product(
+    x,
+    w,
+    row,
+    column,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    K_MAJOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of X Wᵀ in fp32: [BLOCK_M, BLOCK_N], rows and columns beyond M and N undefined."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if DESCRIPTORS:
+        for k in range(tl.cdiv(K, BLOCK_K)):
+            a = x.load([row, k * BLOCK_K])  # [BLOCK_M, BLOCK_K], zero beyond M and K
+            b = w.load([column, k * BLOCK_K]).T if K_MAJOR else w.load([k * BLOCK_K, column])  # [BLOCK_K, BLOCK_N]
+            acc = tl.dot(a, b, acc)
+    else:
+        # Rows beyond M wrap around: what they give is never stored, and the loop needs no mask for them.
+        m = ((row + tl.arange(0, BLOCK_M)) % M).to(tl.int64)
+        n = ((column + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
+        k = tl.arange(0, BLOCK_K)
+        x_at = x + m[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
+        w_at = w + n[None, :] * stride_wn + k.to(tl.int64)[:, None] * stride_wk
+        for k_first in range(0, K, BLOCK_K):
+            if EVEN_K:
+                a = tl.load(x_at)  # [BLOCK_M, BLOCK_K]
+                b = tl.load(w_at)  # [BLOCK_K, BLOCK_N]
+            else:
+                a = tl.load(x_at, mask=k[None, :] < K - k_first, other=0.0)  # [BLOCK_M, BLOCK_K]
+                b = tl.load(w_at, mask=k[:, None] < K - k_first, other=0.0)  # [BLOCK_K, BLOCK_N]
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            x_at += BLOCK_K * stride_xk
+            w_at += BLOCK_K * stride_wk
+    return acc
+
+
+@triton.jit
+def store_columns(y, acc, row, column, SUBTILES: tl.constexpr):
+    """Store acc through descriptor y in SUBTILES column blocks: each needs that much less shared memory."""
+    if SUBTILES == 1:
+        y.store([row, column], acc.to(y.dtype))
+    else:
+        half: tl.constexpr = acc.shape[1] // 2
+        left, right = acc.reshape(acc.shape[0], 2, half).permute(0, 2, 1).split()
+        store_columns(y, left, row, column, SUBTILES // 2)
+        store_columns(y, right, row, column + half, SUBTILES // 2)
+
+
+@triton.jit
+def finish(
+    y,
+    acc,
+    bias,
+    row,
+    column,
+    M,
+    N,
+    stride_ym,
+    HAS_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Add the bias to acc [BLOCK_M, BLOCK_N] and store it: Y is rounded here and nowhere else."""
+    n = column + tl.arange(0, BLOCK_N)
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_N]
+    if DESCRIPTORS:
+        store_columns(y, acc, row, column, SUBTILES)
+    else:
+        m = row + tl.arange(0, BLOCK_M)
+        at = m.to(tl.int64)[:, None] * stride_ym + n.to(tl.int64)[None, :]
+        tl.store(y + at, acc.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_kernel(
+    x,
+    w,
+    y,
+    s,
+    up,
+    bias,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_ym,
+    stride_un,
+    stride_ur,
+    R: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PERIOD: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EXPAND: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    K_MAJOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Y = X Wᵀ + S Uᵀ + b, tiles of [BLOCK_M, BLOCK_N]; S [M, WIDTH] is in X's dtype, accumulation in fp32.
+
+    DESCRIPTORS: x, w, y are tensor descriptors, and PROGRAMS programs walk over all tiles. The low-rank dot
+    comes last, so the main loop is the bare matmul's; S and U of the next tile are loaded right after it, and
+    the stores and the next main loop hide them.
+    Otherwise x, w, y are pointers and every program owns one tile.
+    EXPAND: no product of its own, Y += S Uᵀ in place: the second half of "library matmul, then one pass".
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    first = tl.program_id(0)
+    tile_m, tile_n = tile_order(first, tiles_m, tiles_n, GROUP_M)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if DESCRIPTORS:
+        if WIDTH == BLOCK_R:
+            s_tile = load_s(s, m, 0, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
+            u_tile = load_up(up, n, 0, N, stride_un, stride_ur, R, PERIOD, BLOCK_R, x.dtype)  # [BLOCK_N, BLOCK_R]
+        tiles = tiles_m * tiles_n
+        for tile in tl.range(first, tiles, PROGRAMS, flatten=False):
+            tile_m, tile_n = tile_order(tile, tiles_m, tiles_n, GROUP_M)
+            row = tile_m * BLOCK_M
+            column = tile_n * BLOCK_N
+            acc = product(
+                x, w, row, column, M, N, K, 0, 0, 0, 0,
+                BLOCK_M, BLOCK_N, BLOCK_K, True, K_MAJOR, True, PRECISION,
+            )  # fmt: skip
+            if WIDTH == BLOCK_R:
+                acc = tl.dot(s_tile, u_tile.T, acc)
+                after_m, after_n = tile_order(min(tile + PROGRAMS, tiles - 1), tiles_m, tiles_n, GROUP_M)
+                m = after_m * BLOCK_M + tl.arange(0, BLOCK_M)
+                n = after_n * BLOCK_N + tl.arange(0, BLOCK_N)
+                s_tile = load_s(s, m, 0, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
+                u_tile = load_up(up, n, 0, N, stride_un, stride_ur, R, PERIOD, BLOCK_R, x.dtype)  # [BLOCK_N, BLOCK_R]
+            else:
+                m = row + tl.arange(0, BLOCK_M)
+                n = column + tl.arange(0, BLOCK_N)
+                for rank in range(0, WIDTH, BLOCK_R):
+                    a = load_s(s, m, rank, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
+                    b = load_up(up, n, rank, N, stride_un, stride_ur, R, PERIOD, BLOCK_R, x.dtype)
+                    acc = tl.dot(a, b.T, acc)  # b: [BLOCK_N, BLOCK_R]
+            finish(y, acc, bias, row, column, M, N, 0, HAS_BIAS, True, SUBTILES, BLOCK_M, BLOCK_N)
+    else:
+        row = tile_m * BLOCK_M
+        column = tile_n * BLOCK_N
+        if EXPAND:
+            at = m.to(tl.int64)[:, None] * stride_ym + n.to(tl.int64)[None, :]
+            acc = tl.load(y + at, mask=(m[:, None] < M) & (n[None, :] < N), other=0.0)  # [BLOCK_M, BLOCK_N]
+            acc = acc.to(tl.float32)
+        else:
+            acc = product(
+                x, w, row, column, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
+                BLOCK_M, BLOCK_N, BLOCK_K, False, K_MAJOR, EVEN_K, PRECISION,
+            )  # fmt: skip
+        for rank in tl.static_range(0, WIDTH, BLOCK_R):
+            a = load_s(s, m, rank, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
+            b = load_up(up, n, rank, N, stride_un, stride_ur, R, PERIOD, BLOCK_R, s.dtype.element_ty)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)  # b: [BLOCK_N, BLOCK_R]
+        finish(y, acc, bias, row, column, M, N, stride_ym, HAS_BIAS, False, 1, BLOCK_M, BLOCK_N)
+
+
+def fits_descriptors(x: Tensor, w: Tensor) -> bool:
+    """Whether x [M, K], w [N, K] (or a transposed view) and a contiguous Y [M, N] meet the rules of bulk copies:
+    a contiguous last dimension, and a base and a row stride in whole 16 bytes."""
+
+    def aligned(t: Tensor) -> bool:
+        return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+
+    N = w.shape[0]
+    return aligned(x) and x.stride(0) > 0 and (aligned(w) or aligned(w.T)) and N * x.element_size() % 16 == 0
+
+
+def gemm(
+    x: Tensor | None,
+    w: Tensor | None,
+    y: Tensor,
+    s: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    tile: Gemm,
+    precision: str,
+) -> None:
+    """Write Y = X Wᵀ + S Uᵀ + b into y; without x and w, Y += S Uᵀ.
+
+    x [M, K], w [N, K], up [N, r] in any strides, y [M, N] with a contiguous last dimension; s [M, width] as
+    `thin` writes it: width >= r, and [high | low] halves where width is 16 and r at most 8.
+    """
+    M, N = y.shape
+    expand = x is None
+    K = 0 if expand else x.shape[1]
+    r, width = up.shape[1], s.shape[1]
+    tiles = -(-M // tile.m) * -(-N // tile.n)
+    programs = min(tiles, tile.programs) if tile.descriptors else tiles
+    k_major = expand or w.stride(1) == 1
+    strides = (0, 0, 0, 0) if expand else (*x.stride(), *w.stride())
+    operands = (y, y, y) if expand else (x, w, y)
+    if tile.descriptors:
+        w_box = [tile.n, tile.k] if k_major else [tile.k, tile.n]
+        operands = (
+            TensorDescriptor.from_tensor(x, [tile.m, tile.k]),
+            TensorDescriptor.from_tensor(w if k_major else w.T, w_box),
+            TensorDescriptor.from_tensor(y, [tile.m, tile.n // tile.subtiles]),
+        )
+        strides = (0, 0, 0, 0)
+    gemm_kernel[(programs,)](
+        *operands,
+        s,
+        up,
+        bias if bias is not None else s,
+        M,
+        N,
+        K,
+        *strides,
+        0 if tile.descriptors else y.stride(0),
+        *up.stride(),
+        R=r,
+        WIDTH=width,
+        PERIOD=period(y.dtype, r),
+        BLOCK_R=min(width, 64),
+        HAS_BIAS=bias is not None,
+        EXPAND=expand,
+        DESCRIPTORS=tile.descriptors,
+        K_MAJOR=k_major,
+        EVEN_K=K % tile.k == 0,
+        PRECISION=precision,
+        PROGRAMS=tile.programs if tile.descriptors else 0,
+        SUBTILES=tile.subtiles,
+        GROUP_M=tile.group,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

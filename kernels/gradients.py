@@ -1,0 +1,220 @@
+"""Gradients of the factors: sums over all rows, reduced in a fixed order.
+
+    dC = tᵀ z       dv_a = <P_a, dC>       dD = qᵀ X       dU = dYᵀ s
+
+t, z, q = t C, s = z Cᵀ: [M, r]. Rows are cut into slices, every program stores its partial sum, and the last
+one to arrive adds them from first to last: no atomics on floats, the same bits on every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .blocks import apply_core, dot_wide, last_to_arrive
+from .core import Core
+from .scratch import counters
+from .tiles import CoreGradient, FactorGradient
+
+
+@triton.jit
+def store_core_gradient(
+    out, dcore, basis, adapter, i, j, R: tl.constexpr, U: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """Store tile (i, j) of dC, or with U > 0 dv_a = <P_a, dC>, as the gradient of one adapter's core."""
+    rows = i * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    columns = j * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+    at = rows * R + columns
+    inside = (rows < R) & (columns < R)
+    if U == 0:
+        out += adapter.to(tl.int64) * (R * R)
+        tl.store(out + at, dcore.to(out.dtype.element_ty), mask=inside)
+    else:
+        for a in range(U):
+            p = tl.load(basis + a * (R * R) + at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_R]
+            dv = tl.sum(tl.sum(p * dcore, axis=1), axis=0)
+            tl.store(out + adapter.to(tl.int64) * U + a, dv.to(out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["M"])
+def core_gradient_kernel(
+    t,
+    z,
+    ids,
+    basis,
+    out,
+    planes,
+    arrived,
+    M,
+    R: tl.constexpr,
+    U: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dC [R, R] = Σ_m t[m] z[m]ᵀ in fp32, or dv [U]; with ROWS one sum per adapter over the rows that used it.
+
+    Program (a, j, tile) sums SPLIT_ROWS rows from row j SPLIT_ROWS on, for adapter a and one
+    [BLOCK_R, BLOCK_R] tile of dC; planes: [slices, tiles, adapters, BLOCK_R, BLOCK_R] fp32.
+    """
+    adapter = tl.program_id(0)
+    tiles_r: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    i = tl.program_id(2) // tiles_r
+    j = tl.program_id(2) % tiles_r
+    rank_i = i * BLOCK_R + tl.arange(0, BLOCK_R)
+    rank_j = j * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = tl.program_id(1) * SPLIT_ROWS
+    dcore = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
+    for m_next in range(first, min(first + SPLIT_ROWS, M), BLOCK_M):
+        m = m_next + tl.arange(0, BLOCK_M)
+        own = m < M  # [BLOCK_M]
+        if ROWS:
+            own &= tl.load(ids + m, mask=own, other=-1) == adapter
+        at = m.to(tl.int64)[:, None] * R
+        if tl.max(own.to(tl.int32), axis=0) > 0:
+            a = tl.load(t + at + rank_i[None, :], mask=own[:, None] & (rank_i[None, :] < R), other=0.0)
+            b = tl.load(z + at + rank_j[None, :], mask=own[:, None] & (rank_j[None, :] < R), other=0.0)
+            dcore = tl.dot(a.T, b, dcore, input_precision=PRECISION)  # a, b: [BLOCK_M, BLOCK_R]
+    slices = tl.num_programs(1)
+    if slices == 1:
+        store_core_gradient(out, dcore, basis, adapter, i, j, R, U, BLOCK_R)
+    else:
+        own_tile = adapter * tl.num_programs(2) + tl.program_id(2)
+        plane = tl.cast(tl.num_programs(0), tl.int64) * tl.num_programs(2) * BLOCK_R * BLOCK_R
+        at = own_tile.to(tl.int64) * BLOCK_R * BLOCK_R
+        at += tl.arange(0, BLOCK_R)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+        tl.store(planes + tl.program_id(1) * plane + at, dcore)
+        if last_to_arrive(arrived + own_tile, slices):
+            dcore = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
+            for part in range(slices):
+                dcore += tl.load(planes + part * plane + at, cache_modifier=".cg")
+            store_core_gradient(out, dcore, basis, adapter, i, j, R, U, BLOCK_R)
+
+
+def core_gradient(t: Tensor, z: Tensor, like: Tensor, core: Core, r: int, tile: CoreGradient) -> Tensor:
+    """The gradient of `like` (C or v, one or one per adapter) from t, z [M, r] fp32."""
+    M = t.shape[0]
+    adapters = like.shape[0] if core.kind == "rows" else 1
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    tiles = (-(-r // tile.r)) ** 2
+    slices = max(1, -(-M // tile.rows))
+    planes, arrived = out, out
+    if slices > 1:
+        planes = torch.empty(slices, adapters * tiles, tile.r, tile.r, dtype=torch.float32, device=t.device)
+        arrived = counters(adapters * tiles, t.device)
+    _, basis, ids = core.pointers(t)
+    core_gradient_kernel[(adapters, slices, tiles)](
+        t,
+        z,
+        ids,
+        basis,
+        out,
+        planes,
+        arrived,
+        M,
+        R=r,
+        U=core.u,
+        ROWS=core.kind == "rows",
+        PRECISION=tile.precision,
+        SPLIT_ROWS=tile.rows,
+        BLOCK_M=tile.m,
+        BLOCK_R=tile.r,
+        num_warps=tile.warps,
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["M"])
+def factor_gradient_kernel(
+    z,
+    core,
+    basis,
+    ids,
+    x,
+    out,
+    planes,
+    arrived,
+    M,
+    C,
+    stride_xm,
+    stride_xc,
+    stride_or,
+    stride_oc,
+    R: tl.constexpr,
+    U: tl.constexpr,
+    CORE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out [R, C] = sᵀ X with s = z Cᵀ (z C if TRANSPOSED): dD from (t, X), dU from (z, dY).
+
+    Program (i, j) owns BLOCK_C columns and sums SPLIT_ROWS rows from row j SPLIT_ROWS on, in fp32, as outᵀ
+    [BLOCK_C, BLOCK_R]; planes: [slices, C, R] fp32.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    ranks = tl.arange(0, BLOCK_R)
+    first = tl.program_id(1) * SPLIT_ROWS
+    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    for m_next in range(first, min(first + SPLIT_ROWS, M), BLOCK_M):
+        m = m_next + tl.arange(0, BLOCK_M)
+        row = m.to(tl.int64)[:, None]
+        z_tile = tl.load(z + row * R + ranks[None, :], mask=(m[:, None] < M) & (ranks[None, :] < R), other=0.0)
+        s_tile = apply_core(z_tile, core, basis, ids, m, M, CORE, TRANSPOSED, R, U, BLOCK_R)  # [BLOCK_M, BLOCK_R]
+        x_at = x + row * stride_xm + c.to(tl.int64)[None, :] * stride_xc
+        x_tile = tl.load(x_at, mask=(m[:, None] < M) & (c[None, :] < C), other=0.0)  # [BLOCK_M, BLOCK_C]
+        acc = dot_wide(x_tile.T, s_tile, acc, PRECISION)
+    slices = tl.num_programs(1)
+    inside = (c[:, None] < C) & (ranks[None, :] < R)
+    out_at = out + ranks[None, :] * stride_or + c.to(tl.int64)[:, None] * stride_oc
+    if slices == 1:
+        tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside)
+    else:
+        plane = tl.cast(C, tl.int64) * R
+        at = c.to(tl.int64)[:, None] * R + ranks[None, :]
+        tl.store(planes + tl.program_id(1) * plane + at, acc, mask=inside)
+        if last_to_arrive(arrived + tl.program_id(0), slices):
+            acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+            for part in range(slices):
+                acc += tl.load(planes + part * plane + at, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor, tile: FactorGradient, precision: str) -> None:
+    """Write sᵀ X into out [r, C] (any strides): z [M, r] fp32, x [M, C] in any strides."""
+    M, C = x.shape
+    r = z.shape[1]
+    blocks = -(-C // tile.c)
+    slices = max(1, -(-M // tile.rows))
+    planes, arrived = z, z
+    if slices > 1:
+        planes = torch.empty(slices, C, r, dtype=torch.float32, device=x.device)
+        arrived = counters(blocks, x.device)
+    factor_gradient_kernel[(blocks, slices)](
+        z,
+        *core.pointers(z),
+        x,
+        out,
+        planes,
+        arrived,
+        M,
+        C,
+        *x.stride(),
+        *out.stride(),
+        R=r,
+        U=core.u,
+        CORE=core.kind,
+        TRANSPOSED=core.transposed,
+        PRECISION=precision,
+        SPLIT_ROWS=tile.rows,
+        BLOCK_M=tile.m,
+        BLOCK_C=tile.c,
+        BLOCK_R=tile.width,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

@@ -1,0 +1,153 @@
+"""The thin pass: what the adapter needs of the long operand, reduced to rank r and through the core.
+
+    z = X Dᵀ       s = z Cᵀ          X [M, K], D [r, K], C [r, r], z and s [M, r]
+
+The backward calls it with the roles swapped: t = dY U and q = t C.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .blocks import apply_core, dot_wide, last_to_arrive
+from .core import Core
+from .scratch import counters
+from .tiles import Thin, period
+
+
+@triton.jit
+def store_rank_rows(
+    z, z_tile, s, core, basis, ids, m, M,
+    R: tl.constexpr, U: tl.constexpr, CORE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    STORE_S: tl.constexpr, WIDTH: tl.constexpr, PERIOD: tl.constexpr,
+):  # fmt: skip
+    """Store z in fp32, and s = z Cᵀ in s's dtype with zeros up to WIDTH columns.
+
+    Where PERIOD is half of WIDTH, s is stored as two numbers, [rounded | what rounding lost]: the dot that
+    reads it pads the rank to 16 anyway, and s then arrives with twice the bits.
+    """
+    ranks = tl.arange(0, WIDTH)
+    row = m.to(tl.int64)[:, None]
+    inside = m[:, None] < M
+    tl.store(z + row * R + ranks[None, :], z_tile, mask=inside & (ranks[None, :] < R))  # [BLOCK_M, WIDTH]
+    if STORE_S:
+        s_tile = apply_core(z_tile, core, basis, ids, m, M, CORE, TRANSPOSED, R, U, WIDTH)  # [BLOCK_M, WIDTH]
+        high = s_tile.to(s.dtype.element_ty)
+        at = s + row * WIDTH + ranks[None, :]
+        tl.store(at, high, mask=inside & (ranks[None, :] < PERIOD))
+        if PERIOD < WIDTH:
+            low = (s_tile - high.to(tl.float32)).to(s.dtype.element_ty)
+            tl.store(at + PERIOD, low, mask=inside & (ranks[None, :] < WIDTH - PERIOD))
+
+
+@triton.jit(do_not_specialize=["M"])
+def thin_kernel(
+    x,
+    down,
+    core,
+    basis,
+    ids,
+    z,
+    s,
+    planes,
+    arrived,
+    M,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_dr,
+    stride_dk,
+    R: tl.constexpr,
+    U: tl.constexpr,
+    CORE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    STORE_S: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PERIOD: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """z [M, R] fp32 and s [M, WIDTH]; program (i, j) sums row block i over slice j of K, in fp32.
+
+    With SPLIT > 1 every program stores its partial z in planes [SPLIT, M, R], and the last one of a row block
+    adds the planes from first to last, whoever it is: the same bits on every run.
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.arange(0, WIDTH)
+    real = ranks < R
+    k_slice = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
+    k_first = tl.program_id(1) * k_slice
+    k = k_first + tl.arange(0, BLOCK_K)
+    # Rows beyond M wrap around: what they give is never stored.
+    x_at = x + (m % M).to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
+    d_at = down + ranks.to(tl.int64)[None, :] * stride_dr + k.to(tl.int64)[:, None] * stride_dk
+    z_tile = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    for k_next in range(k_first, min(k_first + k_slice, K), BLOCK_K):
+        inside = tl.arange(0, BLOCK_K) < K - k_next
+        if EVEN_K:
+            a = tl.load(x_at)  # [BLOCK_M, BLOCK_K]
+            b = tl.load(d_at, mask=real[None, :], other=0.0)  # [BLOCK_K, WIDTH]
+        else:
+            a = tl.load(x_at, mask=inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+            b = tl.load(d_at, mask=real[None, :] & inside[:, None], other=0.0)  # [BLOCK_K, WIDTH]
+        z_tile = dot_wide(a, b, z_tile, PRECISION)
+        x_at += BLOCK_K * stride_xk
+        d_at += BLOCK_K * stride_dk
+    if SPLIT == 1:
+        store_rank_rows(
+            z, z_tile, s, core, basis, ids, m, M, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
+        )  # fmt: skip
+    else:
+        at = m.to(tl.int64)[:, None] * R + ranks[None, :]
+        one = (m[:, None] < M) & real[None, :]
+        plane = tl.cast(M, tl.int64) * R
+        tl.store(planes + tl.program_id(1) * plane + at, z_tile, mask=one)
+        if last_to_arrive(arrived + tl.program_id(0), SPLIT):
+            z_tile = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+            for j in range(SPLIT):
+                z_tile += tl.load(planes + j * plane + at, mask=one, other=0.0, cache_modifier=".cg")
+            store_rank_rows(
+                z, z_tile, s, core, basis, ids, m, M, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
+            )  # fmt: skip
+
+
+def thin(x: Tensor, down: Tensor, core: Core, tile: Thin, precision: str, want_s: bool) -> tuple[Tensor, Tensor | None]:
+    """(z, s) for x [M, K] and down [r, K] in any strides: z fp32 [M, r], and, if wanted, s for `gemm`."""
+    M, K = x.shape
+    r = down.shape[0]
+    z = torch.empty(M, r, dtype=torch.float32, device=x.device)
+    s = torch.empty(M, tile.width, dtype=x.dtype, device=x.device) if want_s else None
+    blocks = -(-M // tile.m)
+    planes = torch.empty(tile.split, M, r, dtype=torch.float32, device=x.device) if tile.split > 1 else z
+    thin_kernel[(blocks, tile.split)](
+        x,
+        down,
+        *core.pointers(z),
+        z,
+        s if want_s else z,
+        planes,
+        counters(blocks, x.device) if tile.split > 1 else z,
+        M,
+        K,
+        *x.stride(),
+        *down.stride(),
+        R=r,
+        U=core.u,
+        CORE=core.kind,
+        TRANSPOSED=core.transposed,
+        STORE_S=want_s,
+        WIDTH=tile.width,
+        PERIOD=period(x.dtype, r),
+        EVEN_K=K % tile.k == 0,
+        PRECISION=precision,
+        SPLIT=tile.split,
+        BLOCK_M=tile.m,
+        BLOCK_K=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return z, s

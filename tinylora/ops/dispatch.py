@@ -1,0 +1,72 @@
+"""Which path computes, and why: `route` is pure, so that tests and `tinylora info` can ask it."""
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+MAX_RANK = 256
+KERNELS, TORCH = "kernels", "torch"
+_COVERED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on (TRITON_INTERPRET=1): the kernels then run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@cache
+def have_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def route(
+    device: str,
+    dtype: torch.dtype,
+    factors: tuple[torch.dtype, ...],
+    r: int,
+    capability: tuple[int, int] | None,
+    interpret: bool,
+    triton: bool,
+) -> tuple[str, str]:
+    """("kernels" or "torch", the reason) for operands of one call.
+
+    device:     "cpu" or "cuda"
+    dtype:      of x and weight
+    factors:    of down, up and core
+    capability: of the card, or None
+    interpret:  whether TRITON_INTERPRET=1 stands in the environment
+    triton:     whether Triton is installed
+    """
+    if not triton:
+        return TORCH, "Triton is not installed"
+    for t in (dtype, *factors):
+        if t not in _COVERED:
+            return TORCH, f"an operand is {t}: the kernels take {', '.join(map(str, _COVERED))}"
+    if r > MAX_RANK:
+        return TORCH, f"r = {r}: the kernels take r <= {MAX_RANK}"
+    if interpret:
+        if device == "cpu":
+            return KERNELS, "TRITON_INTERPRET=1: Triton's interpreter runs the kernels on CPU tensors"
+        return TORCH, f"TRITON_INTERPRET=1 and tensors on {device}: the interpreter runs on CPU tensors"
+    if device != "cuda":
+        return TORCH, f"tensors are on {device}: the kernels run on NVIDIA GPUs"
+    if capability is None or capability < (8, 0):
+        return TORCH, f"compute capability {capability}: the kernels need (8, 0) or newer"
+    return KERNELS, f"compute capability {capability[0]}.{capability[1]}"
+
+
+def route_of(x: Tensor, weight: Tensor, down: Tensor, core: Tensor | None, up: Tensor) -> tuple[str, str]:
+    """`route` for these operands on this machine."""
+    device = x.device.type
+    nvidia = device == "cuda" and torch.version.cuda is not None
+    factors = tuple(t.dtype for t in (down, up, core) if t is not None)
+    capability = capability_of(x.device) if nvidia else None
+    return route(device, weight.dtype, factors, down.shape[0], capability, interpreting(), have_triton())
