@@ -1,4 +1,4 @@
-"""Shapes of linear layers, derived from the models' own config.json files in bench/models: the one place they come from."""
+"""Shapes of linear layers, derived from the models' own config.json files in bench/models and from nowhere else."""
 
 import json
 from dataclasses import dataclass

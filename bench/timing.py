@@ -33,21 +33,23 @@ def alternate(
     buffers: int,
     budget: float,
     device: torch.device,
+    graphs: bool = True,
 ) -> dict[str, Times]:
     """Times of every call in `calls`, at least MIN_ROUNDS each and about `budget` seconds together.
 
     calls:   what to time, by provider
     rotate:  rotate(i) puts the i-th of `buffers` sets of operands in place, outside the timed region
+    graphs:  on CUDA, time CUDA graphs (the device's work alone) and not eager calls (launches and Python as well)
     """
-    measure = _alternate_cuda if device.type == "cuda" else _alternate_cpu
-    return measure(calls, rotate, buffers, budget)
-
-
-def _alternate_cpu(calls, rotate, buffers, budget):
-    for i, call in enumerate(calls.values()):
+    if device.type == "cuda":
+        calls = {name: _on_device(call, rotate, buffers, graphs) for name, call in calls.items()}
+        rotate, buffers = _nothing, 1
+    else:
+        calls = {name: _on_host(call) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for i, call in enumerate(calls.values()):  # warm-up
         rotate(i % buffers)
         call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
     names, turn = list(calls), count()
     deadline = time.perf_counter() + budget
     for round_ in range(MAX_ROUNDS):
@@ -56,48 +58,58 @@ def _alternate_cpu(calls, rotate, buffers, budget):
         first = round_ % len(names)  # nobody always runs first, after the same neighbour
         for name in names[first:] + names[:first]:
             rotate(next(turn) % buffers)
-            start = time.perf_counter()
-            result = calls[name]()
-            seconds[name].append(time.perf_counter() - start)
-            del result  # freed outside the timed region
+            seconds[name].append(calls[name]())
     return {name: Times.of(s) for name, s in seconds.items()}
 
 
-def _alternate_cuda(calls, rotate, buffers, budget):
-    """One CUDA graph per provider holds a call on each set of operands, so that launches leave no gaps and no set is
-    still in L2 when its turn comes again; events around one replay, divided by the calls in it."""
-    graphs = {name: _capture(call, rotate, buffers) for name, call in calls.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    deadline = time.perf_counter() + budget
-    for round_ in range(MAX_ROUNDS):
-        if round_ >= MIN_ROUNDS and time.perf_counter() > deadline:
-            break
-        first = round_ % len(names)
-        for name in names[first:] + names[:first]:
-            start.record()
-            graphs[name].replay()
-            stop.record()
-            stop.synchronize()
-            if round_:  # the first replay of each graph is its warm-up
-                seconds[name].append(start.elapsed_time(stop) / 1e3 / buffers)
-    return {name: Times.of(s) for name, s in seconds.items()}
+def _nothing(i: int) -> None:
+    pass
 
 
-def _capture(call, rotate, buffers) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # lazy handles and compilation must happen before the capture
-        for i in range(max(3, buffers)):
-            rotate(i % buffers)
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def _on_host(call) -> Callable[[], float]:
+    def seconds() -> float:
+        start = time.perf_counter()
+        result = call()
+        elapsed = time.perf_counter() - start
+        del result  # freed outside the timed region
+        return elapsed
+
+    return seconds
+
+
+def _on_device(call, rotate, buffers, graphs) -> Callable[[], float]:
+    """Events around one call on each of the sets of operands, divided by their number, so that no set is still in L2
+    when its turn comes again; with `graphs` all of it in one CUDA graph, so that launches leave no gaps."""
+
+    def sweep():
         for i in range(buffers):
             rotate(i)
             call()
+
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    work = _captured(sweep).replay if graphs else sweep
+
+    def seconds() -> float:
+        torch.cuda.synchronize()
+        start.record()
+        work()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3 / buffers
+
+    return seconds
+
+
+def _captured(sweep) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # lazy handles and compilation must happen before the capture
+        for _ in range(3):
+            sweep()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sweep()
     return graph
 
 
