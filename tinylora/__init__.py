@@ -1,0 +1,31 @@
+"""tinylora: low-rank adapters at the price of the frozen layer alone.
+
+model = tinylora.apply(model, tinylora.TinyLoraConfig(u=1, n_tie=16))
+optimizer = torch.optim.Adam(tinylora.adapter_parameters(model), lr=1e-3)
+...
+tinylora.save(model, "adapter")
+"""
+
+__version__ = "0.1.0"
+
+from tinylora import ops
+from tinylora.adapters import LoraXSConfig, TinyLoraConfig
+from tinylora.nn.checkpoint import load, save
+from tinylora.nn.linear import Linear
+from tinylora.nn.model import activate, adapter_names, adapter_parameters, apply, disabled, merge, unmerge
+
+__all__ = [
+    "Linear",
+    "LoraXSConfig",
+    "TinyLoraConfig",
+    "activate",
+    "adapter_names",
+    "adapter_parameters",
+    "apply",
+    "disabled",
+    "load",
+    "merge",
+    "ops",
+    "save",
+    "unmerge",
+]

@@ -1,0 +1,125 @@
+"""LoRA-XS (arXiv 2405.17604) and TinyLoRA (arXiv 2602.04118): frozen factors from the weight's SVD, a trained core.
+
+    LoRA-XS    W' = W + U Σ R Vᵀ                R [r, r] trained, one per layer
+    TinyLoRA   W' = W + U Σ (Σᵢ vᵢ Pᵢ) Vᵀ        v [u] trained, shared by n_tie layers; P [u, r, r] frozen, random
+
+`sigma` says where Σ goes: "left" is U Σ as in both papers, "right" is Σ Vᵀ as in LoRA-XS's own code, "split" is
+√Σ on both sides as in PEFT. Adapters trained with one place mean something else with another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tinylora.adapters import noise
+from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Shared, Site, _require
+from tinylora.adapters.factor_cache import cached_svd
+from tinylora.adapters.tying import TYINGS, tie_groups
+
+SIGMAS = ("left", "right", "split")
+
+
+def svd_factors(site: Site, weight: Tensor, weight_digest: str, r: int, sigma: str) -> dict[str, Tensor]:
+    """down [r, K] and up [N, r] in the weight's dtype, rounded once from fp32."""
+    U, S, Vh = cached_svd(weight, r, site.name, weight_digest)
+    left = {"left": S, "right": torch.ones_like(S), "split": S.sqrt()}[sigma]
+    right = {"left": torch.ones_like(S), "right": S, "split": S.sqrt()}[sigma]
+    dtype = weight.dtype
+    return {"down": (right[:, None] * Vh).to(dtype), "up": (U * left).to(dtype)}
+
+
+@dataclass(frozen=True)
+class LoraXSConfig(AdapterConfig):
+    """LoRA-XS: one r x r core R per layer, r² numbers. R starts at zero: the model starts as the base, exactly.
+
+    r: rank of the frozen factors, 1 to min(N, K). sigma: "left", "right" or "split", see this module.
+    ValueError on anything else.
+    """
+
+    kind: ClassVar[str] = "lora-xs"
+    r: int = 2
+    sigma: str = "left"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self, "r", isinstance(self.r, int) and self.r >= 1, "an integer of 1 or more")
+        _require(self, "sigma", self.sigma in SIGMAS, f"one of {', '.join(SIGMAS)}")
+
+    def local_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        return {"core": (self.r, self.r)}
+
+    def frozen(self, site: Site, weight: Tensor, weight_digest: str) -> dict[str, Tensor]:
+        return svd_factors(site, weight, weight_digest, self.r, self.sigma)
+
+    def adapter(self, site: Site, frozen: dict[str, Tensor], shared: Shared) -> Adapter:
+        return LoraXS(frozen, self.local_shapes(site), shared)
+
+
+class LoraXS(Adapter):
+    def factors(self) -> Factors:
+        return Factors(self.down, self.core, self.up)
+
+
+@dataclass(frozen=True)
+class TinyLoraConfig(AdapterConfig):
+    """TinyLoRA: u · groups numbers for the whole model, as few as one. v starts at zero: the base, exactly.
+
+    r:      rank of the frozen factors (the paper's main experiments: 2)
+    u:      length of v
+    n_tie:  how many modules share one v; 1 is none, the number of modules or more is all
+    tying:  "tiled" (neighbours in depth; better in the paper) or "structured" (neighbours of one module type)
+    sigma:  "left", "right" or "split", see this module
+    seed:   of P ~ N(0, 1/r), drawn for every module by its name (the paper states no distribution; this is PEFT's)
+
+    The 13 parameters of the paper's title are r=2, u=1, n_tie=16 on Qwen2.5-7B's 196 modules.
+    ValueError on anything else.
+    """
+
+    kind: ClassVar[str] = "tinylora"
+    r: int = 2
+    u: int = 1
+    n_tie: int = 1
+    tying: str = "tiled"
+    sigma: str = "left"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("r", "u", "n_tie"):
+            value = getattr(self, name)
+            _require(self, name, isinstance(value, int) and value >= 1, "an integer of 1 or more")
+        _require(self, "tying", self.tying in TYINGS, f"one of {', '.join(TYINGS)}")
+        _require(self, "sigma", self.sigma in SIGMAS, f"one of {', '.join(SIGMAS)}")
+
+    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+        groups = tie_groups(sites, self.n_tie, self.tying)
+        return {"v": (max(groups) + 1 if groups else 0, self.u)}
+
+    def frozen(self, site: Site, weight: Tensor, weight_digest: str) -> dict[str, Tensor]:
+        P = noise.normal(self.seed, site.name, self.u, self.r, self.r) / self.r**0.5
+        return svd_factors(site, weight, weight_digest, self.r, self.sigma) | {"P": P.to(weight.device)}
+
+    def adapter(self, site: Site, frozen: dict[str, Tensor], shared: Shared) -> Adapter:
+        groups = tie_groups(shared.sites, self.n_tie, self.tying)
+        return TinyLora(frozen, groups[shared.sites.index(site)], shared)
+
+
+class TinyLora(Adapter):
+    fp32_buffers = ("P",)
+
+    def __init__(self, frozen: dict[str, Tensor], group: int, shared: Shared):
+        super().__init__(frozen, {}, shared)
+        self.group = group
+
+    @property
+    def v(self) -> Tensor:
+        """This layer's v, [u]: a view of the one parameter that the root owns, looked up at every use."""
+        return self.shared.v[self.group]
+
+    def factors(self) -> Factors:
+        return Factors(self.down, self.v, self.up, self.P)
+
+    def extra_repr(self) -> str:
+        return f"group={self.group}"

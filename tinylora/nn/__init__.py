@@ -1,0 +1,3 @@
+from tinylora.nn.linear import Linear
+
+__all__ = ["Linear"]

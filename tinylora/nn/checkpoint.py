@@ -1,0 +1,184 @@
+"""Adapters as files: `adapter.safetensors`, one file, no pickle.
+
+The tensors are what trains; the JSON in the file's metadata under "tinylora" says everything else: format version,
+config, the number of modules, a fingerprint of the base model's weights and a checksum of the whole. Whoever has the
+base rebuilds the frozen factors from it. With `factors=True` they are in the file too. The layout:
+
+    v                        TinyLoRA's numbers, [groups, u]
+    <layer>.core             LoRA-XS's, [r, r]
+    frozen.<layer>.<tensor>  only with factors=True
+
+One file, because one can be replaced in one step: there is no moment at which a crash leaves half an adapter.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import tinylora
+from tinylora.adapters import config_from_dict
+from tinylora.nn.model import (
+    adapted_layers,
+    adapter_names,
+    attach,
+    base_digests,
+    fingerprint,
+    named_adapter_parameters,
+    shared_of,
+)
+from tinylora.nn.targets import find_targets, sites_of
+
+FILE = "adapter.safetensors"
+FORMAT_VERSION = 1
+
+
+def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, factors: bool = False) -> Path:
+    """Write the adapter `name` to `folder`/adapter.safetensors, and return that path.
+
+    factors: also write the frozen factors, (N + K) · r numbers a layer, for whoever must not recompute them.
+    The file is written beside its place and moved there whole: an interruption leaves the previous one. Merged or
+    not, active or not, the adapter is the same. ValueError if the model has no adapter of that name.
+    """
+    shared = shared_of(model, name)
+    tensors = {n: p.detach().cpu().contiguous() for n, p in named_adapter_parameters(model, name).items()}
+    if factors:
+        for site, layer in adapted_layers(model).items():
+            if name in layer.adapters:
+                for n, t in layer.adapters[name].named_buffers():
+                    tensors[f"frozen.{site}.{n}"] = t.detach().cpu().contiguous()
+    header = {
+        "format": FORMAT_VERSION,
+        "tinylora": tinylora.__version__,
+        "config": shared.config.to_dict(),
+        "modules": len(shared.sites),
+        "base": shared.fingerprint,
+        "factors": factors,
+    }
+    header["checksum"] = _checksum(header, tensors)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=FILE, suffix=".tmp", delete=False) as scratch:
+        pass
+    try:
+        save_file(tensors, scratch.name, metadata={"format": "pt", "tinylora": json.dumps(header)})
+        with open(scratch.name, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(scratch.name, 0o666 & ~_umask())  # a temporary file is private, an adapter is not
+        os.replace(scratch.name, folder / FILE)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(scratch.name)
+    return folder / FILE
+
+
+def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> nn.Module:
+    """Put the adapter from `folder` on the model under `name`, active and trainable. Returns the model.
+
+    If the model has an adapter of that name with the same config, only its numbers are replaced. Frozen factors
+    in the file are used as they are; otherwise they are rebuilt from the model's weights (from the disk cache, if
+    these were decomposed before).
+
+    ValueError, with the model left as it was: no file, one that is truncated or changed, another format version,
+    another base model, an adapter of that name with another config.
+    """
+    path = Path(folder) / FILE
+    header, tensors = read(path)
+    config = config_from_dict(header["config"])
+    layers = find_targets(model, config.target_modules)
+    if len(layers) != header["modules"]:
+        raise ValueError(
+            f"{path} was trained on {header['modules']} modules, but {type(model).__name__} has {len(layers)} targets: "
+            "expected the same base model"
+        )
+    existing = name in adapter_names(model)
+    if existing and shared_of(model, name).config != config:
+        raise ValueError(
+            f"name is {name!r}, but the model has an adapter of that name with another config: "
+            f"{shared_of(model, name).config}, the file has {config}"
+        )
+    digests = None if existing else base_digests(layers)
+    base = shared_of(model, name).fingerprint if existing else fingerprint(digests)
+    if base != header["base"]:
+        raise ValueError(
+            f"{path} was trained on another base model: it was made for weights {header['base'][:12]}, "
+            f"this {type(model).__name__} has {base[:12]}. The numbers mean nothing here"
+        )
+    trained = {n: t for n, t in tensors.items() if not n.startswith("frozen.")}
+    _check_names(path, trained, config, sites_of(layers))
+    if not existing:
+        frozen = None
+        if header["factors"]:
+            frozen = {
+                site: {
+                    n.removeprefix(f"frozen.{site}."): t.to(layer.weight.device)
+                    for n, t in tensors.items()
+                    if n.startswith(f"frozen.{site}.")
+                }
+                for site, layer in layers.items()
+            }
+        attach(model, layers, config, name, frozen, digests)
+    with torch.no_grad():
+        for n, p in named_adapter_parameters(model, name).items():
+            p.copy_(trained[n])
+    return model
+
+
+def read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
+    """(header, tensors) of an adapter file, checked against its checksum. ValueError says what is wrong with it."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist, expected an adapter that tinylora.save wrote")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {n: file.get_tensor(n) for n in file.offset_keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from None
+    if "tinylora" not in metadata:
+        raise ValueError(f"{path} is a safetensors file, but not an adapter that tinylora.save wrote")
+    try:
+        header = json.loads(metadata["tinylora"])
+        version, claimed = header["format"], header.pop("checksum")
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: its header cannot be read ({error})") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, expected {FORMAT_VERSION}: "
+            f"it was written by tinylora {header.get('tinylora')}, this is {tinylora.__version__}"
+        )
+    if claimed != _checksum(header, tensors):
+        raise ValueError(f"{path} is damaged: its checksum is not that of its contents")
+    return header, tensors
+
+
+def _check_names(path, trained, config, sites) -> None:
+    expected = dict(config.shared_shapes(sites))
+    for site in sites:
+        expected |= {f"{site.name}.{n}".lstrip("."): shape for n, shape in config.local_shapes(site).items()}
+    found = {n: tuple(t.shape) for n, t in trained.items()}
+    if found != {n: tuple(s) for n, s in expected.items()}:
+        odd = sorted(set(found.items()) ^ {(n, tuple(s)) for n, s in expected.items()})[0]
+        raise ValueError(f"{path} does not fit this model's modules: {odd[0]} with shape {odd[1]} is on one side only")
+
+
+def _checksum(header: dict, tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        t = tensors[name].contiguous()
+        sha.update(f"{name} {t.dtype} {tuple(t.shape)} ".encode())
+        sha.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+    return sha.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

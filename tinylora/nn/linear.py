@@ -1,0 +1,93 @@
+"""The drop-in layer: a frozen linear layer that adapters can be added to."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinylora.adapters import Adapter, AdapterConfig
+from tinylora.ops import adapted_linear
+
+
+class Linear(nn.Linear):
+    """Y = X Wᵀ + b, and with an active adapter Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ (`tinylora.ops.adapted_linear`).
+
+    `weight` ([N, K]) and `bias` ([N] or None) are the very parameters of the layer it was made from, under the
+    same state_dict names; the dtype of the output is theirs. Adapters stand in `adapters`, by name; at most one
+    is active (`active`), and merging adds it to `weight` until `unmerge`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._start()
+
+    def _start(self) -> None:
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+        self.merged: str | None = None
+        self._unmerged_weight: Tensor | None = None
+
+    @classmethod
+    def wrap(cls, linear: nn.Linear) -> "Linear":
+        """This layer around `linear`'s own parameters: no copy, no adapter yet. Hooks on `linear` come along.
+
+        ValueError if `linear` has a forward of its own (accelerate's device_map puts one there): it would win.
+        """
+        if "forward" in linear.__dict__:
+            raise ValueError(
+                "this torch.nn.Linear has its forward replaced (accelerate does that to models spread by device_map), "
+                "expected a plain one: load the model on one device, or remove the hooks first"
+            )
+        layer = cls.__new__(cls)
+        layer.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in linear.__dict__.items()})
+        layer._start()
+        return layer
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: AdapterConfig) -> "Linear":
+        """A layer with `linear`'s parameters and a new adapter, by itself and not as a part of a model.
+
+        `tinylora.adapter_parameters(layer)`, `save`, `load`, `merge` and the others take it as they take a model.
+        The base is frozen. ValueError if `linear` is not a torch.nn.Linear, or the config does not fit it.
+        """
+        from tinylora.nn.model import attach
+
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"linear is a {type(linear).__name__}, expected a torch.nn.Linear")
+        layer = cls.wrap(linear)
+        attach(layer, {"": layer}, config, "default")
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.active is None or self.merged is not None:
+            return F.linear(x, self.weight, self.bias)
+        down, core, up, basis = self.adapters[self.active].factors()
+        return adapted_linear(x, self.weight, down, core, up, self.bias, basis=basis)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W becomes W + U C D: summed in fp32, rounded once to W's dtype.
+
+        The original weight is kept (off the GPU, in host memory), so that `unmerge` restores it bit for bit; the
+        merged weight has lost what its dtype cannot hold, for bf16 up to all of a small update.
+        """
+        if self.active is None or self.merged is not None:
+            return
+        delta = self.adapters[self.active].factors().delta()
+        self._unmerged_weight = self.weight.detach().to("cpu", copy=True)
+        self.weight.copy_(delta.add_(self.weight))
+        self.merged = self.active
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """The weight as it was before `merge`, bit for bit."""
+        if self.merged is None:
+            return
+        self.weight.copy_(self._unmerged_weight)
+        self.merged, self._unmerged_weight = None, None
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        self.adapters[name] = adapter
+
+    def extra_repr(self) -> str:
+        state = f", active={self.active}" if self.active else ""
+        return super().extra_repr() + state + (f", merged={self.merged}" if self.merged else "")

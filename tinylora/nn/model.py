@@ -1,0 +1,203 @@
+"""Adapters on a whole model: put them on, switch between them, merge them."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tinylora.adapters import AdapterConfig, Shared
+from tinylora.adapters.factor_cache import digest
+from tinylora.nn.linear import Linear
+from tinylora.nn.targets import find_targets, sites_of
+
+STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v
+
+
+def apply(model: nn.Module, config: AdapterConfig, name: str = "default") -> nn.Module:
+    """Put an adapter on a model, in place, and make it the active one. Returns the model.
+
+    Every target (`config.target_modules`) becomes a `tinylora.Linear` around its own weight; everything but the
+    adapter is frozen. The model's outputs are unchanged until the adapter is trained. Decomposing the weights
+    shows a progress bar and is cached on disk (~/.cache/tinylora), so that it happens once for a checkpoint.
+
+    Several adapters can live on a model under different names; `tinylora.activate` switches.
+    ValueError: nothing to adapt, a name in use or with a dot, a merged model, weights not loaded yet.
+    """
+    attach(model, find_targets(model, config.target_modules), config, name)
+    return model
+
+
+def attach(
+    root: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    config: AdapterConfig,
+    name: str,
+    frozen: Mapping[str, dict[str, Tensor]] | None = None,
+    digests: Mapping[str, tuple[str, str]] | None = None,
+) -> Shared:
+    """`apply` for layers that are found already, and with `frozen` tensors by layer name that exist already.
+
+    All that can fail comes first: an error leaves the model as it was.
+    """
+    if not name or "." in name:
+        raise ValueError(f"name is {name!r}, expected one without dots: it becomes a part of parameter names")
+    if name in adapter_names(root):
+        raise ValueError(f"name is {name!r}, but the model has an adapter of that name: {adapter_names(root)}")
+    _refuse_merged(root)
+    sites = sites_of(layers)
+    digests = digests or base_digests(layers)
+    shared = Shared(config, sites, fingerprint(digests))
+    if frozen is None:
+        with torch.no_grad():
+            frozen = {
+                site.name: config.frozen(site, layers[site.name].weight, digests[site.name][0])
+                for site in _progress(sites, f"{config.kind} factors")
+            }
+
+    device = layers[sites[0].name].weight.device
+    if STORE not in root._modules:
+        root.add_module(STORE, nn.ModuleDict())
+    root.get_submodule(STORE)[name] = shared.to(device)
+    for p in root.parameters():
+        p.requires_grad_(False)
+    for site in sites:
+        layer = layers[site.name]
+        if not isinstance(layer, Linear):
+            layer = Linear.wrap(layer)
+            root.set_submodule(site.name, layer)
+        adapter = config.adapter(site, frozen[site.name], shared).to(layer.weight.device)
+        adapter.train(layer.training)
+        layer.add(name, adapter)
+    activate(root, name)
+    return shared
+
+
+def base_digests(layers: Mapping[str, nn.Linear]) -> dict[str, tuple[str, str]]:
+    """Two digests of every layer's weight: of its bytes, and of its values rounded to bf16."""
+    found = {}
+    for name in _progress(list(layers), "reading weights"):
+        weight = layers[name].weight.detach()
+        if weight.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no data: load the weights first")
+        exact = digest(weight)
+        found[name] = exact, exact if weight.dtype == torch.bfloat16 else digest(weight.bfloat16())
+    return found
+
+
+def fingerprint(digests: Mapping[str, tuple[str, str]]) -> str:
+    """What identifies a base model: SHA-256 over its targets' names and their weights rounded to bf16.
+
+    Rounded, so that a bf16 checkpoint loaded in fp32 is the same base as in bf16.
+    """
+    return hashlib.sha256("".join(f"{n} {rounded}\n" for n, (_, rounded) in digests.items()).encode()).hexdigest()
+
+
+def _progress(items: list, what: str) -> Iterable:
+    """A progress bar where there is something to wait for and someone to see it."""
+    return tqdm(items, desc=what, unit="layer", leave=False, disable=None if len(items) > 1 else True)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Linear]:
+    """The model's `tinylora.Linear` layers, by name; the model itself, as "", if it is one."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the model's adapters."""
+    return list(model._modules[STORE].keys()) if STORE in model._modules else []
+
+
+def shared_of(model: nn.Module, name: str) -> Shared:
+    """What the root owns of an adapter. ValueError if there is none of that name."""
+    if name not in adapter_names(model):
+        raise ValueError(
+            f"name is {name!r}, but {type(model).__name__} has "
+            + (f"the adapters {adapter_names(model)}" if adapter_names(model) else "no adapter: tinylora.apply first")
+        )
+    return model.get_submodule(STORE)[name]
+
+
+def named_adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
+    """What trains of an adapter, by a name that is the same on every copy of the model: "v", "<layer>.core"."""
+    found = dict(shared_of(model, name).named_parameters())
+    for layer_name, layer in adapted_layers(model).items():
+        if name in layer.adapters:
+            local = layer.adapters[name].named_parameters()
+            found |= {f"{layer_name}.{n}".lstrip("."): p for n, p in local}
+    return found
+
+
+def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
+    """What trains of an adapter, each parameter once, in fp32: an optimiser's argument.
+
+    The numel() sum to the count that `tinylora params` prints. ValueError if there is no adapter of that name.
+    """
+    return list(named_adapter_parameters(model, name).values())
+
+
+def activate(model: nn.Module, name: str | None) -> None:
+    """Make an adapter the one that runs and trains; None is the base model. ValueError on a merged model."""
+    if name is not None:
+        shared_of(model, name)
+    _refuse_merged(model)
+    for other in adapter_names(model):
+        for p in adapter_parameters(model, other):
+            p.requires_grad_(other == name)
+    for layer in adapted_layers(model).values():
+        layer.active = name if name in layer.adapters else None
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """`with tinylora.disabled(model):` runs the base model: GRPO's reference policy, or a baseline."""
+    layers = adapted_layers(model)
+    _refuse_merged(model)
+    before = {n: layer.active for n, layer in layers.items()}
+    for layer in layers.values():
+        layer.active = None
+    try:
+        yield model
+    finally:
+        for n, layer in layers.items():
+            layer.active = before[n]
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Add the active adapter to the weights, in place (see `Linear.merge`): for export, not for training.
+
+    The originals are kept in host memory until `unmerge`. ValueError if no adapter is active.
+    """
+    layers = [layer for layer in adapted_layers(model).values() if layer.active is not None]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no active adapter to merge: tinylora.apply or activate first")
+    merging = {id(layer.weight) for layer in layers}
+    owners: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) in merging:
+            owners.setdefault(id(p), []).append(name)
+    for names in owners.values():
+        if len(names) > 1:  # a language model's head tied to its embedding: merging would change both
+            raise ValueError(
+                f"{' and '.join(names)} are one tensor, expected a weight of its own: untie before merging"
+            )
+    for layer in layers:
+        layer.merge()
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Restore the weights from before `merge`, bit for bit. A model that is not merged stays as it is."""
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+    return model
+
+
+def _refuse_merged(model: nn.Module) -> None:
+    for name, layer in adapted_layers(model).items():
+        if layer.merged is not None:
+            raise ValueError(
+                f"{name or 'the layer'} has adapter {layer.merged!r} merged: tinylora.unmerge(model) first"
+            )

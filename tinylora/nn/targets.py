@@ -1,0 +1,62 @@
+"""Which layers of a model an adapter goes to."""
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from tinylora.adapters import Site
+from tinylora.nn.linear import Linear
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every torch.nn.Linear (or layer of ours) below the model, by name, in depth order, each module once.
+
+    Subclasses of torch.nn.Linear by others are passed over: their forward is theirs (quantised layers, PEFT's).
+    """
+    return {n: m for n, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Linear)}
+
+
+def in_a_block(model: nn.Module, name: str) -> bool:
+    """Whether a module lies inside a repeated block: a ModuleList on its path, as all transformers have."""
+    parts = name.split(".")
+    return any(isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(1, len(parts)))
+
+
+def find_targets(model: nn.Module, targets: Sequence[str] | str | None) -> dict[str, nn.Linear]:
+    """The layers that `target_modules` names, by name, in depth order; see AdapterConfig.
+
+    ValueError names what matched nothing, and what there would have been.
+    """
+    if isinstance(model, Linear):
+        return {"": model}
+    layers = linear_layers(model)
+    if targets is None:
+        found = {n: m for n, m in layers.items() if in_a_block(model, n)}
+    elif isinstance(targets, str):
+        found = {n: m for n, m in layers.items() if re.fullmatch(targets, n)}
+    else:
+        matched = {t: [n for n in layers if n == t or n.endswith("." + t)] for t in targets}
+        lost = [t for t, names in matched.items() if not names]
+        if lost:
+            raise ValueError(f"target_modules names {', '.join(map(repr, lost))}, {_what_there_is(model, layers)}")
+        chosen = {n for names in matched.values() for n in names}
+        found = {n: m for n, m in layers.items() if n in chosen}
+    if not found:
+        asked = (
+            "no target_modules (every linear layer in a block)" if targets is None else f"target_modules {targets!r}"
+        )
+        raise ValueError(f"{type(model).__name__} with {asked}: nothing to adapt, {_what_there_is(model, layers)}")
+    return found
+
+
+def _what_there_is(model: nn.Module, layers: dict[str, nn.Linear]) -> str:
+    types = sorted({n.rpartition(".")[2] for n in layers})
+    if types:
+        return f"expected some of its torch.nn.Linear modules: {', '.join(types)}"
+    others = sorted({type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None})
+    return f"and it has no torch.nn.Linear at all, only {', '.join(others) or 'modules without weights'}"
+
+
+def sites_of(layers: dict[str, nn.Linear]) -> list[Site]:
+    return [Site(name, layer.out_features, layer.in_features) for name, layer in layers.items()]
