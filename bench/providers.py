@@ -120,16 +120,19 @@ def _peft(name, linear, f) -> Provider:
 
 
 def _ours(name, linear, f) -> Provider:
-    """The layer that users get, with the shared factors in place of its own SVD's."""
-    from tinylora.ops import adapted_linear
+    """The layer that users get. As with PEFT, its SVD is replaced by the shared factors (singular values of one), and
+    P and v are overwritten in place."""
+    import tinylora
 
-    v = f.v.float().requires_grad_()
-    basis = f.basis.float()
-
-    def forward(x):
-        return adapted_linear(x, linear.weight, f.down, v, f.up, linear.bias, basis=basis)
-
-    return Provider(name, forward, v)
+    shared = f.up.float(), f.up.new_ones(f.down.shape[0], dtype=torch.float32), f.down.float()
+    config = tinylora.TinyLoraConfig(r=f.down.shape[0], u=f.v.shape[0])
+    with mock.patch("tinylora.adapters.lora_xs.cached_svd", lambda *_: shared):
+        layer = tinylora.Linear.from_linear(linear, config)
+    (v,) = tinylora.adapter_parameters(layer)
+    with torch.no_grad():
+        v.copy_(f.v)
+        layer.adapters["default"].P.copy_(f.basis)
+    return Provider(name, layer, v)
 
 
 class Case:

@@ -45,7 +45,7 @@ def run(results: Results, device: torch.device, model: str = "Qwen2.5-7B", r: in
         for spectrum in SPECTRA:
             W = weight(spectrum, layer.N, layer.K, device)
 
-            def row(provider, **values):
+            def row(provider, spectrum=spectrum, **values):
                 row = Row("svd", model, spectrum, provider, "startup", None, layer.N, layer.K, r, dtype="fp32")
                 for name, value in values.items():
                     setattr(row, name, value)
