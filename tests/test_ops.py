@@ -205,6 +205,13 @@ def test_autocast_casts_what_linear_would_cast_and_leaves_the_core(dtype):
     torch.testing.assert_close(leaves[3].grad, again[3].grad, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if "rows" not in p.core], ids=lambda p: p.id)
+def test_operands_that_fit_skip_the_long_check(problem, monkeypatch):
+    monkeypatch.setattr("tinylora.ops.checks.explain", lambda *_: pytest.fail("the long check ran"))
+    operands, ids, basis = problem.operands()
+    adapted_linear(*operands, ids, basis=basis)
+
+
 def broken(**changes):
     operands, ids, basis = Problem(6, 8, 16, 2).operands()
     arguments = dict(zip(NAMES, operands, strict=True)) | {"adapter_ids": ids, "basis": basis}
