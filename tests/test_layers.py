@@ -87,8 +87,8 @@ def run(*command, cwd, **env):
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    tracked = run("git", "ls-files", "-z", cwd=ROOT).split("\0")
-    for name in filter(None, tracked):  # what a clone holds, so that the checkout gets no build/ folder
+    tracked = run("git", "ls-files", "-zco", "--exclude-standard", cwd=ROOT).split("\0")
+    for name in filter(None, tracked):  # what a clone would hold, so that the checkout gets no build/ folder
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
     run(
