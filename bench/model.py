@@ -130,7 +130,7 @@ def run(
                     model, trains = _adapt(name, model, r, u)
                     seconds = time.perf_counter() - start
                     candidate = Adapted(model, trains, inputs)
-                    own = _gate(name, _errors(candidate, inputs), own if name != who.BARE else {}, DTYPES[dtype])
+                    own = _gate(name, _errors(candidate, inputs), own, DTYPES[dtype])
                 except Exception as error:  # one that fails must not take the others' rows with it
                     why = "wrong" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}"
                     row(name, "all", note=f"{why}: {' '.join(str(error).split())}"[:200])

@@ -27,6 +27,15 @@ def plan(**changes) -> linear.Plan:
     return linear.Plan(**values | changes)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads that wait for each other on a busy machine take ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Layers of 48 x 32 instead of a model's: a run is over at once."""
