@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from bench import linear, model, providers, report, rows, shapes, svd
+from bench import linear, model, providers, report, rows, shapes, svd, timing
 
 DESCRIPTION = """\
 Measures tinylora against the bare frozen layer, PEFT's TinyLoRA, plain code and torch.compile.
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     def common(p):
         p.add_argument("--out", type=Path, default=rows.OUT, help="folder for csv, md and png (default bench/out)")
         p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-        p.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+        p.add_argument("--threads", type=int, help="CPU threads (default: one per idle core)")
 
     common(main)
     main.add_argument("--budget", type=float, default=MAIN_BUDGET, help="seconds for all of it (default %(default)g)")
@@ -101,9 +101,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # PEFT and transformers warn of what this benchmark does on purpose; stderr is for the progress bar.
     warnings.filterwarnings("ignore", module=r"(peft|transformers)\b")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    if device.type == "cpu":
+        _set_threads(args.threads)
     started = time.perf_counter()
     ops = (args.what,) if args.what else ("svd", "model", "linear")
     missed: list[str] = []
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         if "svd" in ops:
             svd.run(results, device, **({"model": args.model} if args.what else {"budget": args.budget / 2}))
         if "model" in ops:
-            _model(results, device, args)
+            _model(results, device, args, started)
         if "linear" in ops:
             chosen = args if args.what else parser().parse_args(["linear"])
             budget = args.budget if args.what else max(30.0, args.budget - (time.perf_counter() - started))
@@ -125,14 +125,26 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if any(bad) else 0
 
 
-def _model(results, device, args) -> None:
+def _set_threads(wanted: int | None) -> None:
+    """As many as wanted, else as many as find an idle core: threads that wait for one that waits for a core measure
+    the scheduler, and a tenth of the speed."""
+    threads = wanted or max(1, min(torch.get_num_threads(), round(timing.idle_cores())))
+    if threads < torch.get_num_threads() and not wanted:
+        print(f"The machine is busy: {threads} of {torch.get_num_threads()} threads are used.", file=sys.stderr)
+    torch.set_num_threads(threads)
+
+
+def _model(results, device, args, started) -> None:
     try:
         model.folder()
         import transformers  # noqa: F401
     except ImportError as error:
         results.add(rows.Row("model", model.MODEL, "all", "", "", note=f"not measured: {error}"))
         return
-    model.run(results, device, **({"dtypes": tuple(args.dtypes), "budget": args.budget} if args.what else {}))
+    if args.what:
+        model.run(results, device, tuple(args.dtypes), args.budget)
+    else:  # a slow start-up on a busy machine must not eat what the linear layers need
+        model.run(results, device, latest_start=started + 0.6 * args.budget)
 
 
 def _show(results, missed, seconds) -> None:

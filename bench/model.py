@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 import time
 from pathlib import Path
 
@@ -107,8 +108,12 @@ def run(
     tokens: int = 64,
     r: int = 2,
     u: int = 13,
+    latest_start: float = math.inf,
 ) -> None:
-    """Rows of `model`: start-up, forward and training step of the base, PEFT's TinyLoRA and ours, in turns."""
+    """Rows of `model`: start-up, forward and training step of the base, PEFT's TinyLoRA and ours, in turns.
+
+    A dtype whose turn comes after `latest_start` (by time.perf_counter) is not measured.
+    """
     names = (who.BARE, who.PEFT, who.OURS)
     inputs = batch(sentences, tokens, device)
     with tqdm(total=len(dtypes) * 2, desc="model", unit="pass", dynamic_ncols=True) as bar:
@@ -120,6 +125,9 @@ def run(
                     setattr(row, field, value)
                 results.add(row)
 
+            if time.perf_counter() > latest_start:
+                row("", "all", note="not measured: the time for it was over")
+                continue
             own: dict[str, float] = {}
             adapted = {}
             for name in names:

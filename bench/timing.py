@@ -1,5 +1,6 @@
 """Times of several providers, taken in turns so that whatever else the machine does hits all of them alike."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,6 +127,21 @@ def _captured(sweep) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         sweep()
     return graph
+
+
+def idle_cores(seconds: float = 0.5) -> float:
+    """Cores that nobody has used for this long, from /proc/stat; all of them where there is none."""
+    stat, ticks = Path("/proc/stat"), os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+    if not stat.exists():
+        return os.cpu_count()
+
+    def idle() -> int:
+        fields = stat.read_text().split("\n", 1)[0].split()
+        return int(fields[4]) + int(fields[5])  # idle and waiting for I/O
+
+    before, start = idle(), time.perf_counter()
+    time.sleep(seconds)
+    return (idle() - before) / ticks / (time.perf_counter() - start)
 
 
 def once(call: Callable[[], object], device: torch.device) -> float:
