@@ -15,10 +15,12 @@ from bench.rows import Results, Row
 FORWARD, BOTH = PASSES = ("forward", "forward+backward")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# On a CPU the default grid is a sample: three shapes that differ most in N / K (o_proj is q_proj again, and k_proj
-# and v_proj are small and quick), only the first where a model comes last, and no cell above this many operations.
-SAMPLE = ("q_proj", "gate_proj", "down_proj", "query", "intermediate")
+# On a CPU the default grid is a sample: the three shapes of a model that differ most in N / K (o_proj is q_proj again,
+# k_proj and v_proj are small), no cell above this many operations, and torch.compile, which takes longer to compile
+# than all of a layer's cells take to time, on one model.
+SAMPLE = ("q_proj", "gate_proj", "down_proj", "query", "intermediate", "output")
 CPU_OPERATIONS = 2.5e9
+CPU_COMPILED = "Qwen2.5-1.5B"
 CPU_ROWS, CUDA_ROWS = (1, 16, 64, 256), (1, 16, 128, 1024, 8192)
 
 
@@ -77,6 +79,8 @@ def _make(plan, case, results, layer, dtype) -> dict[str, Provider]:
     for name in plan.providers:
         if name == who.PEFT_SAME_DTYPE and dtype == "fp32":
             continue  # an fp32 base has fp32 adapters either way: this is `peft`
+        if name == who.COMPILED and plan.sample and layer.model != CPU_COMPILED:
+            continue
         try:
             present[name] = who.make(name, case.linear, case.factors)
         except ImportError as error:

@@ -61,6 +61,12 @@ def _mean(ratios: list[float]) -> str:
     return f"{geometric_mean(ratios):.2f}" if ratios else ""
 
 
+def noise(rows: list[Row]) -> float:
+    """Spread of the median row: its p80 over its p20."""
+    spreads = sorted(row.p80_ms / row.p20_ms for row in rows if row.p20_ms and row.p80_ms)
+    return spreads[len(spreads) // 2] if spreads else 1.0
+
+
 def bars(rows: list[Row]) -> list[str]:
     """One line per bar: what it is, what was measured, met or missed."""
     found = list(barred(rows).values())

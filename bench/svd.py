@@ -1,6 +1,7 @@
 """`python -m bench svd`: what it takes to start TinyLoRA on one layer, and whether the factors span the right space."""
 
 import math
+import time
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +39,22 @@ def angle(span: Tensor, other: Tensor) -> float:
     return math.degrees(math.asin(min(1.0, sine.item())))
 
 
-def run(results: Results, device: torch.device, model: str = "Qwen2.5-7B", r: int = 2) -> None:
-    """Rows of `svd`: seconds of both, and the angle of ours to PEFT's, which come from a full SVD."""
+def run(
+    results: Results,
+    device: torch.device,
+    model: str = "Qwen2.5-7B",
+    r: int = 2,
+    budget: float = math.inf,
+    spectra: tuple[str, ...] = SPECTRA,
+) -> None:
+    """Rows of `svd`: seconds of both, and the angle of ours to PEFT's, which come from a full SVD.
+
+    PEFT takes no part any more once half of `budget` seconds have passed.
+    """
+    started = time.perf_counter()
     layer = next(layer for layer in shapes.layers(model) if layer.projections[0] in ("q_proj", "query"))
-    with tqdm(total=2 * len(SPECTRA), desc="svd", unit="svd", dynamic_ncols=True) as bar:
-        for spectrum in SPECTRA:
+    with tqdm(total=2 * len(spectra), desc="svd", unit="svd", dynamic_ncols=True) as bar:
+        for spectrum in spectra:
             W = weight(spectrum, layer.N, layer.K, device)
 
             def row(provider, spectrum=spectrum, **values):
@@ -54,6 +66,10 @@ def run(results: Results, device: torch.device, model: str = "Qwen2.5-7B", r: in
 
             bar.set_postfix_str(f"{spectrum}: tinylora")
             seconds, (down, up) = _ours(W, r, device)
+            if time.perf_counter() - started > budget / 2:
+                row(who.PEFT, note=f"not measured: half of the {budget:.0f} s for this were over")
+                row(who.OURS, p50_ms=seconds * 1e3, rounds=1)
+                continue
             bar.set_postfix_str(f"{spectrum}: PEFT, a full SVD")
             try:
                 theirs, (their_down, their_up) = _peft(W, r, device)

@@ -1,5 +1,6 @@
 """Times of several providers, taken in turns so that whatever else the machine does hits all of them alike."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,13 @@ from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:  # not on Windows; there a busy machine only widens the spread
+    resource = None
+
 MIN_ROUNDS, MAX_ROUNDS = 5, 400
+SHORT = 5e-3  # seconds
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,15 @@ def alternate(
     else:
         calls = {name: _on_host(call) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for i, call in enumerate(calls.values()):  # warm-up
+    quiet: dict[str, list[float]] = {name: [] for name in calls}
+    slowest = 0.0
+    for i, call in enumerate(calls.values()):  # the second call counts: the first compiles, loads and allocates
         rotate(i % buffers)
         call()
+        slowest = max(slowest, call())
+    # In a model the layer before ran the same code, on other weights: a short call is timed after an untimed one of
+    # its own provider. Straight after another's, its code is not in the caches, and a call of 0.5 ms takes 6 % longer.
+    untimed, timed = (1, 2) if slowest < SHORT else (0, 1)
     names, turn = list(calls), count()
     deadline = time.perf_counter() + budget
     for round_ in range(MAX_ROUNDS):
@@ -57,9 +70,21 @@ def alternate(
             break
         first = round_ % len(names)  # nobody always runs first, after the same neighbour
         for name in names[first:] + names[:first]:
-            rotate(next(turn) % buffers)
-            seconds[name].append(calls[name]())
-    return {name: Times.of(s) for name, s in seconds.items()}
+            for repeat in range(untimed + timed):
+                rotate(next(turn) % buffers)
+                before = _preemptions()
+                elapsed = calls[name]()
+                if repeat >= untimed:
+                    seconds[name].append(elapsed)
+                    if _preemptions() == before:
+                        quiet[name].append(elapsed)
+    # A call during which the kernel gave one of our cores to somebody else measures that somebody (two threads then
+    # wait for each other for whole scheduler ticks); without it, unless hardly any call was left alone.
+    return {name: Times.of(q if len(q) >= MIN_ROUNDS else seconds[name]) for name, q in quiet.items()}
+
+
+def _preemptions() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
 
 
 def _nothing(i: int) -> None:
@@ -111,6 +136,21 @@ def _captured(sweep) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         sweep()
     return graph
+
+
+def idle_cores(seconds: float = 0.5) -> float:
+    """Cores that nobody has used for this long, from /proc/stat; all of them where there is none."""
+    stat, ticks = Path("/proc/stat"), os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+    if not stat.exists():
+        return os.cpu_count()
+
+    def idle() -> int:
+        fields = stat.read_text().split("\n", 1)[0].split()
+        return int(fields[4]) + int(fields[5])  # idle and waiting for I/O
+
+    before, start = idle(), time.perf_counter()
+    time.sleep(seconds)
+    return (idle() - before) / ticks / (time.perf_counter() - start)
 
 
 def once(call: Callable[[], object], device: torch.device) -> float:
