@@ -2,6 +2,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests need no network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Small problems: a second thread only waits, and on a busy machine ten times as long. Subprocesses inherit it.
+for library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import pytest
 import torch
