@@ -39,15 +39,21 @@ class Plan:
     u: int = 13
 
     def cells(self) -> list[tuple[shapes.Layer, str, list[int]]]:
-        """(layer, dtype, the Ms): Qwen2.5 first, as the bars are about it, and small before large."""
+        """(layer, dtype, the Ms). Qwen2.5 first, as the bars are about it; the same projection of every model before
+        the next one, so that a budget that ends early leaves no model out."""
         cells = []
         for model in self.models:
-            for layer in shapes.layers(model):
-                if self.sample and layer.projections[0] not in SAMPLE:
-                    continue
+            chosen = [s for s in shapes.layers(model) if not self.sample or s.projections[0] in SAMPLE]
+            for place, layer in enumerate(chosen):
                 rows = [M for M in self.rows if not self.sample or 2 * M * layer.N * layer.K <= CPU_OPERATIONS]
-                cells += [(layer, dtype, rows) for dtype in self.dtypes if rows]
-        return cells
+                order = (not model.startswith("Qwen2.5"), place)
+                cells += [(order, (layer, dtype, rows)) for dtype in self.dtypes if rows]
+        return [cell for _, cell in sorted(cells, key=lambda c: c[0])]
+
+
+def _weight(layer: shapes.Layer, M: int) -> float:
+    """A cell's claim on the budget: a fixed part, and its operations."""
+    return 0.3 + 2 * M * layer.N * layer.K / CPU_OPERATIONS
 
 
 def run(plan: Plan, results: Results, device: torch.device) -> list[str]:
@@ -55,7 +61,8 @@ def run(plan: Plan, results: Results, device: torch.device) -> list[str]:
     deadline = time.perf_counter() + plan.budget
     cells = plan.cells()
     total = sum(len(rows) for *_, rows in cells)
-    left, missed = total, []
+    left = sum(_weight(layer, M) for layer, _, rows in cells for M in rows)
+    missed: list[str] = []
     with tqdm(total=total, desc="linear", unit="cell", dynamic_ncols=True) as bar:
         for layer, dtype, rows in cells:
             if time.perf_counter() > deadline:
@@ -66,9 +73,9 @@ def run(plan: Plan, results: Results, device: torch.device) -> list[str]:
             weight64 = case.linear.weight.double()
             present = _make(plan, case, results, layer, dtype)
             for M in rows:
-                share = max(0.0, deadline - time.perf_counter()) / left
+                share = max(0.0, deadline - time.perf_counter()) * _weight(layer, M) / left
                 _cell(plan, case, weight64, present, layer, dtype, M, share, results, device)
-                left -= 1
+                left -= _weight(layer, M)
                 bar.update()
     return missed
 
