@@ -17,10 +17,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # On a CPU the default grid is a sample: the three shapes of a model that differ most in N / K (o_proj is q_proj again,
 # k_proj and v_proj are small), no cell above this many operations, and torch.compile, which takes longer to compile
-# than all of a layer's cells take to time, on one model.
+# than all of a layer's cells take to time, on one layer.
 SAMPLE = ("q_proj", "gate_proj", "down_proj", "query", "intermediate", "output")
 CPU_OPERATIONS = 2.5e9
-CPU_COMPILED = "Qwen2.5-1.5B"
+CPU_COMPILED = ("Qwen2.5-1.5B", "q_proj")
 CPU_ROWS, CUDA_ROWS = (1, 16, 64, 256), (1, 16, 128, 1024, 8192)
 
 
@@ -57,7 +57,7 @@ def _weight(layer: shapes.Layer, M: int) -> float:
 
 
 def run(plan: Plan, results: Results, device: torch.device) -> list[str]:
-    """Measure; rows go to `results`. Returns the cells that the budget did not reach, in words."""
+    """Measure; rows go to `results`. Returns what the budget did not reach, in words."""
     deadline = time.perf_counter() + plan.budget
     cells = plan.cells()
     total = sum(len(rows) for *_, rows in cells)
@@ -66,7 +66,7 @@ def run(plan: Plan, results: Results, device: torch.device) -> list[str]:
     with tqdm(total=total, desc="linear", unit="cell", dynamic_ncols=True) as bar:
         for layer, dtype, rows in cells:
             if time.perf_counter() > deadline:
-                missed += [f"{layer.model} {layer.name} {dtype} M={M}" for M in rows]
+                missed.append(f"{layer.model} {layer.projections[0]} {dtype}, M = {', '.join(map(str, rows))}")
                 continue
             bar.set_postfix_str(f"{layer.model} {layer.projections[0]} {dtype}")
             case = Case(layer.N, layer.K, layer.bias, DTYPES[dtype], device, plan.r, plan.u)
@@ -86,7 +86,7 @@ def _make(plan, case, results, layer, dtype) -> dict[str, Provider]:
     for name in plan.providers:
         if name == who.PEFT_SAME_DTYPE and dtype == "fp32":
             continue  # an fp32 base has fp32 adapters either way: this is `peft`
-        if name == who.COMPILED and plan.sample and layer.model != CPU_COMPILED:
+        if name == who.COMPILED and plan.sample and (layer.model, layer.projections[0]) != CPU_COMPILED:
             continue
         try:
             present[name] = who.make(name, case.linear, case.factors)
