@@ -158,7 +158,7 @@ def _show(results, missed, seconds) -> None:
         parts += ["Start-up of one layer\n\n" + report.svd_table(results.rows)]
     if "model" in ops:
         parts += ["A whole model\n\n" + report.model_table(results.rows)]
-    if "linear" in ops:
+    if report.barred(results.rows):
         title = f"Geometric means over the shapes of Qwen2.5 at M >= {report.BAR_ROWS}"
         parts += [f"{title}\n\n{report.means_table(results.rows)}", "\n".join(report.bars(results.rows))]
     text = "\n\n".join(parts)
