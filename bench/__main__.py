@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from bench import linear, model, providers, report, rows, shapes, svd, timing
+from bench import analysis, linear, model, providers, report, rows, shapes, svd, timing
 
 DESCRIPTION = """\
 Measures tinylora against the bare frozen layer, PEFT's TinyLoRA, plain code and torch.compile.
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
     common(main)
     main.add_argument("--budget", type=float, default=MAIN_BUDGET, help="seconds for all of it (default %(default)g)")
-    what = main.add_subparsers(dest="what", metavar="linear | svd | model | table")
+    what = main.add_subparsers(dest="what", metavar="linear | svd | model | analysis | table")
 
     p = what.add_parser("linear", help=linear.__doc__.split(": ", 1)[1], description=linear.__doc__)
     common(p)
@@ -72,6 +72,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
     p.add_argument("--budget", type=float, default=12.0, help="seconds of timing (default %(default)g)")
 
+    p = what.add_parser(
+        "analysis", help=analysis.__doc__.split(": ", 1)[1].splitlines()[0], description=analysis.__doc__
+    )
+    common(p)
+    p.add_argument("--pretraining", type=int, default=500, help="steps on prose (default %(default)s)")
+    p.add_argument("--steps", type=int, default=150, help="steps on code, for every rate (default %(default)s)")
+
     p = what.add_parser("table", help="rewrite the results in README.md from bench/results/*.csv")
     p.add_argument("--readme", type=Path, default=rows.ROOT / "README.md")
     p.add_argument("--results", type=Path, default=rows.RESULTS)
@@ -98,6 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.what == "table":
         report.write_readme(args.readme, args.results)
+        return 0
+    if args.what == "analysis":
+        _set_threads(args.threads)
+        analysis.run(args.out, args.pretraining, args.steps)
         return 0
     # PEFT and transformers warn of what this benchmark does on purpose; stderr is for the progress bar.
     warnings.filterwarnings("ignore", module=r"(peft|transformers)\b")

@@ -55,7 +55,7 @@ def decode_kernel(
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -65,15 +65,16 @@ def decode_kernel(
     The accumulator is Yᵀ's, [BLOCK_N, BLOCK_M]: W is the side that fills a tensor core's rows, and few rows of
     X are not padded to 64. INLINE: z comes from X and D on the way, and program (0, j) stores it; otherwise s
     [M, WIDTH] comes from `thin`, and slice 0 alone adds it.
-    With SPLIT > 1 the partial sums meet in planes [SPLIT, M, N] and z_planes [SPLIT, M, R]; the last program of
-    a column block adds them from first to last.
+    SPLIT_K: the partial sums meet in planes [slices, M, N] and z_planes [slices, M, R]; the last program of a
+    column block adds them from first to last.
     """
     tile_n = tl.program_id(0)
     m = tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, WIDTH)
     rows = m[:, None] < M
-    k_slice = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
+    slices = tl.num_programs(1)
+    k_slice = tl.cdiv(tl.cdiv(K, BLOCK_K), slices) * BLOCK_K
     k_first = tl.program_id(1) * k_slice
     k = (k_first + tl.arange(0, BLOCK_K)).to(tl.int64)
     x_at = x + m.to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
@@ -104,10 +105,10 @@ def decode_kernel(
         u_tile = load_up(up, n, 0, N, stride_un, stride_ur, R, WIDTH, WIDTH, x.dtype.element_ty)  # [BLOCK_N, WIDTH]
         acc = dot_wide(u_tile, s_tile.T, acc, PRECISION)
         if tile_n == 0:
-            if SPLIT == 1:
-                tl.store(z + z_at, z_tile, mask=z_mask)
-            else:
+            if SPLIT_K:
                 tl.store(z_planes + tl.program_id(1) * M * R + z_at, z_tile, mask=z_mask)
+            else:
+                tl.store(z + z_at, z_tile, mask=z_mask)
     elif tl.program_id(1) == 0:
         for rank in range(0, WIDTH, BLOCK_R):
             s_tile = load_s(s, m, rank, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
@@ -115,19 +116,19 @@ def decode_kernel(
             acc = tl.dot(u_tile, s_tile.T, acc, input_precision=PRECISION)  # u_tile: [BLOCK_N, BLOCK_R]
     at = m.to(tl.int64)[None, :] * N + n[:, None]  # Y and the planes are contiguous
     inside = (m[None, :] < M) & (n[:, None] < N)
-    if SPLIT > 1:
+    if SPLIT_K:
         plane = tl.cast(M, tl.int64) * N
         tl.store(planes + tl.program_id(1) * plane + at, acc, mask=inside)
-        if last_to_arrive(arrived + tile_n, SPLIT):
+        if last_to_arrive(arrived + tile_n, slices):
             acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for j in range(SPLIT):
+            for j in range(slices):
                 acc += tl.load(planes + j * plane + at, mask=inside, other=0.0, cache_modifier=".cg")
             if HAS_BIAS:
                 acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]  # [BLOCK_N, 1]
             tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
             if INLINE and tile_n == 0:
                 z_tile = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-                for j in range(SPLIT):
+                for j in range(slices):
                     z_tile += tl.load(z_planes + j * M * R + z_at, mask=z_mask, other=0.0, cache_modifier=".cg")
                 tl.store(z + z_at, z_tile, mask=z_mask)
     else:
@@ -169,7 +170,7 @@ def decode(
         down,
         *core.pointers(z),
         up,
-        bias if bias is not None else z,
+        bias.contiguous() if bias is not None else z,
         z if inline else s,
         y,
         z,
@@ -194,7 +195,7 @@ def decode(
         HAS_BIAS=bias is not None,
         EVEN_K=K % tile.k == 0,
         PRECISION=precision,
-        SPLIT=tile.split,
+        SPLIT_K=tile.split > 1,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,

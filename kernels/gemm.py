@@ -191,7 +191,7 @@ def gemm_kernel(
                 x, w, row, column, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
                 BLOCK_M, BLOCK_N, BLOCK_K, False, K_MAJOR, EVEN_K, PRECISION,
             )  # fmt: skip
-        for rank in tl.static_range(0, WIDTH, BLOCK_R):
+        for rank in range(0, WIDTH, BLOCK_R):
             a = load_s(s, m, rank, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
             b = load_up(up, n, rank, N, stride_un, stride_ur, R, PERIOD, BLOCK_R, s.dtype.element_ty)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)  # b: [BLOCK_N, BLOCK_R]
@@ -245,7 +245,7 @@ def gemm(
         *operands,
         s,
         up,
-        bias if bias is not None else s,
+        bias.contiguous() if bias is not None else s,
         M,
         N,
         K,
@@ -255,7 +255,7 @@ def gemm(
         R=r,
         WIDTH=width,
         PERIOD=period(y.dtype, r),
-        BLOCK_R=min(width, 64),
+        BLOCK_R=width if width <= tile.rank else min(tile.rank, 32),
         HAS_BIAS=bias is not None,
         EXPAND=expand,
         DESCRIPTORS=tile.descriptors,

@@ -36,7 +36,7 @@ def store_core_gradient(
             tl.store(out + adapter.to(tl.int64) * U + a, dv.to(out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "slice_rows"])
 def core_gradient_kernel(
     t,
     z,
@@ -46,17 +46,17 @@ def core_gradient_kernel(
     planes,
     arrived,
     M,
+    slice_rows,
     R: tl.constexpr,
     U: tl.constexpr,
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLIT_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """dC [R, R] = Σ_m t[m] z[m]ᵀ in fp32, or dv [U]; with ROWS one sum per adapter over the rows that used it.
 
-    Program (a, j, tile) sums SPLIT_ROWS rows from row j SPLIT_ROWS on, for adapter a and one
+    Program (a, j, tile) sums slice_rows rows from row j slice_rows on, for adapter a and one
     [BLOCK_R, BLOCK_R] tile of dC; planes: [slices, tiles, adapters, BLOCK_R, BLOCK_R] fp32.
     """
     adapter = tl.program_id(0)
@@ -65,9 +65,9 @@ def core_gradient_kernel(
     j = tl.program_id(2) % tiles_r
     rank_i = i * BLOCK_R + tl.arange(0, BLOCK_R)
     rank_j = j * BLOCK_R + tl.arange(0, BLOCK_R)
-    first = tl.program_id(1) * SPLIT_ROWS
+    first = tl.program_id(1) * slice_rows
     dcore = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-    for m_next in range(first, min(first + SPLIT_ROWS, M), BLOCK_M):
+    for m_next in range(first, min(first + slice_rows, M), BLOCK_M):
         m = m_next + tl.arange(0, BLOCK_M)
         own = m < M  # [BLOCK_M]
         if ROWS:
@@ -114,11 +114,11 @@ def core_gradient(t: Tensor, z: Tensor, like: Tensor, core: Core, r: int, tile: 
         planes,
         arrived,
         M,
+        tile.rows,
         R=r,
         U=core.u,
         ROWS=core.kind == "rows",
         PRECISION=tile.precision,
-        SPLIT_ROWS=tile.rows,
         BLOCK_M=tile.m,
         BLOCK_R=tile.r,
         num_warps=tile.warps,
@@ -126,7 +126,7 @@ def core_gradient(t: Tensor, z: Tensor, like: Tensor, core: Core, r: int, tile: 
     return out
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "slice_rows"])
 def factor_gradient_kernel(
     z,
     core,
@@ -137,6 +137,7 @@ def factor_gradient_kernel(
     planes,
     arrived,
     M,
+    slice_rows,
     C,
     stride_xm,
     stride_xc,
@@ -147,21 +148,20 @@ def factor_gradient_kernel(
     CORE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLIT_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """out [R, C] = sᵀ X with s = z Cᵀ (z C if TRANSPOSED): dD from (t, X), dU from (z, dY).
 
-    Program (i, j) owns BLOCK_C columns and sums SPLIT_ROWS rows from row j SPLIT_ROWS on, in fp32, as outᵀ
+    Program (i, j) owns BLOCK_C columns and sums slice_rows rows from row j slice_rows on, in fp32, as outᵀ
     [BLOCK_C, BLOCK_R]; planes: [slices, C, R] fp32.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     ranks = tl.arange(0, BLOCK_R)
-    first = tl.program_id(1) * SPLIT_ROWS
+    first = tl.program_id(1) * slice_rows
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-    for m_next in range(first, min(first + SPLIT_ROWS, M), BLOCK_M):
+    for m_next in range(first, min(first + slice_rows, M), BLOCK_M):
         m = m_next + tl.arange(0, BLOCK_M)
         row = m.to(tl.int64)[:, None]
         z_tile = tl.load(z + row * R + ranks[None, :], mask=(m[:, None] < M) & (ranks[None, :] < R), other=0.0)
@@ -203,6 +203,7 @@ def factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor, tile: FactorG
         planes,
         arrived,
         M,
+        tile.rows,
         C,
         *x.stride(),
         *out.stride(),
@@ -211,7 +212,6 @@ def factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor, tile: FactorG
         CORE=core.kind,
         TRANSPOSED=core.transposed,
         PRECISION=precision,
-        SPLIT_ROWS=tile.rows,
         BLOCK_M=tile.m,
         BLOCK_C=tile.c,
         BLOCK_R=tile.width,

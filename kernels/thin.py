@@ -67,19 +67,20 @@ def thin_kernel(
     PERIOD: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """z [M, R] fp32 and s [M, WIDTH]; program (i, j) sums row block i over slice j of K, in fp32.
 
-    With SPLIT > 1 every program stores its partial z in planes [SPLIT, M, R], and the last one of a row block
-    adds the planes from first to last, whoever it is: the same bits on every run.
+    SPLIT_K: every program stores its partial z in planes [slices, M, R], and the last one of a row block adds
+    the planes from first to last, whoever it is: the same bits on every run.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, WIDTH)
     real = ranks < R
-    k_slice = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
+    slices = tl.num_programs(1)
+    k_slice = tl.cdiv(tl.cdiv(K, BLOCK_K), slices) * BLOCK_K
     k_first = tl.program_id(1) * k_slice
     k = k_first + tl.arange(0, BLOCK_K)
     # Rows beyond M wrap around: what they give is never stored.
@@ -97,22 +98,22 @@ def thin_kernel(
         z_tile = dot_wide(a, b, z_tile, PRECISION)
         x_at += BLOCK_K * stride_xk
         d_at += BLOCK_K * stride_dk
-    if SPLIT == 1:
-        store_rank_rows(
-            z, z_tile, s, core, basis, ids, m, M, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
-        )  # fmt: skip
-    else:
+    if SPLIT_K:
         at = m.to(tl.int64)[:, None] * R + ranks[None, :]
         one = (m[:, None] < M) & real[None, :]
         plane = tl.cast(M, tl.int64) * R
         tl.store(planes + tl.program_id(1) * plane + at, z_tile, mask=one)
-        if last_to_arrive(arrived + tl.program_id(0), SPLIT):
+        if last_to_arrive(arrived + tl.program_id(0), slices):
             z_tile = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-            for j in range(SPLIT):
+            for j in range(slices):
                 z_tile += tl.load(planes + j * plane + at, mask=one, other=0.0, cache_modifier=".cg")
             store_rank_rows(
                 z, z_tile, s, core, basis, ids, m, M, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
             )  # fmt: skip
+    else:
+        store_rank_rows(
+            z, z_tile, s, core, basis, ids, m, M, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
+        )  # fmt: skip
 
 
 def thin(x: Tensor, down: Tensor, core: Core, tile: Thin, precision: str, want_s: bool) -> tuple[Tensor, Tensor | None]:
@@ -144,7 +145,7 @@ def thin(x: Tensor, down: Tensor, core: Core, tile: Thin, precision: str, want_s
         PERIOD=period(x.dtype, r),
         EVEN_K=K % tile.k == 0,
         PRECISION=precision,
-        SPLIT=tile.split,
+        SPLIT_K=tile.split > 1,
         BLOCK_M=tile.m,
         BLOCK_K=tile.k,
         num_warps=tile.warps,

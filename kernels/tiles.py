@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 # The largest rank the kernels take. Above it the adapter is no longer small against the layer.
-MAX_RANK = 256
+MAX_RANK = 128
 # Up to this rank decode computes z in every column block; above, reading D that often costs more than a launch.
 INLINE_RANK = 8
 # Up to this many rows the layer is a stream of weights, and the decode kernel takes it.
@@ -29,7 +29,11 @@ def period(dtype: torch.dtype, r: int) -> int:
 
 @dataclass(frozen=True)
 class Gemm:
-    """A tile of Y and how its main loop is pipelined. `descriptors`: bulk copies, `programs` persistent programs."""
+    """A tile of Y and how its main loop is pipelined.
+
+    descriptors, programs: bulk copies, by that many programs that walk over all tiles
+    subtiles: in how many column blocks a tile is stored; rank: how much of the padded rank one dot takes
+    """
 
     m: int
     n: int
@@ -40,6 +44,7 @@ class Gemm:
     programs: int = 0
     subtiles: int = 1
     group: int = 8
+    rank: int = 32
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ class Card:
     expand_cost: a separate pass over Y costs expand_cost / K of the layer's time. From the card's bf16 rate F and
     its bandwidth B: 4 M N bytes / B against 2 M N K / F is (2 F / B) / K.
     slack: by how much the fused matmul is expected to trail the library's.
+    rank_in_registers: how wide S and U may be to wait in registers for the next tile without spilling.
     """
 
     sms: int
@@ -116,13 +122,14 @@ class Card:
     bulk_copies: bool
     expand_cost: float
     slack: float
+    rank_in_registers: int = 32
 
 
 CARDS = {
     (8, 0): Card(108, 166912, False, 331.0, 0.05),
     (8, 6): Card(84, 101376, False, 200.0, 0.05),
     (8, 9): Card(128, 101376, False, 330.0, 0.05),
-    (9, 0): Card(132, 232448, True, 367.0, 0.04),
+    (9, 0): Card(132, 232448, True, 367.0, 0.04, 64),
     (10, 0): Card(148, 232448, True, 485.0, 0.04),
     (10, 3): Card(148, 232448, True, 485.0, 0.04),
     (12, 0): Card(170, 101376, False, 250.0, 0.05),
@@ -140,14 +147,16 @@ def card(capability: tuple[int, int]) -> Card | None:
 def _gemms(chip: Card, descriptors: bool, width: int) -> list[tuple[Gemm, float]]:
     """Candidates with the share of the peak that a full wave of them reaches."""
     if descriptors:
-        tall = () if width > 32 else ((Gemm(256, 128, 64, 8, 4, True, chip.sms, 4), 1.0),)
+        rank = chip.rank_in_registers
+        tall = () if width > 32 else ((Gemm(256, 128, 64, 8, 4, True, chip.sms, 4, rank=rank), 1.0),)
         return [
-            (Gemm(128, 256, 64, 8, 4, True, chip.sms, 4), 1.0),
+            (Gemm(128, 256, 64, 8, 4, True, chip.sms, 4, rank=rank), 1.0),
             *tall,
-            (Gemm(128, 128, 64, 8, 4, True, chip.sms, 2), 0.9),
+            (Gemm(128, 128, 64, 8, 4, True, chip.sms, 2, rank=rank), 0.9),
         ]
     if chip.shared > 150000:
-        return [(Gemm(128, 256, 64, 8, 3), 1.0), (Gemm(128, 128, 64, 8, 3), 0.9), (Gemm(64, 128, 64, 4, 3), 0.75)]
+        wide = () if width > 64 else ((Gemm(128, 256, 64, 8, 3), 1.0),)
+        return [*wide, (Gemm(128, 128, 64, 8, 3), 0.9), (Gemm(64, 128, 64, 4, 3), 0.75)]
     return [(Gemm(128, 128, 32, 8, 3), 1.0), (Gemm(64, 128, 32, 4, 3), 0.75)]
 
 
@@ -168,7 +177,7 @@ def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int,
     if capability is None:
         return Thin(16, 32, 2, width, 4, 1)
     chip = card(capability)
-    m = 16 if M <= 16 else 64 if width <= 64 else 32
+    m = 16 if M <= 16 else 64 if width <= 64 else 16 if dtype == torch.float32 else 32
     k = 64 if dtype == torch.float32 or width > 64 else 128
     split = max(1, min(2 * chip.sms // max(1, -(-M // m)), K // (4 * k), 32))
     return Thin(m, k, split, width, stages=3)
@@ -181,7 +190,7 @@ def decode_tile(M: int, N: int, K: int, dtype: torch.dtype, chip: Card) -> Decod
     stages = 4 if chip.shared > 150000 and dtype != torch.float32 else 3
     blocks = -(-N // 64)
     split = max(1, min(2 * chip.sms // blocks, K // (4 * k), 16))
-    return Decode(m, 64, k, split, stages=stages)
+    return Decode(m, 64, k, split, 8 if m > 64 and not chip.bulk_copies else 4, stages)
 
 
 def choose(
@@ -217,6 +226,9 @@ def choose(
         return Choice(_small(main), thin, None, "Triton's interpreter: the fused matmul in small tiles")
     expand = Gemm(64, 128, 16, 4, 1)
     if dtype == torch.float32:
+        expand = Gemm(
+            32, 64, 16, 4, 1, rank=16
+        )  # ieee dots multiply outside the tensor cores, all operands in registers
         return Choice(None, thin, expand, "fp32: the library's matmul is the faster one, the low-rank part is added")
     saved = chip.expand_cost / K
     lost = POINTER_SLACK if chip.bulk_copies and not bulk else chip.slack
@@ -242,11 +254,11 @@ def factor_gradient_tile(M: int, C: int, r: int, small: bool = False) -> FactorG
         return FactorGradient(16, 32, 32, width)
     slices = max(1, min(264 // -(-C // 64), -(-M // 256), 32))
     rows = pad(-(-M // slices), 64)
-    return FactorGradient(64 if width <= 64 else 32, 64, rows, width)
+    return FactorGradient(64, 64, rows, width) if width <= 64 else FactorGradient(32, 64, rows, width, 8)
 
 
 def _small(tile: Decode | Gemm) -> Decode | Gemm:
     """The same kernel in tiles that an interpreter runs quickly, and that small problems cross the edges of."""
     if isinstance(tile, Decode):
         return Decode(tile.m, 32, 32, 3, 4, 1)
-    return Gemm(32, 32, 32, 4, 1, tile.descriptors, 3, 2 if tile.descriptors else 1, 2)
+    return Gemm(32, 32, 32, 4, 1, tile.descriptors, 3, 2 if tile.descriptors else 1, 2, tile.rank)

@@ -9,7 +9,7 @@ import torch
 from tabulate import tabulate
 
 import tinylora
-from tinylora.adapters import LoraXSConfig, TinyLoraConfig
+from tinylora.adapters import AdaLoraConfig, LoraConfig, LoraXSConfig, TiedLoraConfig, TinyLoraConfig, VeraConfig
 from tinylora.adapters.factor_cache import cache_folder
 from tinylora.adapters.tying import TYINGS
 from tinylora.integrations.transformers import meta_model
@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     params.add_argument("--config", required=True, help="a config.json, a model folder, or a model's name on the Hub")
-    params.add_argument("--r", type=int, nargs="+", default=[2], help="rank of the frozen factors")
+    params.add_argument("--r", type=int, nargs="+", default=[2], help="rank of TinyLoRA's and LoRA-XS's frozen factors")
+    params.add_argument("--lora-r", type=int, nargs="+", default=[1, 8], help="rank of LoRA, AdaLoRA and Tied-LoRA")
+    params.add_argument("--vera-r", type=int, nargs="+", default=[256], help="rank of VeRA")
     params.add_argument("--u", type=int, nargs="+", default=[1], help="TinyLoRA: length of each v")
     params.add_argument("--n-tie", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="TinyLoRA: modules to a v")
     params.add_argument("--tying", choices=TYINGS, default="tiled", help="TinyLoRA: which modules share a v")
@@ -64,7 +66,15 @@ def _params(options: argparse.Namespace) -> None:
         for n in options.n_tie
         for c in [TinyLoraConfig(r=r, u=u, n_tie=n, tying=options.tying)]
     ]
-    rows += [("LoRA-XS", f"r={r}", LoraXSConfig(r=r).count(sites)) for r in options.r]
+    others = [("LoRA-XS", f"r={r}", LoraXSConfig(r=r)) for r in options.r]
+    others += [("VeRA", f"r={r}", VeraConfig(r=r)) for r in options.vera_r]
+    for r in options.lora_r:
+        others += [
+            *(("Tied-LoRA", f"r={r} {name}", TiedLoraConfig.preset(name, r=r)) for name in ("TL5", "vBuA")),
+            ("LoRA", f"r={r}", LoraConfig(r=r)),
+            ("AdaLoRA", f"r={r}, at the start", AdaLoraConfig(r=r, target_r=1, total_steps=1)),
+        ]
+    rows += [(name, what, config.count(sites)) for name, what, config in others]
     rows += [("full fine-tuning", "", total)]
     types = ", ".join(dict.fromkeys(site.name.rpartition(".")[2] for site in sites))
     print(f"{type(model).__name__}: {total:,} parameters, {len(sites)} modules to adapt ({types})\n")

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-MAX_RANK = 256
+MAX_RANK = 128  # kernels.tiles.MAX_RANK, which only a process with Triton may import
 KERNELS, TORCH = "kernels", "torch"
 _COVERED = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -1,0 +1,127 @@
+"""What runs, as a pure function of sizes, dtype and card; and which operands the kernels take at all."""
+
+import pytest
+import torch
+
+from tinylora.kernels import tiles
+from tinylora.ops import dispatch
+from tinylora.ops.dispatch import KERNELS, TORCH, route
+
+f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+H200, A100, B200 = (9, 0), (8, 0), (10, 0)
+
+
+def kind(choice: tiles.Choice) -> str:
+    return {tiles.Decode: "decode", tiles.Gemm: "fused", type(None): "library"}[type(choice.main)]
+
+
+@pytest.mark.parametrize(
+    "M, N, K, r, dtype, capability, want",
+    [
+        (1, 3584, 3584, 2, bf16, H200, "decode"),
+        (128, 3584, 18944, 2, bf16, H200, "decode"),
+        (129, 3584, 3584, 2, bf16, H200, "fused"),
+        (8192, 18944, 3584, 64, f16, H200, "fused"),
+        (8192, 3584, 18944, 2, bf16, H200, "library"),  # a pass over Y costs 1.9 %, the fused matmul 4 %
+        (8192, 3584, 3584, 2, f32, H200, "library"),
+        (16, 3584, 3584, 2, f32, H200, "decode"),
+        (8192, 3584, 3584, 2, bf16, A100, "fused"),
+        (8192, 3584, 3584, 2, bf16, B200, "fused"),
+        (8192, 3584, 18944, 2, bf16, B200, "library"),
+        (8192, 3584, 3584, 2, bf16, (8, 6), "fused"),
+        (8192, 3584, 3584, 2, bf16, (12, 0), "fused"),
+        (130, 72, 104, 2, f32, None, "fused"),  # the interpreter
+    ],
+)
+def test_the_regimes(M, N, K, r, dtype, capability, want):
+    choice = tiles.choose(M, N, K, r, dtype, capability)
+    assert kind(choice) == want, choice
+    assert choice.why
+    assert choice == tiles.choose(M, N, K, r, dtype, capability)
+    assert (choice.thin is None) == (want == "decode" and r <= 8)
+    assert (choice.expand is not None) == (want == "library")
+
+
+def test_reasons_say_what_was_compared():
+    assert tiles.choose(1, 3584, 3584, 2, bf16, H200).why == (
+        "M = 1 <= 128: W is streamed once, z on the way (r = 2 <= 8)"
+    )
+    assert tiles.choose(8192, 3584, 3584, 2, bf16, H200).why == (
+        "a pass over Y costs 10.2% at K = 3584, the fused matmul 4%: fused"
+    )
+    assert tiles.choose(8192, 3584, 18944, 2, bf16, H200).why == (
+        "a pass over Y costs 1.9% at K = 18944, the fused matmul 4%: the library multiplies"
+    )
+
+
+def test_bulk_copies_only_where_card_and_operands_allow_them():
+    sizes = (8192, 3584, 3584, 2, bf16)
+    assert tiles.choose(*sizes, H200).main.descriptors
+    assert not tiles.choose(*sizes, A100).main.descriptors
+    assert not tiles.choose(*sizes, (12, 0)).main.descriptors  # 99 KB of shared memory
+    assert kind(tiles.choose(*sizes, H200, descriptors=False)) == "library"
+    assert not tiles.choose(8192, 512, 512, 2, bf16, H200, descriptors=False).main.descriptors
+
+
+def test_decode_fills_the_card_and_never_cuts_k_below_four_steps():
+    for N, K in ((3584, 3584), (512, 3584), (18944, 3584), (64, 128), (8, 8)):
+        tile = tiles.choose(1, N, K, 2, bf16, H200).main
+        programs = -(-N // tile.n) * tile.split
+        assert tile.split == 1 or (K // tile.split >= 4 * tile.k and programs <= 2 * 132)
+    assert tiles.choose(1, 3584, 3584, 2, bf16, H200).main.split == 4
+    assert tiles.choose(1, 18944, 3584, 2, bf16, H200).main.split == 1
+
+
+def test_an_unknown_card_is_taken_for_the_newest_known_before_it():
+    assert tiles.card((9, 1)) is tiles.card((9, 0))
+    assert tiles.card((7, 5)) is None
+
+
+def test_padded_ranks_and_where_s_holds_its_remainder():
+    assert [tiles.pad(r) for r in (1, 16, 17, 64, 65)] == [16, 16, 32, 64, 128]
+    assert [tiles.period(bf16, r) for r in (1, 8, 9, 16, 17)] == [8, 8, 16, 16, 32]
+    assert tiles.period(f32, 2) == 16
+
+
+COVERED = {
+    "device": "cuda",
+    "dtype": bf16,
+    "factors": (bf16,),
+    "r": 2,
+    "capability": (9, 0),
+    "interpret": False,
+    "triton": True,
+}
+
+
+@pytest.mark.parametrize(
+    "changes, path, why",
+    [
+        ({}, KERNELS, "compute capability 9.0"),
+        ({"dtype": f64}, TORCH, "an operand is torch.float64: the kernels take"),
+        ({"factors": (bf16, f64)}, TORCH, "an operand is torch.float64"),
+        ({"dtype": f32, "factors": (bf16, f32)}, KERNELS, "compute capability"),
+        ({"r": 129}, TORCH, "r = 129: the kernels take r <= 128"),
+        ({"capability": (7, 5)}, TORCH, "compute capability (7, 5): the kernels need (8, 0) or newer"),
+        ({"capability": None}, TORCH, "compute capability None"),
+        ({"device": "cpu"}, TORCH, "tensors are on cpu: the kernels run on NVIDIA GPUs"),
+        ({"device": "cpu", "interpret": True}, KERNELS, "TRITON_INTERPRET=1: Triton's interpreter runs"),
+        ({"interpret": True}, TORCH, "TRITON_INTERPRET=1 and tensors on cuda"),
+        ({"triton": False}, TORCH, "Triton is not installed"),
+    ],
+)
+def test_the_path_and_its_reason(changes, path, why):
+    got, reason = route(**(COVERED | changes))
+    assert got == path and reason.startswith(why), reason
+
+
+def test_the_two_rank_limits_agree():
+    assert dispatch.MAX_RANK == tiles.MAX_RANK
+
+
+@pytest.mark.parametrize("value, on", [("1", True), ("true", True), ("0", False), ("", False)])
+def test_interpreting_follows_the_environment(value, on, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert dispatch.interpreting() == on
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert not dispatch.interpreting()

@@ -1,0 +1,288 @@
+"""Every kernel in Triton's interpreter, through the public operator: numbers, masks, strides, flags.
+
+The interpreter's tiles are 32x32x32 (`tiles.choose` without a capability): sizes here cross their edges on every
+axis. `tests/mutants.py` breaks each mask and each term once and sees a test here fail.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lanes
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import NAMES, Problem, assert_as_good_as_torch, exact, grads, torch_own
+
+from tinylora.kernels import tiles
+from tinylora.kernels.core import Core
+from tinylora.kernels.thin import thin
+from tinylora.ops import adapted_linear, eager, fused
+
+f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+
+# Up to 128 rows the decode kernel runs, above it the thin pass and the fused matmul; up to rank 8 decode is inline.
+PROBLEMS = [
+    Problem(0, 72, 40, 2),
+    Problem(1, 1, 1, 1),
+    Problem(1, 72, 136, 2),
+    Problem(5, 77, 100, 3),
+    Problem(5, 77, 100, 3, f16),
+    Problem(5, 77, 100, 3, bf16),
+    Problem(5, 64, 96, 8, core="none"),
+    Problem(65, 40, 72, 2, bf16, core="rows"),
+    Problem(37, 40, 72, 8, core="rows", bias=False),
+    Problem(37, 40, 72, 3, core="mixed"),
+    Problem(37, 40, 72, 3, bf16, core="mixed-rows"),
+    Problem(37, 40, 72, 3, bf16, factors=f32),
+    Problem(5, 77, 100, 13),  # decode in two launches
+    Problem(65, 40, 72, 16, f16, core="rows"),
+    Problem(33, 40, 72, 64, bf16),
+    Problem(33, 40, 72, 13, core="mixed-rows"),
+    Problem(33, 40, 72, 100, bf16, core="none"),  # rank in several dots
+    Problem(130, 72, 104, 2),  # bulk copies
+    Problem(130, 72, 104, 2, f16),
+    Problem(130, 72, 104, 2, bf16),
+    Problem(130, 64, 64, 2, core="none", bias=False),  # every size a whole number of tiles but M
+    Problem(130, 72, 104, 8, bf16, core="rows"),
+    Problem(130, 72, 104, 3, core="mixed"),
+    Problem(130, 72, 104, 13, bf16, core="mixed-rows"),
+    Problem(130, 72, 104, 16, bf16, factors=f32),
+    Problem(130, 72, 104, 16, f32, factors=bf16),
+    Problem(130, 72, 104, 64, f16),
+    Problem(130, 72, 104, 70, core="none"),
+    Problem(130, 77, 105, 2),  # rows that bulk copies refuse: pointers
+    Problem(130, 77, 105, 3, bf16, core="rows"),
+    Problem(130, 77, 105, 13, f16),
+    Problem(130, 77, 105, 70, bf16, core="none"),
+    Problem(260, 33, 40, 1, core="rows", adapters=70),
+]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch, poison_empty):
+    """Launches run in the interpreter on NaN-poisoned buffers, and the torch path is out of reach."""
+
+    def unreachable(*args, **kwargs):
+        raise AssertionError("the torch path ran where the kernels should")
+
+    monkeypatch.setattr(eager, "forward", unreachable)
+    monkeypatch.setattr(eager, "backward", unreachable)
+    with lanes.interpreter():
+        yield
+
+
+def surround(t):
+    """The same numbers as a view with holes into a buffer of NaN: what is read beside them shows."""
+    if t is None or not t.is_floating_point() or t.numel() == 0:
+        return t
+    around = t.new_full([2 * n + 3 for n in t.shape], float("nan"))
+    view = around[tuple(slice(1, 2 * n + 1, 2) for n in t.shape)]
+    return view.copy_(t)
+
+
+def pad_rows(t):
+    """The same numbers with a contiguous last dimension and NaN after each row, at a stride of whole 16 bytes."""
+    if t is None or t.dim() < 2 or t.numel() == 0:
+        return t
+    width = (t.shape[-1] + 16) // 8 * 8
+    around = t.new_full((*t.shape[:-2], t.shape[-2] + 1, width), float("nan"))
+    return around[..., : t.shape[-2], : t.shape[-1]].copy_(t)
+
+
+def hold(problem, choice=None, layout=lambda t: t, operator=adapted_linear):
+    """Our numbers and gradients against fp64, by the one rule."""
+    operands, ids, basis = problem.operands()
+    dy = torch.randn(problem.M, problem.N, generator=torch.Generator().manual_seed(1)).to(problem.dtype)
+    placed = [layout(t) for t in operands]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in placed]
+    y = operator(*leaves, ids, basis=layout(basis))
+    y.backward(layout(dy))
+    ours = {"y": y.detach()} | {n: t.grad for n, t in zip(NAMES, leaves, strict=True) if t is not None}
+    want, own = exact(operands, ids, basis, dy), torch_own(operands, ids, basis, dy)
+    for name, value in ours.items():
+        assert_as_good_as_torch(name, value, want[name], own[name])
+        assert value.dtype == (operands[0] if name == "y" else operands[NAMES.index(name)]).dtype, name
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)
+def test_numbers(problem):
+    hold(problem)
+
+
+@pytest.mark.parametrize("layout", [surround, pad_rows], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(5, 77, 100, 3),
+        Problem(37, 40, 72, 3, bf16, core="mixed-rows"),
+        Problem(5, 77, 100, 13),
+        Problem(130, 72, 104, 2, f16),
+        Problem(130, 77, 105, 13, core="rows"),
+        Problem(33, 40, 72, 13, core="mixed-rows"),
+    ],
+    ids=lambda p: p.id,
+)
+def test_strides_and_what_lies_beside_the_operands(problem, layout):
+    hold(problem, layout=layout)
+
+
+def test_transposed_operands_and_a_broadcast_gradient():
+    (x, weight, down, core, up, bias), ids, _ = Problem(130, 72, 104, 2).operands()
+    turned = [t.T.contiguous().T for t in (x, weight, down, core, up)]
+    want = F.linear(x, weight + up @ core @ down, bias)
+    leaves = [t.requires_grad_() for t in (*turned, bias)]
+    y = adapted_linear(*leaves)
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+    y.sum().backward()
+    torch.testing.assert_close(
+        leaves[0].grad, (weight + up @ core @ down).sum(0).expand(130, 104), rtol=1e-4, atol=1e-4
+    )
+
+
+GEMMS = {
+    "tall": tiles.Gemm(64, 16, 32, 4, 1, True, 2, 1, 1),
+    "wide, four column blocks": tiles.Gemm(16, 128, 16, 4, 1, True, 5, 4, 4),
+    "one program": tiles.Gemm(32, 32, 64, 4, 1, True, 1, 2, 8),
+    "pointers": tiles.Gemm(16, 64, 16, 4, 1, False, 0, 1, 3),
+    "rank by 16": tiles.Gemm(32, 32, 32, 4, 1, True, 3, 1, 2, 16),
+    "rank by 16, pointers": tiles.Gemm(32, 32, 32, 4, 1, False, 0, 1, 2, 16),
+}
+
+
+@pytest.mark.parametrize("r", [2, 16, 40])
+@pytest.mark.parametrize("name", [*GEMMS, "the library, then a pass over Y"])
+def test_every_way_to_multiply_many_rows(name, r, monkeypatch):
+    thin_tile = tiles.Thin(32, 16, 1 if r == 16 else 5, tiles.pad(r))
+    expand = tiles.Gemm(16, 32, 16, 4, 1, rank=16)
+    choice = tiles.Choice(GEMMS.get(name), thin_tile, None if name in GEMMS else expand, "forced")
+    monkeypatch.setattr(tiles, "choose", lambda *args: choice)
+    for dtype in (f32, bf16) if r == 2 else (f16,):
+        problem = Problem(130, 72, 104, r, dtype)
+        hold(problem)
+
+
+@pytest.mark.parametrize("split", [1, 2, 9])
+def test_every_split_of_k_in_decode(split, monkeypatch):
+    """9 slices of 100 leave some with nothing to do."""
+    for r, k in ((3, 64), (13, 16)):
+        choice = tiles.Choice(
+            tiles.Decode(16, 16, k, split), None if r <= 8 else tiles.Thin(16, 32, split, 16), None, "forced"
+        )
+        monkeypatch.setattr(tiles, "choose", lambda *args, choice=choice: choice)
+        hold(Problem(9, 77, 100, r, bf16, core="rows"))
+
+
+@pytest.mark.parametrize("core", ["none", "dense", "rows", "mixed", "mixed-rows"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_thin_pass_keeps_the_core_in_fp32(core, transposed):
+    """s as [rounded | remainder] is exact to 16 bits, whatever x's dtype."""
+    problem = Problem(40, 8, 72, 5, bf16, core=core)
+    (x, _, down, c, _, _), ids, basis = problem.operands()
+    z, s = thin(x, down, Core(c, basis, ids, transposed), tiles.Thin(16, 32, 2, 16), "ieee", want_s=True)
+    wide = None if c is None else c.double()
+    mixed = eager.mix(wide, None if basis is None else basis.double())
+    want_z = eager.thin(x.double(), down.double())
+    want_s = eager.apply_core(want_z, mixed, ids, transposed)
+    assert z.dtype == f32 and s.dtype == bf16
+    torch.testing.assert_close(z.double(), want_z, rtol=0, atol=1e-5)
+    torch.testing.assert_close(s[:, :5].double() + s[:, 8:13].double(), want_s, rtol=2**-14, atol=1e-5)
+    assert s[:, 5:8].eq(0).all() and s[:, 13:].eq(0).all()
+
+
+def test_rows_without_an_adapter_are_the_base_layer_whatever_the_others_hold():
+    for M in (33, 130):
+        (x, weight, down, core, up, bias), ids, _ = Problem(M, 72, 104, 2, f16, core="rows").operands()
+        core[0] = float("nan")
+        with torch.no_grad():
+            y = adapted_linear(x, weight, down, core, up, bias, ids)
+            base = adapted_linear(x, weight, down, torch.zeros_like(core), up, bias, ids)
+        assert torch.equal(y[ids == -1], base[ids == -1]) and (ids == -1).any()
+        assert y[ids == 0].isnan().any(1).all()
+
+
+@pytest.mark.parametrize("problem", [Problem(130, 72, 104, 2, bf16), Problem(17, 77, 100, 3, bf16)], ids=lambda p: p.id)
+def test_bitwise_repeatable_and_the_counters_return_to_zero(problem, monkeypatch):
+    from tinylora.kernels import decode, gradients, thin
+
+    handed_out = []
+
+    def counters(n, device):
+        handed_out.append(torch.zeros(n, dtype=torch.int32))
+        return handed_out[-1]
+
+    for module in (decode, gradients, thin):
+        monkeypatch.setattr(module, "counters", counters)
+    operands, ids, basis = problem.operands()
+    dy = torch.randn(problem.M, problem.N).to(problem.dtype)
+    first, second = (grads(adapted_linear, operands, ids, basis, dy) for _ in range(2))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert handed_out and not torch.cat(handed_out).any()
+
+
+@pytest.mark.parametrize("asked", [(n,) for n in NAMES] + [("down", "up"), ("core", "down")], ids="+".join)
+def test_gradients_one_by_one(asked):
+    for M in (20, 130):
+        operands, ids, basis = Problem(M, 40, 72, 2).operands()
+        want = exact(operands, ids, basis, torch.ones(M, 40))
+        leaves = [t.detach().requires_grad_(n in asked) for n, t in zip(NAMES, operands, strict=True)]
+        adapted_linear(*leaves).backward(torch.ones(M, 40))
+        for name, leaf in zip(NAMES, leaves, strict=True):
+            assert (leaf.grad is not None) == (name in asked)
+            if name in asked:
+                torch.testing.assert_close(leaf.grad.double(), want[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_large_basis_is_mixed_by_torch():
+    problem = Problem(20, 40, 72, 40, core="mixed", u=20)
+    assert problem.r * problem.u > fused.MIXED_INSIDE
+    hold(problem)
+
+
+def test_offsets_past_two_to_the_31():
+    """Row strides that no int32 product reaches: only the first and the last row are backed by memory."""
+    M, N, K, r = 3, 16, 8, 2
+    far = (1 << 31) // 2 + 8
+    (x, weight, down, core, up, _), _, _ = Problem(M, N, K, r).operands()
+    try:
+        room = torch.UntypedStorage(4 * (far * (M - 1) + K))
+    except RuntimeError:
+        pytest.skip("needs 8 GiB of address space")
+    wide = torch.empty(0).set_(room, 0, (M, K), (far, 1)).copy_(x)
+    with torch.no_grad():
+        y = adapted_linear(wide, weight, down, core, up)
+        # through the thin pass and the pointer matmul, too
+        choice = tiles.Choice(tiles.Gemm(16, 16, 16, 4, 1), tiles.Thin(16, 16, 1, 16), None, "forced")
+        again, _ = fused.forward(wide, weight, down, core, up, None, None, None, choice)
+    want = F.linear(x, weight + up @ core @ down)
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again, want, rtol=1e-4, atol=1e-4)
+
+
+SCRIPT = """
+import torch
+from tinylora.ops import adapted_linear, reference, eager
+def fail(*a): raise AssertionError("the torch path ran")
+eager.forward = eager.backward = fail
+g = torch.Generator().manual_seed(0)
+for dtype, rtol in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
+    for M, N, K, r in ((5, 40, 72, 2), (130, 40, 72, 3)):
+        shapes = (M, K), (N, K), (r, K), (r, r), (N, r), (N,)
+        operands = [torch.randn(*s, generator=g).to(dtype).requires_grad_() for s in shapes]
+        wide = [t.detach().double().requires_grad_() for t in operands]
+        y, want = adapted_linear(*operands), reference.adapted_linear(*wide)
+        dy = torch.randn(M, N, generator=g).to(dtype)
+        y.backward(dy), want.backward(dy.double())
+        for ours, exact in ((y, want), *((a.grad, b.grad) for a, b in zip(operands, wide))):
+            assert (ours.double() - exact).norm() <= rtol * exact.norm(), (dtype, M, ours.shape)
+print("ran")
+"""
+
+
+def test_the_environment_variable_alone_is_enough():
+    """TRITON_INTERPRET=1 set before Python starts: the public operator runs the kernels on CPU tensors."""
+    root = Path(__file__).parents[1]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "ran", done.stderr[-2000:]
