@@ -115,7 +115,8 @@ class Adapter(Owner):
         self.site, self.dropout = site, shared.config.dropout
         self.from_weight = tuple(frozen)
         for name, t in frozen.items():
-            self.register_buffer(name, t, persistent=False)
+            # up lies in memory as Uᵀ: the backward's thin pass, t = dY U, reads it along N
+            self.register_buffer(name, t.T.contiguous().T if name == "up" else t, persistent=False)
         self.own(shared.config.local(site))
         self.__dict__["shared"] = shared  # past nn.Module's registration: see Shared
 

@@ -68,7 +68,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None or self.merged is not None:
             return F.linear(x, self.weight, self.bias)
-        adapter = self.adapters[self.active]
+        adapter = self.adapters._modules[self.active]
         down, core, up, basis = adapter.factors()
         if adapter.dropout and self.training:
             # Two inputs, so two calls: the frozen layer on x, and the correction on what dropout left of it.

@@ -14,7 +14,7 @@ from tinylora.nn.linear import Linear
 from tinylora.nn.saved_module import SavedModule
 from tinylora.nn.targets import find_modules_to_save, find_targets, sites_of
 
-STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v
+STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
 
 
 def apply(model: nn.Module, config: AdapterConfig, name: str = "default") -> nn.Module:
@@ -135,7 +135,7 @@ def shared_of(model: nn.Module, name: str) -> Shared:
 def named_numbers(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Everything of an adapter that is not made anew on a load, by a name that is the same on every copy of the model.
 
-    What trains (nn.Parameter), and state such as AdaLoRA's step count: "v", "<layer>.core", "saved.<module>.weight".
+    What trains (nn.Parameter), and state such as AdaLoRA's step count: "v_0", "<layer>.core", "saved.<module>.weight".
     """
 
     def owned(module: nn.Module, prefix: str) -> dict[str, Tensor]:
