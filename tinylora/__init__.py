@@ -20,6 +20,7 @@ from tinylora.adapters import (
 from tinylora.nn.checkpoint import load, save
 from tinylora.nn.linear import Linear
 from tinylora.nn.model import activate, adapter_names, adapter_parameters, apply, disabled, merge, unmerge
+from tinylora.nn.rows import adapter_ids, stack
 
 __all__ = [
     "AdaLoraConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "TinyLoraConfig",
     "VeraConfig",
     "activate",
+    "adapter_ids",
     "adapter_names",
     "adapter_parameters",
     "apply",
@@ -38,5 +40,6 @@ __all__ = [
     "merge",
     "ops",
     "save",
+    "stack",
     "unmerge",
 ]

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from tinylora.adapters import noise
-from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Shared, Site, require, require_whole
+from tinylora.adapters.base import (
+    STACKED,
+    Adapter,
+    AdapterConfig,
+    Factors,
+    Numbers,
+    Shared,
+    Site,
+    require,
+    require_whole,
+)
 from tinylora.adapters.factor_cache import cached_svd
 from tinylora.adapters.tying import TYINGS, tie_groups
 
@@ -34,6 +44,9 @@ def svd_factors(site: Site, weight: Tensor, weight_digest: str, r: int, sigma: s
 class LoraXS(Adapter):
     def factors(self) -> Factors:
         return Factors(self.down, self.core, self.up)
+
+    def row_core(self) -> Tensor:
+        return self._buffers[f"{STACKED}core"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,9 @@ class TinyLora(Adapter):
     def factors(self) -> Factors:
         frozen = self._buffers  # past nn.Module's __getattr__: this runs in every layer of every forward
         return Factors(frozen["down"], self.v, frozen["up"], frozen["P"])
+
+    def row_core(self) -> Tensor:
+        return self.shared._buffers[f"{STACKED}v_{self.group}"]
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (f"group={self.group}", super().extra_repr())))

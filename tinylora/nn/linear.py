@@ -70,6 +70,10 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         adapter = self.adapters._modules[self.active]
         down, core, up, basis = adapter.factors()
+        rows = adapter.shared.rows
+        if rows is not None:
+            core = adapter.row_core()
+            return adapted_linear(x, self.weight, down, core, up, self.bias, rows.of(x), basis=basis)
         if adapter.dropout and self.training:
             # Two inputs, so two calls: the frozen layer on x, and the correction on what dropout left of it.
             dropped = F.dropout(x, adapter.dropout)
