@@ -9,8 +9,10 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests need no network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Before numpy is imported: with more threads the small matmuls of Triton's interpreter are 15 times slower.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Small problems: a second thread only waits, and on a busy machine ten times as long; the small matmuls of Triton's
+# interpreter are 15 times slower with one. Subprocesses inherit it.
+for library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does; 3.10 turns it off
 
 import pytest
@@ -23,9 +25,9 @@ def seed():
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_cache(tmp_path_factory, monkeypatch):
     """Every test has an SVD cache of its own, so that none passes on another's factors."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture

@@ -18,17 +18,21 @@ from tinylora.kernels import tiles
 pytestmark = pytest.mark.skipif(INTERPRETED_AT_IMPORT, reason="TRITON_INTERPRET is set: nothing can be compiled")
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda c: f"sm_{c[0]}{c[1]}")
-def compiled(request):
-    """(capability, every distinct launch, compiled for it); the cores share the work through Triton's cache."""
-    workers = min(4, len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(warm, [request.param] * workers, range(workers), [workers] * workers))
-    return request.param, compiled_for(request.param)
+@pytest.mark.parametrize("capability", ARCHITECTURES, ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_every_launch(capability):
+    """One test per architecture: the compiling is its price, and it is paid once."""
+    workers = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, len(os.sched_getaffinity(0)))
+    if workers > 1:  # the cores share the work through Triton's cache on disk
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(warm, [capability] * workers, range(workers), [workers] * workers))
+    launches = compiled_for(capability)
+    assert len(launches) > 80
+    nothing_spills_and_everything_fits(capability, launches)
+    the_long_kernel_keeps_the_hardware_s_pace(capability, launches)
+    decode_multiplies_with_weights_as_rows(capability, launches)
 
 
-def test_nothing_spills_and_everything_fits(compiled):
-    capability, launches = compiled
+def nothing_spills_and_everything_fits(capability, launches):
     limit = tiles.card(capability).shared
     # For 10.0 ptxas aims at an occupancy, and in corners (fp32, nothing divisible) parks a few words outside the loop.
     allowed = 32 if capability[0] == 10 else 0
@@ -36,13 +40,11 @@ def test_nothing_spills_and_everything_fits(compiled):
     assert not spilled, spilled
     assert all(launch.registers < 255 for launch in launches if launch.stack)
     assert max(launch.shared for launch in launches) <= limit
-    assert len(launches) > 80
 
 
-def test_the_long_kernel_keeps_the_hardware_s_pace(compiled):
+def the_long_kernel_keeps_the_hardware_s_pace(capability, launches):
     """On Hopper and newer: bulk copies in and out. On Hopper: a loop no longer than the bare matmul's 89
     instructions at 128x256x64, one group of MMAs in flight across the wait, and no spill inside."""
-    capability, launches = compiled
     long = [x for x in launches if x.name == "gemm_kernel" and not x.options["EXPAND"]]
     bulk = [x for x in long if x.options["DESCRIPTORS"]]
     assert bool(bulk) == (capability >= (9, 0))
@@ -62,10 +64,9 @@ def test_the_long_kernel_keeps_the_hardware_s_pace(compiled):
             assert "cp.async.c" in launch.ptx and "mma.sync" in launch.ptx
 
 
-def test_decode_multiplies_with_weights_as_rows(compiled):
+def decode_multiplies_with_weights_as_rows(capability, launches):
     """On Hopper the decode kernel runs on warpgroup MMAs of 64 rows of W, its loads stay ahead, and few rows of
     X are padded to 16 and not to 64."""
-    capability, launches = compiled
     for launch in launches:
         if launch.name == "decode_kernel" and capability[0] == 9 and launch.args[0].dtype != torch.float32:
             m = launch.options["BLOCK_M"]

@@ -9,16 +9,29 @@ tinylora.save(model, "adapter")
 __version__ = "0.1.0"
 
 from tinylora import ops
-from tinylora.adapters import LoraXSConfig, TinyLoraConfig
+from tinylora.adapters import (
+    AdaLoraConfig,
+    LoraConfig,
+    LoraXSConfig,
+    TiedLoraConfig,
+    TinyLoraConfig,
+    VeraConfig,
+)
 from tinylora.nn.checkpoint import load, save
 from tinylora.nn.linear import Linear
 from tinylora.nn.model import activate, adapter_names, adapter_parameters, apply, disabled, merge, unmerge
+from tinylora.nn.rows import adapter_ids, stack
 
 __all__ = [
+    "AdaLoraConfig",
     "Linear",
+    "LoraConfig",
     "LoraXSConfig",
+    "TiedLoraConfig",
     "TinyLoraConfig",
+    "VeraConfig",
     "activate",
+    "adapter_ids",
     "adapter_names",
     "adapter_parameters",
     "apply",
@@ -27,5 +40,6 @@ __all__ = [
     "merge",
     "ops",
     "save",
+    "stack",
     "unmerge",
 ]

@@ -1,9 +1,15 @@
 from typing import Any
 
-from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Shared, Site
+from tinylora.adapters.ada_lora import AdaLoraConfig
+from tinylora.adapters.base import STACKED, Adapter, AdapterConfig, Factors, Rows, Shared, Site
+from tinylora.adapters.lora import LoraConfig
 from tinylora.adapters.lora_xs import LoraXSConfig, TinyLoraConfig
+from tinylora.adapters.tied_lora import TiedLoraConfig
+from tinylora.adapters.vera import VeraConfig
 
-CONFIGS: dict[str, type[AdapterConfig]] = {c.kind: c for c in (TinyLoraConfig, LoraXSConfig)}
+CONFIGS: dict[str, type[AdapterConfig]] = {
+    c.kind: c for c in (TinyLoraConfig, LoraXSConfig, LoraConfig, AdaLoraConfig, VeraConfig, TiedLoraConfig)
+}
 
 
 def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
@@ -20,12 +26,18 @@ def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
 
 __all__ = [
     "CONFIGS",
+    "STACKED",
+    "AdaLoraConfig",
     "Adapter",
     "AdapterConfig",
     "Factors",
+    "LoraConfig",
     "LoraXSConfig",
+    "Rows",
     "Shared",
     "Site",
+    "TiedLoraConfig",
     "TinyLoraConfig",
+    "VeraConfig",
     "config_from_dict",
 ]

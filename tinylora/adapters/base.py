@@ -1,8 +1,9 @@
 """What every adapter is: a config that says which numbers exist, and a module that gives (down, core, up)."""
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,8 +19,12 @@ class Site(NamedTuple):
 
     @property
     def type(self) -> str:
-        """The module type in the papers' sense: q_proj, down_proj, ..."""
-        return self.name.rpartition(".")[2]
+        """The module type in the papers' sense (q_proj, down_proj): the name without the numbers of blocks."""
+        return ".".join(part for part in self.name.split(".") if not part.isdecimal())
+
+
+# Where a module keeps A values of one of its numbers, [A, ...], for a batch whose rows use different adapters.
+STACKED = "stacked_"
 
 
 class Factors(NamedTuple):
@@ -41,7 +46,7 @@ class Factors(NamedTuple):
 
 
 class KeepsFp32(nn.Module):
-    """A module whose own parameters and `fp32_buffers` stay fp32 when a model is cast to bf16 or fp16.
+    """A module whose own parameters, `fp32_buffers` and stacked numbers stay fp32 when a model is cast to 16 bits.
 
     Thirteen numbers in bf16 cost nothing less and stop moving: a step of 1e-4 is lost beside a value of 0.1.
     """
@@ -50,7 +55,9 @@ class KeepsFp32(nn.Module):
 
     def _apply(self, fn, recurse=True):
         own = [*self._parameters.values(), *(p.grad for p in self._parameters.values() if p is not None)]
-        kept = {id(t) for t in [*own, *(self._buffers.get(n) for n in self.fp32_buffers)]}
+        buffers = self._buffers.items()
+        own += [t for n, t in buffers if n in self.fp32_buffers or n.startswith(STACKED)]
+        kept = {id(t) for t in own}
 
         def keep(t):
             moved = fn(t)
@@ -60,8 +67,58 @@ class KeepsFp32(nn.Module):
         return super()._apply(keep, recurse)
 
 
-class Shared(KeepsFp32):
-    """The trained numbers of one adapter that belong to no single layer, owned once, by the model's root.
+class Numbers(NamedTuple):
+    """A tensor of an adapter that does not come from the weight.
+
+    start:  a value for all of it, or a function of the shape that draws it
+    trains: a parameter, or a buffer
+    saved:  a buffer that changes and belongs into files and state_dict; others are made anew on every load
+    """
+
+    shape: tuple[int, ...]
+    start: float | Callable[..., Tensor] = 0.0
+    trains: bool = True
+    saved: bool = False
+
+    def make(self) -> Tensor:
+        return self.start(*self.shape) if callable(self.start) else torch.full(self.shape, float(self.start))
+
+
+class Rows:
+    """Which adapter each sequence of a batch uses: ids [B], -1 for none."""
+
+    def __init__(self, ids: Tensor):
+        self.ids = ids
+
+    def of(self, x: Tensor) -> Tensor:
+        """One id per row of x ([B', ..., K]), flattened: [M].
+
+        B' may be a multiple of B: generate() repeats every prompt for its beams or samples, side by side. A layer
+        that sees its rows flattened or packed ([1, tokens, K], [tokens, K]) has lost which sequence they belong to.
+        """
+        B, first = len(self.ids), x.shape[0]
+        if first % B if x.dim() > 2 else first != B:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected a first dimension of {B} (or, with more than two, a multiple): "
+                f"adapter_ids came for {B} sequences, and packed or flattened rows do not say whose they are"
+            )
+        each = math.prod(x.shape[:-1]) // B
+        return self.ids if each == 1 else self.ids.unsqueeze(1).expand(B, each).reshape(-1)
+
+
+class Owner(KeepsFp32):
+    """A module that owns numbers."""
+
+    def own(self, numbers: Mapping[str, Numbers]) -> None:
+        for name, spec in numbers.items():
+            if spec.trains:
+                self.register_parameter(name, nn.Parameter(spec.make()))
+            else:
+                self.register_buffer(name, spec.make(), persistent=spec.saved)
+
+
+class Shared(Owner):
+    """The numbers of one adapter that belong to no single layer, owned once, by the model's root.
 
     The layers hold an unregistered reference: state_dict then shows each number once, DDP and per-layer FSDP2
     get its gradient right (registered per layer, FSDP2 crashes), and `.to` finds it.
@@ -70,75 +127,114 @@ class Shared(KeepsFp32):
     def __init__(self, config: "AdapterConfig", sites: Sequence[Site], fingerprint: str):
         super().__init__()
         self.config, self.sites, self.fingerprint = config, tuple(sites), fingerprint
-        for name, shape in config.shared_shapes(sites).items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        self.__dict__["layers"] = {}  # site name -> Adapter, not registered: the layers own them
+        self.rows: Rows | None = None  # which of the stacked numbers each row of the batch uses
+        self.own(config.shared(sites))
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{n}={tuple(p.shape)}" for n, p in self.named_parameters())
-        return f"{self.config}, {len(self.sites)} modules" + (f", {shapes}" if shapes else "")
+        return f"{self.config}, {len(self.sites)} modules" + (f", {shapes}" if shapes and len(shapes) < 200 else "")
 
 
-class Adapter(KeepsFp32):
-    """One adapter in one layer. Frozen tensors are non-persistent buffers, trained ones parameters or `shared`'s."""
+class Adapter(Owner):
+    """One adapter in one layer."""
 
-    def __init__(self, frozen: dict[str, Tensor], local_shapes: dict[str, tuple[int, ...]], shared: Shared):
+    def __init__(self, site: Site, frozen: Mapping[str, Tensor], shared: Shared):
         super().__init__()
+        self.site, self.dropout = site, shared.config.dropout
+        self.from_weight = tuple(frozen)
         for name, t in frozen.items():
-            self.register_buffer(name, t, persistent=False)
-        for name, shape in local_shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+            # up lies in memory as Uᵀ: the backward's thin pass, t = dY U, reads it along N
+            self.register_buffer(name, t.T.contiguous().T if name == "up" else t, persistent=False)
+        self.own(shared.config.local(site))
         self.__dict__["shared"] = shared  # past nn.Module's registration: see Shared
 
     def factors(self) -> Factors:
         raise NotImplementedError
 
+    def row_core(self) -> Tensor:
+        """What stands in the core's place where every row has its own: [A, r, r], or [A, u] with a basis."""
+        raise ValueError(
+            f"{type(self.shared.config).__name__} adapters differ in more than their core, so one batch cannot hold "
+            "several: expected TinyLoraConfig or LoraXSConfig"
+        )
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}" if self.dropout else ""
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What all adapters' configs have. `target_modules`: None is every linear layer inside the transformer
-    blocks; a list of names matches a module's full name or its last parts ("q_proj", "mlp.up_proj"); a string
-    is a regular expression for the full name."""
+    """What all adapters' configs have.
+
+    seed:            of everything drawn at random
+    target_modules:  None is every linear layer inside the transformer blocks; a list of names matches a module's
+                     full name or its last parts ("q_proj", "mlp.up_proj"); a string is a regular expression for
+                     the full name
+    dropout:         of x on the adapter's branch, in training, 0 to below 1; it costs the fusion while it acts
+    modules_to_save: names of modules to train whole beside the adapter and save with it: a classifier's head
+    """
 
     kind: ClassVar[str]
+    adapter_class: ClassVar[type[Adapter]]
+    shared_class: ClassVar[type[Shared]] = Shared
     _: dataclasses.KW_ONLY
     seed: int = 0
-    target_modules: Sequence[str] | str | None = field(default=None)
+    target_modules: Sequence[str] | str | None = None
+    dropout: float = 0.0
+    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self):
-        _require(self, "seed", isinstance(self.seed, int) and self.seed >= 0, "an integer of 0 or more")
-        targets = self.target_modules
-        if targets is not None and not isinstance(targets, str):
-            fits = all(isinstance(t, str) and t for t in targets) and len(targets) > 0
-            _require(self, "target_modules", fits, "None, a regular expression, or names in a list")
-            object.__setattr__(self, "target_modules", tuple(targets))
+        require(self, "seed", type(self.seed) is int and self.seed >= 0, "an integer of 0 or more")
+        require(self, "dropout", 0 <= self.dropout < 1, "0 to below 1")
+        for name in ("target_modules", "modules_to_save"):
+            names = getattr(self, name)
+            if names is not None and not (isinstance(names, str) and name == "target_modules"):
+                fits = not isinstance(names, str) and len(names) > 0 and all(isinstance(t, str) and t for t in names)
+                regular = " a regular expression," if name == "target_modules" else ""
+                require(self, name, fits, f"None,{regular} or names in a list")
+                object.__setattr__(self, name, tuple(names))
 
-    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
-        """Trained numbers that the model's root owns, by name."""
+    def shared(self, sites: Sequence[Site]) -> dict[str, Numbers]:
+        """The numbers that the model's root owns, by name."""
         return {}
 
-    def local_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
-        """Trained numbers of one layer alone, by name."""
+    def local(self, site: Site) -> dict[str, Numbers]:
+        """The numbers of one layer alone, by name."""
         return {}
+
+    def numbers(self, sites: Sequence[Site]) -> dict[str, Numbers]:
+        """All of them, by the name they have in a file, without building anything."""
+        found = self.shared(sites)
+        for site in sites:
+            found |= {f"{site.name}.{name}".lstrip("."): spec for name, spec in self.local(site).items()}
+        return found
 
     def count(self, sites: Sequence[Site]) -> int:
-        """How many numbers train, without building anything."""
-        shapes = [*self.shared_shapes(sites).values()]
-        shapes += [shape for site in sites for shape in self.local_shapes(site).values()]
-        return sum(torch.Size(shape).numel() for shape in shapes)
+        """How many numbers train (without `modules_to_save`)."""
+        return sum(math.prod(spec.shape) for spec in self.numbers(sites).values() if spec.trains)
 
     def frozen(self, site: Site, weight: Tensor, weight_digest: str) -> dict[str, Tensor]:
-        """The frozen tensors of one layer, by name, computed from its weight, or found by `weight_digest`."""
-        raise NotImplementedError
+        """The tensors of one layer that come from its weight (or are found by `weight_digest`), by name."""
+        return {}
 
-    def adapter(self, site: Site, frozen: dict[str, Tensor], shared: Shared) -> Adapter:
+    def adapter(self, site: Site, frozen: Mapping[str, Tensor], shared: Shared) -> Adapter:
         """The module that puts this adapter into one layer."""
-        raise NotImplementedError
+        return self.adapter_class(site, frozen, shared)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; `config_from_dict` reads it."""
         return {"kind": self.kind} | dataclasses.asdict(self)
 
 
-def _require(config: AdapterConfig, name: str, holds: bool, expected: str) -> None:
+def require(config: AdapterConfig, name: str, holds: bool, expected: str) -> None:
+    """ValueError unless `holds`: which field of which config, what it is, what was expected."""
     if not holds:
         raise ValueError(f"{type(config).__name__}: {name} is {getattr(config, name)!r}, expected {expected}")
+
+
+def require_whole(config: AdapterConfig, *names: str, least: int = 1) -> None:
+    """ValueError unless these fields are integers of at least `least`."""
+    for name in names:
+        value = getattr(config, name)
+        require(config, name, type(value) is int and value >= least, f"an integer of {least} or more")

@@ -7,7 +7,7 @@
 √Σ on both sides as in PEFT. Adapters trained with one place mean something else with another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from tinylora.adapters import noise
-from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Shared, Site, _require
+from tinylora.adapters.base import (
+    STACKED,
+    Adapter,
+    AdapterConfig,
+    Factors,
+    Numbers,
+    Shared,
+    Site,
+    require,
+    require_whole,
+)
 from tinylora.adapters.factor_cache import cached_svd
 from tinylora.adapters.tying import TYINGS, tie_groups
 
@@ -31,6 +41,14 @@ def svd_factors(site: Site, weight: Tensor, weight_digest: str, r: int, sigma: s
     return {"down": (right[:, None] * Vh).to(dtype), "up": (U * left).to(dtype)}
 
 
+class LoraXS(Adapter):
+    def factors(self) -> Factors:
+        return Factors(self.down, self.core, self.up)
+
+    def row_core(self) -> Tensor:
+        return self._buffers[f"{STACKED}core"]
+
+
 @dataclass(frozen=True)
 class LoraXSConfig(AdapterConfig):
     """LoRA-XS: one r x r core R per layer, r² numbers. R starts at zero: the model starts as the base, exactly.
@@ -40,27 +58,44 @@ class LoraXSConfig(AdapterConfig):
     """
 
     kind: ClassVar[str] = "lora-xs"
+    adapter_class: ClassVar[type[Adapter]] = LoraXS
     r: int = 2
     sigma: str = "left"
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self, "r", isinstance(self.r, int) and self.r >= 1, "an integer of 1 or more")
-        _require(self, "sigma", self.sigma in SIGMAS, f"one of {', '.join(SIGMAS)}")
+        require_whole(self, "r")
+        require(self, "sigma", self.sigma in SIGMAS, f"one of {', '.join(SIGMAS)}")
 
-    def local_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
-        return {"core": (self.r, self.r)}
+    def local(self, site: Site) -> dict[str, Numbers]:
+        return {"core": Numbers((self.r, self.r))}
 
     def frozen(self, site: Site, weight: Tensor, weight_digest: str) -> dict[str, Tensor]:
         return svd_factors(site, weight, weight_digest, self.r, self.sigma)
 
-    def adapter(self, site: Site, frozen: dict[str, Tensor], shared: Shared) -> Adapter:
-        return LoraXS(frozen, self.local_shapes(site), shared)
 
+class TinyLora(Adapter):
+    fp32_buffers = ("P",)
 
-class LoraXS(Adapter):
+    def __init__(self, site: Site, frozen: Mapping[str, Tensor], shared: Shared):
+        super().__init__(site, frozen, shared)
+        config = shared.config
+        self.group = tie_groups(shared.sites, config.n_tie, config.tying)[shared.sites.index(site)]
+
+    @property
+    def v(self) -> Tensor:
+        """This layer's v, [u]: the parameter itself, which the root owns, looked up at every use."""
+        return self.shared._parameters[f"v_{self.group}"]
+
     def factors(self) -> Factors:
-        return Factors(self.down, self.core, self.up)
+        frozen = self._buffers  # past nn.Module's __getattr__: this runs in every layer of every forward
+        return Factors(frozen["down"], self.v, frozen["up"], frozen["P"])
+
+    def row_core(self) -> Tensor:
+        return self.shared._buffers[f"{STACKED}v_{self.group}"]
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (f"group={self.group}", super().extra_repr())))
 
 
 @dataclass(frozen=True)
@@ -79,6 +114,7 @@ class TinyLoraConfig(AdapterConfig):
     """
 
     kind: ClassVar[str] = "tinylora"
+    adapter_class: ClassVar[type[Adapter]] = TinyLora
     r: int = 2
     u: int = 1
     n_tie: int = 1
@@ -87,39 +123,15 @@ class TinyLoraConfig(AdapterConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("r", "u", "n_tie"):
-            value = getattr(self, name)
-            _require(self, name, isinstance(value, int) and value >= 1, "an integer of 1 or more")
-        _require(self, "tying", self.tying in TYINGS, f"one of {', '.join(TYINGS)}")
-        _require(self, "sigma", self.sigma in SIGMAS, f"one of {', '.join(SIGMAS)}")
+        require_whole(self, "r", "u", "n_tie")
+        require(self, "tying", self.tying in TYINGS, f"one of {', '.join(TYINGS)}")
+        require(self, "sigma", self.sigma in SIGMAS, f"one of {', '.join(SIGMAS)}")
 
-    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
-        groups = tie_groups(sites, self.n_tie, self.tying)
-        return {"v": (max(groups) + 1 if groups else 0, self.u)}
+    def shared(self, sites: Sequence[Site]) -> dict[str, Numbers]:
+        # A parameter a group, not one for all: a view of one would cost its backward three launches a layer
+        groups = sorted(set(tie_groups(sites, self.n_tie, self.tying)))
+        return {f"v_{group}": Numbers((self.u,)) for group in groups}
 
     def frozen(self, site: Site, weight: Tensor, weight_digest: str) -> dict[str, Tensor]:
         P = noise.normal(self.seed, site.name, self.u, self.r, self.r) / self.r**0.5
         return svd_factors(site, weight, weight_digest, self.r, self.sigma) | {"P": P.to(weight.device)}
-
-    def adapter(self, site: Site, frozen: dict[str, Tensor], shared: Shared) -> Adapter:
-        groups = tie_groups(shared.sites, self.n_tie, self.tying)
-        return TinyLora(frozen, groups[shared.sites.index(site)], shared)
-
-
-class TinyLora(Adapter):
-    fp32_buffers = ("P",)
-
-    def __init__(self, frozen: dict[str, Tensor], group: int, shared: Shared):
-        super().__init__(frozen, {}, shared)
-        self.group = group
-
-    @property
-    def v(self) -> Tensor:
-        """This layer's v, [u]: a view of the one parameter that the root owns, looked up at every use."""
-        return self.shared.v[self.group]
-
-    def factors(self) -> Factors:
-        return Factors(self.down, self.v, self.up, self.P)
-
-    def extra_repr(self) -> str:
-        return f"group={self.group}"

@@ -4,8 +4,9 @@ The tensors are what trains; the JSON in the file's metadata under "tinylora" sa
 config, the number of modules, a fingerprint of the base model's weights and a checksum of the whole. Whoever has the
 base rebuilds the frozen factors from it. With `factors=True` they are in the file too. The layout:
 
-    v                        TinyLoRA's numbers, [groups, u]
-    <layer>.core             LoRA-XS's, [r, r]
+    v_<group>                TinyLoRA's numbers, [u]
+    <layer>.core             LoRA-XS's, [r, r]; every adapter's by the names in its config
+    saved.<module>.<name>    the modules of `modules_to_save`
     frozen.<layer>.<tensor>  only with factors=True
 
 One file, because one can be replaced in one step: there is no moment at which a crash leaves half an adapter.
@@ -31,7 +32,7 @@ from tinylora.nn.model import (
     attach,
     base_digests,
     fingerprint,
-    named_adapter_parameters,
+    named_numbers,
     shared_of,
 )
 from tinylora.nn.targets import find_targets, sites_of
@@ -48,12 +49,13 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
     not, active or not, the adapter is the same. ValueError if the model has no adapter of that name.
     """
     shared = shared_of(model, name)
-    tensors = {n: p.detach().cpu().contiguous() for n, p in named_adapter_parameters(model, name).items()}
+    tensors = {n: p.detach().cpu().contiguous() for n, p in named_numbers(model, name).items()}
     if factors:
         for site, layer in adapted_layers(model).items():
             if name in layer.adapters:
-                for n, t in layer.adapters[name].named_buffers():
-                    tensors[f"frozen.{site}.{n}"] = t.detach().cpu().contiguous()
+                adapter = layer.adapters[name]
+                for n in adapter.from_weight:
+                    tensors[f"frozen.{site}.{n}"] = adapter.get_buffer(n).detach().cpu().contiguous()
     header = {
         "format": FORMAT_VERSION,
         "tinylora": tinylora.__version__,
@@ -126,7 +128,7 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> 
             }
         attach(model, layers, config, name, frozen, digests)
     with torch.no_grad():
-        for n, p in named_adapter_parameters(model, name).items():
+        for n, p in named_numbers(model, name).items():
             p.copy_(trained[n])
     return model
 
@@ -142,7 +144,7 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
             tensors = {n: file.get_tensor(n) for n in file.offset_keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from None
-    if "tinylora" not in metadata:
+    if metadata.keys() != {"format", "tinylora"} or metadata["format"] != "pt":
         raise ValueError(f"{path} is a safetensors file, but not an adapter that tinylora.save wrote")
     try:
         header = json.loads(metadata["tinylora"])
@@ -160,12 +162,10 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
 
 
 def _check_names(path, trained, config, sites) -> None:
-    expected = dict(config.shared_shapes(sites))
-    for site in sites:
-        expected |= {f"{site.name}.{n}".lstrip("."): shape for n, shape in config.local_shapes(site).items()}
-    found = {n: tuple(t.shape) for n, t in trained.items()}
-    if found != {n: tuple(s) for n, s in expected.items()}:
-        odd = sorted(set(found.items()) ^ {(n, tuple(s)) for n, s in expected.items()})[0]
+    expected = {n: tuple(spec.shape) for n, spec in config.numbers(sites).items() if spec.trains or spec.saved}
+    found = {n: tuple(t.shape) for n, t in trained.items() if not n.startswith("saved.")}
+    if found != expected:
+        odd = sorted(set(found.items()) ^ set(expected.items()))[0]
         raise ValueError(f"{path} does not fit this model's modules: {odd[0]} with shape {odd[1]} is on one side only")
 
 

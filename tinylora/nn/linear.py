@@ -8,6 +8,14 @@ from tinylora.adapters import Adapter, AdapterConfig
 from tinylora.ops import adapted_linear
 
 
+def low_rank(x: Tensor, down: Tensor, core: Tensor | None, up: Tensor, basis: Tensor | None) -> Tensor:
+    """((X Dᵀ) Cᵀ) Uᵀ, [..., N], in x's dtype: the correction alone."""
+    if basis is not None:
+        core = torch.einsum("u,uij->ij", core, basis)
+    z = F.linear(x, down.to(x.dtype))
+    return F.linear(z if core is None else F.linear(z, core.to(x.dtype)), up.to(x.dtype))
+
+
 class Linear(nn.Linear):
     """Y = X Wᵀ + b, and with an active adapter Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ (`tinylora.ops.adapted_linear`).
 
@@ -60,7 +68,16 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None or self.merged is not None:
             return F.linear(x, self.weight, self.bias)
-        down, core, up, basis = self.adapters[self.active].factors()
+        adapter = self.adapters._modules[self.active]
+        down, core, up, basis = adapter.factors()
+        rows = adapter.shared.rows
+        if rows is not None:
+            core = adapter.row_core()
+            return adapted_linear(x, self.weight, down, core, up, self.bias, rows.of(x), basis=basis)
+        if adapter.dropout and self.training:
+            # Two inputs, so two calls: the frozen layer on x, and the correction on what dropout left of it.
+            dropped = F.dropout(x, adapter.dropout)
+            return F.linear(x, self.weight, self.bias) + low_rank(dropped, down, core, up, basis)
         return adapted_linear(x, self.weight, down, core, up, self.bias, basis=basis)
 
     @torch.no_grad()

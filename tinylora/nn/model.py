@@ -11,9 +11,10 @@ from tqdm.auto import tqdm
 from tinylora.adapters import AdapterConfig, Shared
 from tinylora.adapters.factor_cache import digest
 from tinylora.nn.linear import Linear
-from tinylora.nn.targets import find_targets, sites_of
+from tinylora.nn.saved_module import SavedModule
+from tinylora.nn.targets import find_modules_to_save, find_targets, sites_of
 
-STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v
+STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
 
 
 def apply(model: nn.Module, config: AdapterConfig, name: str = "default") -> nn.Module:
@@ -46,10 +47,11 @@ def attach(
         raise ValueError(f"name is {name!r}, expected one without dots: it becomes a part of parameter names")
     if name in adapter_names(root):
         raise ValueError(f"name is {name!r}, but the model has an adapter of that name: {adapter_names(root)}")
-    _refuse_merged(root)
+    refuse_merged(root)
     sites = sites_of(layers)
     digests = digests or base_digests(layers)
-    shared = Shared(config, sites, fingerprint(digests))
+    saved = find_modules_to_save(root, config.modules_to_save, layers)
+    shared = config.shared_class(config, sites, fingerprint(digests))
     if frozen is None:
         with torch.no_grad():
             frozen = {
@@ -69,8 +71,13 @@ def attach(
             layer = Linear.wrap(layer)
             root.set_submodule(site.name, layer)
         adapter = config.adapter(site, frozen[site.name], shared).to(layer.weight.device)
-        adapter.train(layer.training)
-        layer.add(name, adapter)
+        layer.add(name, adapter.train(layer.training))
+        shared.layers[site.name] = adapter
+    for path, module in saved.items():
+        if not isinstance(module, SavedModule):
+            module = SavedModule(module)
+            root.set_submodule(path, module)
+        module.add(name)
     activate(root, name)
     return shared
 
@@ -105,6 +112,11 @@ def adapted_layers(model: nn.Module) -> dict[str, Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
 
 
+def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
+    """The model's modules that are trained whole beside an adapter, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SavedModule)}
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of the model's adapters."""
     return list(model._modules[STORE].keys()) if STORE in model._modules else []
@@ -120,13 +132,25 @@ def shared_of(model: nn.Module, name: str) -> Shared:
     return model.get_submodule(STORE)[name]
 
 
-def named_adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
-    """What trains of an adapter, by a name that is the same on every copy of the model: "v", "<layer>.core"."""
-    found = dict(shared_of(model, name).named_parameters())
-    for layer_name, layer in adapted_layers(model).items():
+def named_numbers(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Everything of an adapter that is not made anew on a load, by a name that is the same on every copy of the model.
+
+    What trains (nn.Parameter), and state such as AdaLoRA's step count: "v_0", "<layer>.core", "saved.<module>.weight".
+    """
+
+    def owned(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+        tensors = dict(module.named_parameters())
+        lasting = module.state_dict(keep_vars=True)
+        tensors |= {n: lasting[n] for n in lasting if n not in tensors}
+        return {f"{prefix}{n}": t for n, t in tensors.items()}
+
+    found = owned(shared_of(model, name), "")
+    for path, layer in adapted_layers(model).items():
         if name in layer.adapters:
-            local = layer.adapters[name].named_parameters()
-            found |= {f"{layer_name}.{n}".lstrip("."): p for n, p in local}
+            found |= owned(layer.adapters[name], f"{path}." if path else "")
+    for path, module in saved_modules(model).items():
+        if name in module.copies:
+            found |= owned(module.copies[name], f"saved.{path}.")
     return found
 
 
@@ -135,34 +159,36 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Param
 
     The numel() sum to the count that `tinylora params` prints. ValueError if there is no adapter of that name.
     """
-    return list(named_adapter_parameters(model, name).values())
+    return [t for t in named_numbers(model, name).values() if isinstance(t, nn.Parameter)]
 
 
 def activate(model: nn.Module, name: str | None) -> None:
     """Make an adapter the one that runs and trains; None is the base model. ValueError on a merged model."""
     if name is not None:
         shared_of(model, name)
-    _refuse_merged(model)
+    refuse_merged(model)
     for other in adapter_names(model):
         for p in adapter_parameters(model, other):
             p.requires_grad_(other == name)
     for layer in adapted_layers(model).values():
         layer.active = name if name in layer.adapters else None
+    for module in saved_modules(model).values():
+        module.active = name if name in module.copies else None
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """`with tinylora.disabled(model):` runs the base model: GRPO's reference policy, or a baseline."""
-    layers = adapted_layers(model)
-    _refuse_merged(model)
-    before = {n: layer.active for n, layer in layers.items()}
-    for layer in layers.values():
-        layer.active = None
+    refuse_merged(model)
+    switched = [*adapted_layers(model).values(), *saved_modules(model).values()]
+    before = [module.active for module in switched]
+    for module in switched:
+        module.active = None
     try:
         yield model
     finally:
-        for n, layer in layers.items():
-            layer.active = before[n]
+        for module, active in zip(switched, before, strict=True):
+            module.active = active
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -195,7 +221,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _refuse_merged(model: nn.Module) -> None:
+def refuse_merged(model: nn.Module) -> None:
+    """ValueError if an adapter is merged into the weights."""
     for name, layer in adapted_layers(model).items():
         if layer.merged is not None:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Which layers of a model an adapter goes to."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -47,6 +47,25 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str | None) -> dict[
             "no target_modules (every linear layer in a block)" if targets is None else f"target_modules {targets!r}"
         )
         raise ValueError(f"{type(model).__name__} with {asked}: nothing to adapt, {_what_there_is(model, layers)}")
+    return found
+
+
+def find_modules_to_save(
+    model: nn.Module, names: Sequence[str] | None, targets: Mapping[str, nn.Linear]
+) -> dict[str, nn.Module]:
+    """The modules that `modules_to_save` names (by full name or last parts), by name. ValueError names a lost one."""
+    found: dict[str, nn.Module] = {}
+    for wanted in names or ():
+        matched = {n: m for n, m in model.named_modules() if n == wanted or n.endswith("." + wanted)}
+        if not matched:
+            top = ", ".join(n for n, _ in model.named_children())
+            raise ValueError(f"modules_to_save names {wanted!r}, expected a module of {type(model).__name__}: {top}")
+        clash = [t for t in targets for n in matched if t == n or t.startswith(n + ".")]
+        if clash:
+            raise ValueError(
+                f"modules_to_save names {wanted!r}, but {clash[0]} gets the adapter: expected one or the other"
+            )
+        found |= matched
     return found
 
 

@@ -6,15 +6,12 @@ at the call from outside (torch.compile, torch.export, dispatch modes, tensor su
 the custom op `tinylora::adapted_linear`, with the same two functions as its body.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from tinylora.ops import eager
+from tinylora.ops.checks import check
 from tinylora.ops.dispatch import TORCH, route_of
-
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def adapted_linear(
@@ -51,7 +48,7 @@ def adapted_linear(
     The operator is the common form of LoRA (arXiv 2106.09685), LoRA-XS (2405.17604) and TinyLoRA
     (2602.04118, section 4): each is a choice of (down, core, up).
     """
-    _check(x, weight, down, core, up, bias, adapter_ids, basis)
+    check(x, weight, down, core, up, bias, adapter_ids, basis)
     x2d = x.reshape(-1, x.shape[-1])
     ids = None if adapter_ids is None else adapter_ids.reshape(-1)
     operands = (x2d, weight, down, core, up, bias)
@@ -62,64 +59,6 @@ def adapted_linear(
     else:
         y, _ = _forward(*operands, ids, basis)
     return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _check(x, weight, down, core, up, bias, adapter_ids, basis) -> None:
-    """Everything that could give a wrong number or an error deep below, said at the public edge."""
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected two dimensions (N, K)")
-    N, K = weight.shape
-    if x.dim() < 1 or x.shape[-1] != K:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {K}): weight is {(N, K)} (N, K)")
-    if down.dim() != 2 or down.shape[1] != K or down.shape[0] < 1:
-        raise ValueError(f"down has shape {tuple(down.shape)}, expected (r, {K}): weight is {(N, K)} (N, K)")
-    r = down.shape[0]
-
-    def wants(name, t, shape, because):
-        if tuple(t.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}: {because}")
-
-    wants("up", up, (N, r), f"weight is {(N, K)} (N, K) and down is {(r, K)} (r, K)")
-    if bias is not None:
-        wants("bias", bias, (N,), f"weight is {(N, K)} (N, K)")
-    if basis is None:
-        one, why = (r, r), f"down is {(r, K)} (r, K)"
-    else:
-        if core is None:
-            raise ValueError("basis came without a core, expected core of shape (u,): the v of Σ v_i P_i")
-        if basis.requires_grad:
-            raise ValueError("basis requires a gradient, expected a frozen one: only v trains")
-        if basis.dim() != 3 or basis.shape[1:] != (r, r) or basis.shape[0] < 1:
-            raise ValueError(f"basis has shape {tuple(basis.shape)}, expected (u, {r}, {r}): down is {(r, K)} (r, K)")
-        one, why = (basis.shape[0],), f"basis is {tuple(basis.shape)} (u, r, r)"
-    if adapter_ids is None:
-        if core is not None:
-            wants("core", core, one, f"{why}; a core per row, {('A', *one)}, needs adapter_ids")
-    else:
-        if core is None:
-            raise ValueError(f"adapter_ids came without a core, expected core of shape {('A', *one)}")
-        if core.dim() != len(one) + 1 or core.shape[1:] != one or core.shape[0] < 1:
-            raise ValueError(f"core has shape {tuple(core.shape)}, expected {('A', *one)} with adapter_ids: {why}")
-        if adapter_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"adapter_ids has dtype {adapter_ids.dtype}, expected torch.int64 or torch.int32")
-        if tuple(adapter_ids.shape) not in (tuple(x.shape[:-1]), (math.prod(x.shape[:-1]),)):
-            raise ValueError(
-                f"adapter_ids has shape {tuple(adapter_ids.shape)}, expected {tuple(x.shape[:-1])}: one per row of x"
-            )
-
-    autocast = torch.is_autocast_enabled(x.device.type)
-    named = {"weight": weight, "x": x, "bias": bias, "down": down, "core": core, "up": up, "basis": basis}
-    for name, t in named.items():
-        if t is None:
-            continue
-        if t.dtype not in _FLOATS:
-            raise ValueError(f"{name} has dtype {t.dtype}, expected one of {', '.join(map(str, _FLOATS))}")
-        if name in ("x", "bias") and t.dtype != weight.dtype and not autocast:
-            raise ValueError(f"{name} has dtype {t.dtype}, expected weight's {weight.dtype}")
-        if t.device != weight.device:
-            raise ValueError(f"{name} is on {t.device}, expected weight's device {weight.device}")
-    if adapter_ids is not None and adapter_ids.device != weight.device:
-        raise ValueError(f"adapter_ids is on {adapter_ids.device}, expected weight's device {weight.device}")
 
 
 def _seen_from_outside(operands) -> bool:
@@ -180,8 +119,11 @@ class _AdaptedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         need = ctx.needs_input_grad[:6]
-        with torch.autocast(dy.device.type, enabled=False):
-            return (*_backward(dy, *ctx.saved_tensors, need), None, None)
+        device = dy.device.type
+        if torch.is_autocast_enabled(device):  # a backward called inside autocast; the context costs microseconds
+            with torch.autocast(device, enabled=False):
+                return (*_backward(dy, *ctx.saved_tensors, need), None, None)
+        return (*_backward(dy, *ctx.saved_tensors, need), None, None)
 
 
 # --- the custom op: what torch.compile, torch.export and dispatch modes see -------------------------------

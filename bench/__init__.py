@@ -1,0 +1,1 @@
+"""The benchmark: `python -m bench --help`. Nothing in tinylora imports it."""

@@ -1,0 +1,189 @@
+"""`python -m bench`: the command line of the benchmark."""
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything the benchmark reads is on this machine
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+from bench import analysis, linear, model, providers, report, rows, shapes, svd, timing
+
+DESCRIPTION = """\
+Measures tinylora against the bare frozen layer, PEFT's TinyLoRA, plain code and torch.compile.
+
+Without a command: svd, model and linear, in about 150 seconds on two CPU cores. Every provider is compared with fp64
+before it is timed, and a wrong one gets no time; providers alternate within a run, so compare ratios, not runs.
+Rows go to <out>/<device>.csv as they are measured, then <device>.md with every cell and <device>.png."""
+
+EXAMPLES = """\
+examples:
+  python -m bench                                            everything, on the GPU if there is one
+  python -m bench linear --models Qwen2.5-7B --M 1 16        two row counts on one model's shapes
+  python -m bench linear --layers all --budget 1800          every distinct shape, every M
+  python -m bench --out bench/results && python -m bench table    renew the results in git and in the README"""
+
+MAIN_BUDGET = 150.0
+NOISY = 1.3  # spread of a typical cell from which on a run should not be trusted; 1.1 on a quiet machine
+
+
+def parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    main = argparse.ArgumentParser("python -m bench", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
+
+    def common(p):
+        p.add_argument("--out", type=Path, default=rows.OUT, help="folder for csv, md and png (default bench/out)")
+        p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+        p.add_argument("--threads", type=int, help="CPU threads (default: one per idle core)")
+
+    common(main)
+    main.add_argument("--budget", type=float, default=MAIN_BUDGET, help="seconds for all of it (default %(default)g)")
+    what = main.add_subparsers(dest="what", metavar="linear | svd | model | analysis | table")
+
+    p = what.add_parser("linear", help=linear.__doc__.split(": ", 1)[1], description=linear.__doc__)
+    common(p)
+    p.add_argument("--models", nargs="+", choices=shapes.models(), default=list(shapes.models()), metavar="MODEL")
+    p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
+    p.add_argument("--M", nargs="+", type=int, help=f"rows (default {linear.CPU_ROWS}, on a GPU {linear.CUDA_ROWS})")
+    p.add_argument("--passes", nargs="+", choices=linear.PASSES, default=list(linear.PASSES))
+    p.add_argument("--providers", nargs="+", choices=providers.NAMES, default=list(providers.NAMES))
+    p.add_argument("--budget", type=float, default=100.0, help="seconds (default %(default)g); min. 5 rounds a cell")
+    p.add_argument(
+        "--layers",
+        choices=("sample", "all"),
+        help="sample (default on a CPU): q_proj, gate_proj and down_proj of each model, no cell above "
+        f"{linear.CPU_OPERATIONS / 1e9:g} GFLOP, and `compiled` on {linear.CPU_COMPILED[0]} q_proj alone; "
+        "all (default on a GPU): every distinct shape at every M",
+    )
+    p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
+    p.add_argument("--u", type=int, default=13, help="length of v (default %(default)s)")
+
+    p = what.add_parser("svd", help=svd.__doc__.split(": ", 1)[1], description=svd.__doc__)
+    common(p)
+    p.add_argument("--model", choices=shapes.models(), default="Qwen2.5-7B", help="whose q_proj (default %(default)s)")
+
+    p = what.add_parser("model", help=model.__doc__.split(": ", 1)[1], description=model.__doc__)
+    common(p)
+    p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
+    p.add_argument("--budget", type=float, default=12.0, help="seconds of timing (default %(default)g)")
+
+    p = what.add_parser(
+        "analysis", help=analysis.__doc__.split(": ", 1)[1].splitlines()[0], description=analysis.__doc__
+    )
+    common(p)
+    p.add_argument("--pretraining", type=int, default=500, help="steps on prose (default %(default)s)")
+    p.add_argument("--steps", type=int, default=150, help="steps on code, for every rate (default %(default)s)")
+
+    p = what.add_parser("table", help="rewrite the results in README.md from bench/results/*.csv")
+    p.add_argument("--readme", type=Path, default=rows.ROOT / "README.md")
+    p.add_argument("--results", type=Path, default=rows.RESULTS)
+    return main
+
+
+def plan(args, device: torch.device, budget: float) -> linear.Plan:
+    """The plan that the arguments of `linear` describe."""
+    cpu = device.type == "cpu"
+    return linear.Plan(
+        models=tuple(args.models),
+        dtypes=tuple(args.dtypes),
+        rows=tuple(args.M or (linear.CPU_ROWS if cpu else linear.CUDA_ROWS)),
+        passes=tuple(args.passes),
+        providers=tuple(args.providers),
+        budget=budget,
+        sample=cpu if args.layers is None else args.layers == "sample",
+        r=args.r,
+        u=args.u,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.what == "table":
+        report.write_readme(args.readme, args.results)
+        return 0
+    if args.what == "analysis":
+        _set_threads(args.threads)
+        analysis.run(args.out, args.pretraining, args.steps)
+        return 0
+    # PEFT and transformers warn of what this benchmark does on purpose; stderr is for the progress bar.
+    warnings.filterwarnings("ignore", module=r"(peft|transformers)\b")
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        _set_threads(args.threads)
+    started = time.perf_counter()
+    ops = (args.what,) if args.what else ("svd", "model", "linear")
+    missed: list[str] = []
+    with rows.Results(args.out, ops, device) as results:
+        if "svd" in ops:
+            svd.run(results, device, **({"model": args.model} if args.what else {"budget": args.budget / 2}))
+        if "model" in ops:
+            _model(results, device, args, started)
+        if "linear" in ops:
+            chosen = args if args.what else parser().parse_args(["linear"])
+            budget = args.budget if args.what else max(30.0, args.budget - (time.perf_counter() - started))
+            missed = linear.run(plan(chosen, device, budget), results, device)
+    _show(results, missed, time.perf_counter() - started)
+    # Others may fail for the machine's reasons (torch.compile without a C++ compiler); we may not, and nobody be wrong.
+    bad = (
+        r.note.startswith("wrong") or (r.note.startswith("failed") and r.provider == providers.OURS)
+        for r in results.rows
+    )
+    return 1 if any(bad) else 0
+
+
+def _set_threads(wanted: int | None) -> None:
+    """As many as wanted, else as many as find an idle core: threads that wait for one that waits for a core measure
+    the scheduler, and a tenth of the speed."""
+    threads = wanted or max(1, min(torch.get_num_threads(), round(timing.idle_cores())))
+    if threads < torch.get_num_threads() and not wanted:
+        print(f"The machine is busy: {threads} of {torch.get_num_threads()} threads are used.", file=sys.stderr)
+    torch.set_num_threads(threads)
+
+
+def _model(results, device, args, started) -> None:
+    try:
+        model.folder()
+        import transformers  # noqa: F401
+    except ImportError as error:
+        results.add(rows.Row("model", model.MODEL, "all", "", "", note=f"not measured: {error}"))
+        return
+    if args.what:
+        model.run(results, device, tuple(args.dtypes), args.budget)
+    else:  # a slow start-up on a busy machine must not eat what the linear layers need
+        model.run(results, device, latest_start=started + 0.6 * args.budget)
+
+
+def _show(results, missed, seconds) -> None:
+    """Tables on stdout and as markdown, the plot, and where all of it is."""
+    kept = rows.read(results.path)
+    ops = {row.op for row in results.rows}
+    parts = []
+    if "linear" in ops:
+        parts += [report.linear_table(results.rows)]
+    if "svd" in ops:
+        parts += ["Start-up of one layer\n\n" + report.svd_table(results.rows)]
+    if "model" in ops:
+        parts += ["A whole model\n\n" + report.model_table(results.rows)]
+    if report.barred(results.rows):
+        title = f"Geometric means over the shapes of Qwen2.5 at M >= {report.BAR_ROWS}"
+        parts += [f"{title}\n\n{report.means_table(results.rows)}", "\n".join(report.bars(results.rows))]
+    text = "\n\n".join(parts)
+    results.path.with_suffix(".md").write_text(text + "\n")
+    report.plot(kept, results.path.with_suffix(".png"))
+    print(f"\n{text}\n")
+    noisy = report.noise(results.rows)
+    if noisy > NOISY:
+        busy = f"The machine was busy: the median cell's p80 is {noisy:.2f} times its p20. Measure again in quiet."
+        print(busy, file=sys.stderr)
+    if missed:
+        print("The budget did not reach:", *missed, sep="\n  ", file=sys.stderr)
+    print(f"{len(results.rows)} rows in {seconds:.0f} s: {results.path} (.csv, .md, .png)")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

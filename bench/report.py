@@ -1,0 +1,202 @@
+"""What the rows say: tables, the means that the project is held to, a plot, and the results in the README."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from tabulate import tabulate
+
+from bench import providers as who
+from bench.linear import PASSES
+from bench.rows import Row, read
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+BARS = {who.PEFT: 0.85, who.BARE: 1.25}  # ours over each, at most, on a CPU
+BAR_ROWS = 16  # the bars are about M of at least this
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+
+def cells(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
+    """The linear rows by (model, layer, dtype, M, pass), and in each by provider."""
+    found: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if row.op == "linear" and row.M is not None:
+            found[row.model, row.layer, row.dtype, row.M, row.pass_][row.provider] = row
+    return found
+
+
+def barred(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
+    """The cells that the bars are about: shapes of Qwen2.5 at M >= 16."""
+    return {key: cell for key, cell in cells(rows).items() if key[0].startswith("Qwen2.5") and key[3] >= BAR_ROWS}
+
+
+def over(cells: Iterable[dict[str, Row]], provider: str, base: str) -> list[float]:
+    """provider's time over base's, in every cell that has both."""
+    pairs = ((cell.get(provider), cell.get(base)) for cell in cells)
+    return [a.p50_ms / b.p50_ms for a, b in pairs if a and b and a.p50_ms and b.p50_ms]
+
+
+def means(rows: list[Row]) -> tuple[list[str], list[list]]:
+    """Geometric means over Qwen2.5's shapes at M >= 16 by dtype and pass, by dtype, and over all: (headers, lines)."""
+    found = barred(rows)
+    dtypes = sorted({key[2] for key in found})
+    groups = [(d, p) for d in dtypes for p in PASSES] + [(d, "both") for d in dtypes] + [("all", "both")]
+    lines = []
+    for dtype, pass_ in groups:
+        group = [c for k, c in found.items() if dtype in (k[2], "all") and pass_ in (k[4], "both")]
+        if group:
+            columns = [(who.OURS, who.PEFT), (who.OURS, who.BARE)]
+            columns += [(p, who.BARE) for p in (who.PEFT, who.PEFT_SAME_DTYPE, who.PLAIN, who.COMPILED)]
+            lines.append([dtype, pass_, len(group), *(_mean(over(group, a, b)) for a, b in columns)])
+    headers = ["dtype", "pass", "cells", "ours / PEFT", "ours / bare", "PEFT / bare", "PEFT same dtype / bare"]
+    return [*headers, "plain / bare", "compiled / bare"], lines
+
+
+def _mean(ratios: list[float]) -> str:
+    return f"{geometric_mean(ratios):.2f}" if ratios else ""
+
+
+def noise(rows: list[Row]) -> float:
+    """Spread of the median row: its p80 over its p20."""
+    spreads = sorted(row.p80_ms / row.p20_ms for row in rows if row.p20_ms and row.p80_ms)
+    return spreads[len(spreads) // 2] if spreads else 1.0
+
+
+def bars(rows: list[Row]) -> list[str]:
+    """One line per bar: what it is, what was measured, met or missed."""
+    found = list(barred(rows).values())
+    lines = []
+    for base, bar in BARS.items():
+        ratios = over(found, who.OURS, base)
+        if ratios:
+            mean = geometric_mean(ratios)
+            verdict = "met" if mean <= bar else "MISSED"
+            lines.append(f"ours / {base}: {mean:.3f} over {len(ratios)} cells, bar {bar}: {verdict}")
+    return lines
+
+
+def linear_table(rows: list[Row]) -> str:
+    """Every cell on a line: the bare layer's milliseconds, and everybody's time over it."""
+    found = cells(rows)
+    lines = []
+    for (model, layer, dtype, M, pass_), cell in found.items():
+        bare = cell.get(who.BARE)
+        shape = next(iter(cell.values()))
+        line = [model, layer, f"{shape.N} x {shape.K}", dtype, M, pass_, f"{bare.p50_ms:.3f}" if bare else ""]
+        for name in who.NAMES[1:]:
+            row = cell.get(name)
+            line.append(
+                "" if row is None else row.note or f"{row.ratio_to_bare:.2f}" if row.ratio_to_bare else row.note
+            )
+        lines.append(line)
+    headers = ["model", "layer", "N x K", "dtype", "M", "pass", "bare ms", *who.NAMES[1:]]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def means_table(rows: list[Row]) -> str:
+    headers, lines = means(rows)
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def svd_table(rows: list[Row]) -> str:
+    lines = [
+        [r.layer, f"{r.N} x {r.K}", r.provider, f"{r.p50_ms / 1e3:.2f}" if r.p50_ms else r.note, _angle(r)]
+        for r in rows
+        if r.op == "svd"
+    ]
+    headers = ["spectrum", "N x K", "provider", "seconds", "angle to the full SVD's subspace"]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def _angle(row: Row) -> str:
+    return "" if row.angle_deg is None else f"{row.angle_deg:.2g}°"
+
+
+def model_table(rows: list[Row]) -> str:
+    lines = []
+    for r in rows:
+        if r.op == "model":
+            time, ratio = (f"{r.p50_ms:.1f}", r.ratio_to_bare) if r.p50_ms else (r.note, None)
+            lines.append([r.model, r.dtype, r.pass_, r.provider, time, f"{ratio:.2f}" if ratio else ""])
+    headers = ["model", "dtype", "pass", "provider", "ms", "over base"]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def markdown(rows: list[Row]) -> str:
+    """The results of one device as the README shows them."""
+    first = rows[0]
+    versions = f"torch {first.torch}" + (f", triton {first.triton}" if first.device.startswith("NVIDIA") else "")
+    threads = f", {first.threads} thread{'s' * (first.threads > 1)}" if first.threads else ""
+    commits = sorted({row.commit for row in rows if row.commit})
+    where = (
+        f"**{first.device}**{threads}; {versions}, PEFT {first.peft}; commit {', '.join(commits)}, {first.date[:10]}"
+    )
+    parts = [where]
+    ops = {row.op for row in rows}
+    if "linear" in ops:
+        headers, lines = means(rows)
+        parts.append(
+            "One adapted linear layer (TinyLoRA, r = 2): time over another's, geometric means over the shapes of "
+            f"Qwen2.5 0.5B to 7B at M ≥ {BAR_ROWS} rows, each over the cells that have both.\n\n"
+            + tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+        )
+    if "svd" in ops:
+        parts.append("Start-up of one layer: the truncated SVD.\n\n" + svd_table(rows))
+    if "model" in ops:
+        parts.append("A whole pretrained model, every linear layer adapted.\n\n" + model_table(rows))
+    return "\n\n".join(parts)
+
+
+def write_readme(readme: Path, results: Path) -> None:
+    """Replace what stands between the two marks in the README by the tables of every CSV in `results`."""
+    text = readme.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{readme} has no single pair of marks {BEGIN} and {END}")
+    files = sorted(results.glob("*.csv"))
+    bodies = [markdown(rows) for rows in map(read, files) if rows]
+    body = "\n\n".join(bodies) or "Nothing has been measured yet."
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    readme.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}")
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Time over the bare layer against M, a panel per dtype and pass; geometric mean of all shapes at that M."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install matplotlib)")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = cells(rows)
+    dtypes, passes = (sorted({key[i] for key in found}) for i in (2, 4))
+    if not found:
+        return
+    figure, axes = plt.subplots(
+        len(dtypes), len(passes), figsize=(5 * len(passes), 3.6 * len(dtypes)), squeeze=False, sharey="row"
+    )
+    for i, dtype in enumerate(dtypes):
+        for j, pass_ in enumerate(passes):
+            axis = axes[i][j]
+            group = {k: c for k, c in found.items() if (k[2], k[4]) == (dtype, pass_)}
+            Ms = sorted({k[3] for k in group})
+            for color, name in enumerate(who.NAMES):
+                means = [geometric_mean(over((c for k, c in group.items() if k[3] == M), name, who.BARE)) for M in Ms]
+                if not all(map(math.isnan, means)):
+                    axis.plot(Ms, means, f"C{color}o-", label=name, zorder=3 if name == who.OURS else 2)
+            axis.set(title=f"{dtype}, {pass_}", xlabel="M (rows)", ylabel="time / bare linear")
+            axis.set_xscale("log", base=2)
+            axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    first = rows[0]
+    figure.suptitle(f"{first.device}, torch {first.torch}, {first.date[:10]}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

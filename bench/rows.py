@@ -1,0 +1,156 @@
+"""Tidy rows, one per measurement, in a CSV that is written row by row: a crash keeps what was measured."""
+
+import csv
+import datetime
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"  # in git
+OUT = Path(__file__).parent / "out"  # not in git
+
+
+@dataclass
+class Row:
+    """One measurement. A number that was not measured is None, an empty field in the file."""
+
+    op: str  # linear | svd | model
+    model: str
+    layer: str
+    provider: str
+    pass_: str  # `pass` in the file
+    M: int | None = None
+    N: int | None = None
+    K: int | None = None
+    r: int | None = None
+    u: int | None = None
+    dtype: str = ""
+    p50_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    ratio_to_bare: float | None = None
+    peak_mb: float | None = None  # CUDA only: allocated above what the layer itself holds
+    gb_per_s: float | None = None  # the fewest bytes the bare layer must move, per second
+    tflops: float | None = None  # the bare layer's operations, per second
+    angle_deg: float | None = None  # svd: largest angle to PEFT's subspace (a full SVD)
+    rounds: int | None = None
+    note: str = ""  # why there is no time
+    device: str = ""
+    threads: int | None = None
+    torch: str = ""
+    triton: str = ""
+    peft: str = ""
+    commit: str = ""  # tinylora's; "+dirty" where tracked files differ from it
+    date: str = ""
+
+
+COLUMNS = [f.name.rstrip("_") for f in fields(Row)]
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def commit() -> str:
+    """Short commit of this checkout, "+dirty" if tracked files differ, "" outside of git."""
+
+    def git(*args):
+        return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=10", "HEAD") + ("+dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return f"{found[1] if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+class Results:
+    """The rows of one device in `folder`/<device>.csv. New rows replace the earlier ones of the same ops.
+
+    As a context: rows given to `add` are in the file at once, whatever happens afterwards.
+    """
+
+    def __init__(self, folder: Path, ops: tuple[str, ...], device: torch.device):
+        name = device_name(device)
+        self.path = folder / f"{slug(name)}.csv"
+        self.ops = ops
+        self.rows: list[Row] = []
+        self._same = {
+            "device": name,
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "torch": torch.__version__,
+            "triton": version("triton"),
+            "peft": version("peft"),
+            "commit": commit(),
+        }
+
+    def __enter__(self) -> "Results":
+        kept = [row for row in read(self.path) if row.op not in self.ops] if self.path.exists() else []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_suffix(".tmp")
+        with fresh.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows(_cells(row) for row in kept)
+        fresh.replace(self.path)
+        self._file = self.path.open("a", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def add(self, row: Row) -> Row:
+        for name, value in self._same.items():
+            setattr(row, name, value)
+        row.date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.rows.append(row)
+        self._writer.writerow(_cells(row))
+        self._file.flush()
+        return row
+
+
+def _cells(row: Row) -> list[str]:
+    return ["" if v is None else f"{v:.5g}" if isinstance(v, float) else str(v) for v in asdict(row).values()]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV; a last line that was cut short is left out."""
+    types = {f.name: f.type for f in fields(Row)}
+    rows = []
+    with path.open(newline="") as file:
+        for cells in csv.DictReader(file):
+            if None in cells.values():
+                continue
+            values = {}
+            for column, text in cells.items():
+                name = "pass_" if column == "pass" else column
+                kind = types[name]
+                convert = int if kind == (int | None) else float if kind == (float | None) else str
+                values[name] = convert(text) if text or convert is str else None
+            rows.append(Row(**values))
+    return rows

@@ -1,0 +1,178 @@
+"""Times of several providers, taken in turns so that whatever else the machine does hits all of them alike."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+
+try:
+    import resource
+except ImportError:  # not on Windows; there a busy machine only widens the spread
+    resource = None
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 400
+SHORT = 5e-3  # seconds
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one call: median and the spread around it, over `rounds` measurements."""
+
+    p50: float
+    p20: float
+    p80: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Times":
+        ms = torch.tensor(seconds, dtype=torch.float64) * 1e3
+        p50, p20, p80 = (ms.quantile(q).item() for q in (0.5, 0.2, 0.8))
+        return cls(p50, p20, p80, len(seconds))
+
+
+def alternate(
+    calls: dict[str, Callable[[], object]],
+    rotate: Callable[[int], None],
+    buffers: int,
+    budget: float,
+    device: torch.device,
+    graphs: bool = True,
+) -> dict[str, Times]:
+    """Times of every call in `calls`, at least MIN_ROUNDS each and about `budget` seconds together.
+
+    calls:   what to time, by provider
+    rotate:  rotate(i) puts the i-th of `buffers` sets of operands in place, outside the timed region
+    graphs:  on CUDA, time CUDA graphs (the device's work alone) and not eager calls (launches and Python as well)
+    """
+    if device.type == "cuda":
+        calls = {name: _on_device(call, rotate, buffers, graphs) for name, call in calls.items()}
+        rotate, buffers = _nothing, 1
+    else:
+        calls = {name: _on_host(call) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    quiet: dict[str, list[float]] = {name: [] for name in calls}
+    slowest = 0.0
+    for i, call in enumerate(calls.values()):  # the second call counts: the first compiles, loads and allocates
+        rotate(i % buffers)
+        call()
+        slowest = max(slowest, call())
+    # In a model the layer before ran the same code, on other weights: a short call is timed after an untimed one of
+    # its own provider. Straight after another's, its code is not in the caches, and a call of 0.5 ms takes 6 % longer.
+    untimed, timed = (1, 2) if slowest < SHORT else (0, 1)
+    names, turn = list(calls), count()
+    deadline = time.perf_counter() + budget
+    for round_ in range(MAX_ROUNDS):
+        if round_ >= MIN_ROUNDS and time.perf_counter() > deadline:
+            break
+        first = round_ % len(names)  # nobody always runs first, after the same neighbour
+        for name in names[first:] + names[:first]:
+            for repeat in range(untimed + timed):
+                rotate(next(turn) % buffers)
+                before = _preemptions()
+                elapsed = calls[name]()
+                if repeat >= untimed:
+                    seconds[name].append(elapsed)
+                    if _preemptions() == before:
+                        quiet[name].append(elapsed)
+    # A call during which the kernel gave one of our cores to somebody else measures that somebody (two threads then
+    # wait for each other for whole scheduler ticks); without it, unless hardly any call was left alone.
+    return {name: Times.of(q if len(q) >= MIN_ROUNDS else seconds[name]) for name, q in quiet.items()}
+
+
+def _preemptions() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
+
+
+def _nothing(i: int) -> None:
+    pass
+
+
+def _on_host(call) -> Callable[[], float]:
+    def seconds() -> float:
+        start = time.perf_counter()
+        result = call()
+        elapsed = time.perf_counter() - start
+        del result  # freed outside the timed region
+        return elapsed
+
+    return seconds
+
+
+def _on_device(call, rotate, buffers, graphs) -> Callable[[], float]:
+    """Events around one call on each of the sets of operands, divided by their number, so that no set is still in L2
+    when its turn comes again; with `graphs` all of it in one CUDA graph, so that launches leave no gaps."""
+
+    def sweep():
+        for i in range(buffers):
+            rotate(i)
+            call()
+
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    work = _captured(sweep).replay if graphs else sweep
+
+    def seconds() -> float:
+        torch.cuda.synchronize()
+        start.record()
+        work()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3 / buffers
+
+    return seconds
+
+
+def _captured(sweep) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # lazy handles and compilation must happen before the capture
+        for _ in range(3):
+            sweep()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sweep()
+    return graph
+
+
+def idle_cores(seconds: float = 0.5) -> float:
+    """Cores that nobody has used for this long, from /proc/stat; all of them where there is none."""
+    stat, ticks = Path("/proc/stat"), os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+    if not stat.exists():
+        return os.cpu_count()
+
+    def idle() -> int:
+        fields = stat.read_text().split("\n", 1)[0].split()
+        return int(fields[4]) + int(fields[5])  # idle and waiting for I/O
+
+    before, start = idle(), time.perf_counter()
+    time.sleep(seconds)
+    return (idle() - before) / ticks / (time.perf_counter() - start)
+
+
+def once(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call that is too long, or too much a start-up, to repeat."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the cache before memory: L2 of a GPU, L3 of a CPU (32 MiB where Linux does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(s.read_text().strip().removesuffix("K")) << 10 for s in sizes), default=32 << 20)
+
+
+def buffers_past_cache(bytes_per_call: int, device: torch.device) -> int:
+    """How many sets of operands to rotate so that none is still cached when its turn comes again, as in a model,
+    where the other layers' weights come between; at most 64."""
+    return min(64, max(2, -(-2 * last_level_cache(device) // bytes_per_call)))

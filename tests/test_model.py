@@ -1,0 +1,346 @@
+"""Adapters on whole models: a Qwen2 from a config, and the pretrained MiniLM."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from models import minilm_folder, qwen2, tokens
+from torch import nn
+
+import tinylora
+from tinylora import LoraXSConfig, TinyLoraConfig
+
+CONFIGS = [TinyLoraConfig(u=2, n_tie=5), TinyLoraConfig(n_tie=4, tying="structured"), LoraXSConfig(r=3)]
+
+
+def trained(model, config, name="default", scale=0.1):
+    tinylora.apply(model, config, name)
+    for p in tinylora.adapter_parameters(model, name):
+        nn.init.normal_(p, std=scale)
+    return model
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_starts_as_the_base_trains_what_it_says_and_nothing_else(config):
+    model = qwen2()
+    base, ids = copy.deepcopy(model), tokens()
+    want = model(ids).logits
+    assert tinylora.apply(model, config) is model
+    assert torch.equal(model(ids).logits, want)
+    parameters = tinylora.adapter_parameters(model)
+    sites = model.tinylora["default"].sites
+    assert len(sites) == 14 and sum(p.numel() for p in parameters) == config.count(sites)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in parameters}
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and all(p.abs().max() > 0 for p in parameters)
+    for n, p in base.named_parameters():
+        assert torch.equal(p, model.get_parameter(n)), n
+    with tinylora.disabled(model):
+        assert torch.equal(model(ids).logits, want)
+    assert not torch.equal(model(ids).logits, want)
+
+
+def test_v_is_owned_once_by_the_root():
+    model = tinylora.apply(qwen2(), TinyLoraConfig(u=1, n_tie=16))
+    ours = [n for n in model.state_dict() if "tinylora" in n or "adapters" in n]
+    assert ours == ["tinylora.default.v_0"]
+    assert [n for n, _ in model.named_parameters(remove_duplicate=False) if "v_0" in n] == ours
+    assert set(model.state_dict()) - set(ours) == set(qwen2().state_dict())
+    v = tinylora.adapter_parameters(model)[0]
+    assert v.dtype == torch.float32 and not v.any()
+    model.to(torch.bfloat16)
+    assert tinylora.adapter_parameters(model)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "load_state_dict", "fused optimiser"])
+def test_no_copy_of_v_goes_stale(change):
+    """PEFT users cache B R; `_version` is not bumped by `.data` writes or fused optimisers."""
+    model = trained(qwen2(), TinyLoraConfig(u=2, n_tie=5))
+    ids = tokens()
+    before = model(ids).logits
+    parameters = tinylora.adapter_parameters(model)
+    if change == "load_state_dict":
+        zeros = {f"tinylora.default.v_{i}": torch.zeros_like(v) for i, v in enumerate(parameters)}
+        model.load_state_dict(model.state_dict() | zeros)
+    for v in parameters:
+        if change == "in place":
+            with torch.no_grad():
+                v.zero_()
+        elif change == "data":
+            v.data = torch.zeros_like(v)
+        elif change == "fused optimiser":
+            v.grad = v.detach().clone()
+            torch.optim.SGD([v], lr=1.0, fused=True).step()
+    with tinylora.disabled(model):
+        base = model(ids).logits
+    assert torch.equal(model(ids).logits, base) and not torch.equal(before, base)
+
+
+def test_gradient_against_a_dense_model_in_fp64():
+    """The gradient of every tied v equals that of a model whose weights are W + U Σ (Σ v P) Vᵀ, dense."""
+    model = trained(qwen2(), TinyLoraConfig(u=2, n_tie=5)).double()
+    ids = tokens()
+    model(ids, labels=ids).loss.backward()
+    parameters = tinylora.adapter_parameters(model)
+    adapters = {n: m.adapters["default"] for n, m in model.named_modules() if isinstance(m, tinylora.Linear)}
+    leaves = [v.detach().clone().requires_grad_() for v in parameters]
+    dense = {}
+    for name, a in adapters.items():
+        core = torch.einsum("u,uij->ij", leaves[a.group], a.P)
+        dense[f"{name}.weight"] = model.get_parameter(f"{name}.weight") + a.up @ core @ a.down
+    with tinylora.disabled(model):
+        torch.func.functional_call(model, dense, (ids,), {"labels": ids}).loss.backward()
+    assert len(leaves) == 3
+    for v, leaf in zip(parameters, leaves, strict=True):
+        torch.testing.assert_close(v.grad, leaf.grad)
+
+
+def test_several_adapters():
+    model, ids = qwen2(), tokens()
+    want = model(ids).logits
+    trained(model, TinyLoraConfig(u=2), "first")
+    first = model(ids).logits
+    trained(model, LoraXSConfig(r=3, target_modules=["q_proj", "mlp.up_proj"]), "second")
+    second = model(ids).logits
+    assert tinylora.adapter_names(model) == ["first", "second"]
+    assert len(tinylora.adapter_parameters(model, "second")) == 4
+    assert all(p.requires_grad for p in tinylora.adapter_parameters(model, "second"))
+    assert not any(p.requires_grad for p in tinylora.adapter_parameters(model, "first"))
+    tinylora.activate(model, "first")
+    assert torch.equal(model(ids).logits, first) and not torch.equal(first, second)
+    assert all(p.requires_grad for p in tinylora.adapter_parameters(model, "first"))
+    tinylora.activate(model, None)
+    assert torch.equal(model(ids).logits, want)
+    tinylora.activate(model, "second")
+    assert torch.equal(model(ids).logits, second)
+    with pytest.raises(
+        ValueError, match=r"name is 'third', but Qwen2ForCausalLM has the adapters \['first', 'second'\]"
+    ):
+        tinylora.activate(model, "third")
+    with pytest.raises(ValueError, match="name is 'first', but the model has an adapter of that name"):
+        tinylora.apply(model, TinyLoraConfig(), "first")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merge_and_unmerge(dtype):
+    model, ids = trained(qwen2(dtype=dtype), TinyLoraConfig(u=2)), tokens()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    want = model(ids).logits
+    tinylora.merge(model)
+    merged = model(ids).logits
+    torch.testing.assert_close(merged, want, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+    for call in (lambda: tinylora.activate(model, None), lambda: tinylora.apply(model, TinyLoraConfig(), "more")):
+        with pytest.raises(ValueError, match=r"q_proj has adapter 'default' merged: tinylora.unmerge\(model\) first"):
+            call()
+    copied = copy.deepcopy(model)
+    for m in (model, copied):
+        tinylora.unmerge(m)
+        assert all(torch.equal(p, before[n]) for n, p in m.named_parameters())
+        assert torch.equal(m(ids).logits, want)
+
+
+def test_merging_a_tied_weight_is_refused():
+    model = trained(qwen2(tie_word_embeddings=True), TinyLoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match=r"embed_tokens.weight and lm_head.weight are one tensor"):
+        tinylora.merge(model)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    model, ids = trained(qwen2(), TinyLoraConfig(u=2, n_tie=5)).train(), tokens()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_input_require_grads()  # what transformers and PEFT ask of every frozen model
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        grads.append(torch.cat([v.grad.clone() for v in tinylora.adapter_parameters(model)]))
+    assert grads[0].abs().min() > 0
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_uses_the_adapter_in_place(cache):
+    """With an adapter in place and with the same adapter merged in fp32: the same tokens."""
+    model, ids = trained(qwen2(), TinyLoraConfig(u=2), scale=0.3), tokens()
+    generate = functools.partial(
+        model.generate, ids, max_new_tokens=12, do_sample=False, pad_token_id=0, cache_implementation=cache
+    )
+    ours = generate()
+    with tinylora.disabled(model):
+        base = generate()
+    tinylora.merge(model)
+    assert torch.equal(ours, generate()) and not torch.equal(ours, base)
+
+
+def test_whole_model_compiles_in_one_graph():
+    torch._dynamo.reset()
+    model, ids = trained(qwen2(), TinyLoraConfig(u=2, n_tie=5)), tokens()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    grads = []
+    for m in (model, compiled):
+        model.zero_grad()
+        m(ids, labels=ids, use_cache=False).loss.backward()
+        grads.append(torch.cat([v.grad.clone() for v in tinylora.adapter_parameters(model)]))
+    torch.testing.assert_close(*grads)
+
+
+def test_targets():
+    def names(model):
+        return [s.name for s in model.tinylora["default"].sites]
+
+    default = names(tinylora.apply(qwen2(), TinyLoraConfig()))
+    assert len(default) == 14 and "lm_head" not in default
+    assert default[:7] == [f"model.layers.0.{n}" for n in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )]  # fmt: skip
+    config = TinyLoraConfig(target_modules=["down_proj", "layers.1.self_attn.q_proj"])
+    assert [n.removeprefix("model.layers.") for n in names(tinylora.apply(qwen2(), config))] == [
+        "0.mlp.down_proj", "1.self_attn.q_proj", "1.mlp.down_proj",
+    ]  # fmt: skip
+    assert names(tinylora.apply(qwen2(), TinyLoraConfig(target_modules=r".*\.0\..*_proj"))) == default[:7]
+
+
+def test_apply_that_fails_leaves_the_model_as_it_was():
+    model, ids = qwen2(), tokens()
+    want, modules = model(ids).logits, [type(m) for m in model.modules()]
+    cases = [
+        (
+            TinyLoraConfig(target_modules=["q_proj", "c_attn"]),
+            "default",
+            "target_modules names 'c_attn', exp",
+        ),
+        (TinyLoraConfig(target_modules="nothing"), "default", "target_modules 'nothing': nothing to adapt"),
+        (TinyLoraConfig(), "a.b", "name is 'a.b', expected one without dots"),
+        (LoraXSConfig(r=40), "default", "r is 40, expected 1 to 32: model.layers.0.self_attn.k_proj is (32, 64)"),
+    ]
+    for config, name, message in cases:
+        with pytest.raises(ValueError) as error:
+            tinylora.apply(model, config, name)
+        assert message in str(error.value)
+    with pytest.raises(ValueError, match=r"no adapter: tinylora.apply first"):
+        tinylora.adapter_parameters(model)
+    with pytest.raises(ValueError, match="has no active adapter to merge"):
+        tinylora.merge(model)
+    assert [type(m) for m in model.modules()] == modules and torch.equal(model(ids).logits, want)
+    assert all(p.requires_grad for p in model.parameters())
+    with torch.device("meta"), pytest.raises(ValueError, match="is on the meta device and has no data"):
+        tinylora.apply(qwen2(), TinyLoraConfig())
+    with pytest.raises(ValueError, match=r"no torch.nn.Linear at all, only Conv1d"):
+        tinylora.apply(nn.Sequential(nn.Conv1d(3, 3, 1)), TinyLoraConfig())
+
+
+def test_two_processes_train_alike_and_ddp_shares_v(tmp_path):
+    """DDP over two gloo ranks: the tied v's gradient is the mean of the ranks', and equal on both."""
+    import subprocess
+    import sys
+
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        capture_output=True, text=True, timeout=240, env=_environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("agrees") == 6, done.stdout
+
+
+def _environment():
+    import os
+    from pathlib import Path
+
+    root = Path(__file__).parent
+    return os.environ | {"PYTHONPATH": f"{root.parent}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+
+
+DDP = """
+import torch, torch.distributed as dist, tinylora
+from models import qwen2
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+ids = torch.randint(0, 256, (4, 9), generator=torch.Generator().manual_seed(7))
+
+def model():
+    m = tinylora.apply(qwen2(), tinylora.TinyLoraConfig(u=2, n_tie=5))
+    for v in tinylora.adapter_parameters(m):
+        torch.nn.init.constant_(v, 0.05)
+    return m
+
+whole = model()
+whole(ids, labels=ids).loss.backward()
+want = [v.grad for v in tinylora.adapter_parameters(whole)]
+for kind in ("ddp", "fsdp per layer", "fsdp root"):
+    m = model()
+    if kind == "ddp":
+        run = DistributedDataParallel(m)
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in m.model.layers if kind == "fsdp per layer" else ():
+            fully_shard(layer, mesh=mesh)
+        run = fully_shard(m, mesh=mesh)
+    run(ids[2 * rank : 2 * rank + 2], labels=ids[2 * rank : 2 * rank + 2]).loss.backward()
+    grads = [v.grad for v in tinylora.adapter_parameters(m)]
+    grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+    torch.testing.assert_close(grads, want, rtol=1e-4, atol=1e-6)
+    print(kind, "agrees", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = minilm_folder()
+    return AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def embed(model, tokenizer, sentences):
+    batch = tokenizer(sentences, padding=True, return_tensors="pt")
+    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+    return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def test_pretrained_minilm_end_to_end(minilm, tmp_path):
+    """A trained model, adapted with 12 numbers to a new notion of likeness, saved, and loaded beside its base."""
+    model, tokenizer = copy.deepcopy(minilm[0]), minilm[1]
+    anchors = ["the invoice is overdue", "our server is down", "I lost my password", "where is my parcel"]
+    others = ["please pay the bill", "the website cannot be reached", "I cannot log in", "the delivery has not come"]
+    with torch.no_grad():
+        before = embed(model, tokenizer, anchors)
+    tinylora.apply(model, TinyLoraConfig(u=1, n_tie=3))  # 36 modules in 12 groups
+    assert sum(p.numel() for p in tinylora.adapter_parameters(model)) == 12
+    with torch.no_grad():
+        assert torch.equal(embed(model, tokenizer, anchors), before)
+    optimizer = torch.optim.Adam(tinylora.adapter_parameters(model), lr=2e-2)
+    losses = []
+    for _ in range(12):
+        scores = 10 * embed(model, tokenizer, anchors) @ embed(model, tokenizer, others).T
+        loss = nn.functional.cross_entropy(scores, torch.arange(4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0], losses
+    with torch.no_grad():
+        after = embed(model, tokenizer, anchors)
+    tinylora.save(model, tmp_path)
+    again = tinylora.load(copy.deepcopy(minilm[0]), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(embed(again, tokenizer, anchors), after, rtol=0, atol=1e-5)
+        tinylora.merge(again)
+        torch.testing.assert_close(embed(again, tokenizer, anchors), after, rtol=0, atol=1e-4)

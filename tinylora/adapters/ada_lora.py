@@ -1,0 +1,188 @@
+"""AdaLoRA (arXiv 2303.10512): an SVD-shaped update whose singular values are pruned by importance while it trains.
+
+    W' = W + s · P diag(λ) Q            P = up [N, r], Q = down [r, K], λ [r]; s = alpha / r
+
+What a training loop would have to remember happens by itself, around every step of any optimiser that holds an
+adapter's parameters: before the step the gradient of γ (‖PᵀP - I‖² + ‖QQᵀ - I‖²) is added to those of P and Q, after
+it the importance scores are updated and the budget is allocated (section 3 and algorithm 1 of the paper).
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from tinylora.adapters import noise
+from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Shared, Site, require, require_whole
+
+
+class AdaLora(Adapter):
+    def __init__(self, site, frozen, shared):
+        super().__init__(site, frozen, shared)
+        # Ī and Ū of every number. They forget within tens of steps, and are not worth three times the file.
+        for name, p in self.named_parameters():
+            self.register_buffer(f"smoothed_{name}", torch.zeros_like(p), persistent=False)
+            self.register_buffer(f"uncertain_{name}", torch.zeros_like(p), persistent=False)
+
+    @property
+    def fp32_buffers(self) -> tuple[str, ...]:
+        return tuple(self._buffers)
+
+    def factors(self) -> Factors:
+        return Factors(self.down, torch.diag(self.shared.config.scale * self.lam), self.up)
+
+    @torch.no_grad()
+    def add_orthogonality(self, gamma: float) -> None:
+        """Add d/dP γ ‖PᵀP - I‖² = 4 γ P (PᵀP - I), and Q's, to the gradients."""
+        eye = torch.eye(self.lam.numel(), device=self.lam.device)
+        if self.up.grad is not None:
+            self.up.grad.add_(self.up @ (self.up.T @ self.up - eye), alpha=4 * gamma)
+        if self.down.grad is not None:
+            self.down.grad.add_((self.down @ self.down.T - eye) @ self.down, alpha=4 * gamma)
+
+    @torch.no_grad()
+    def score(self, beta1: float, beta2: float) -> Tensor:
+        """Update Ī and Ū with I = |w · dL/dw|, and return the triplets' importance S [r], equation 8."""
+        scores = {}
+        for name, p in self.named_parameters():
+            smoothed, uncertain = getattr(self, f"smoothed_{name}"), getattr(self, f"uncertain_{name}")
+            if p.grad is not None:
+                importance = (p * p.grad).abs()
+                smoothed.lerp_(importance, 1 - beta1)
+                uncertain.lerp_((importance - smoothed).abs(), 1 - beta2)
+            scores[name] = smoothed * uncertain
+        return scores["lam"] + scores["up"].mean(0) + scores["down"].mean(1)
+
+
+class AdaLoraShared(Shared):
+    """The allocator: it knows all layers of one adapter, and how many steps have gone by."""
+
+    fp32_buffers = ("steps",)
+
+    def __init__(self, config: "AdaLoraConfig", sites: Sequence[Site], fingerprint: str):
+        super().__init__(config, sites, fingerprint)
+        _watch(self)
+
+    def __setstate__(self, state):  # copies and unpickled ones are watched, too
+        super().__setstate__(state)
+        _watch(self)
+
+    def before_step(self, stepping: set[int]) -> None:
+        for adapter in self._of(stepping):
+            adapter.add_orthogonality(self.config.orthogonality)
+
+    @torch.no_grad()
+    def after_step(self, stepping: set[int]) -> None:
+        """Score, and on the schedule keep the budget's most important λ of the whole model and zero the rest."""
+        adapters = self._of(stepping)
+        if not adapters:
+            return
+        config = self.config
+        self.steps += 1
+        step, last = int(self.steps), config.total_steps - config.final_steps
+        scores = [adapter.score(config.beta1, config.beta2) for adapter in adapters]
+        if step == last or (config.warmup_steps < step < last and step % config.interval == 0):
+            every = torch.cat([s.to(scores[0].device) for s in scores])
+            best = every.topk(round(config.budget(step) * len(adapters))).indices
+            kept = torch.zeros_like(every).index_fill_(0, best, 1)
+            for adapter, mask in zip(adapters, kept.split(config.r), strict=True):
+                adapter.kept.copy_(mask)
+                adapter.lam.mul_(adapter.kept)
+        elif step > last:  # the last allocation stands; before it a pruned triplet may grow back
+            for adapter in adapters:
+                adapter.lam.mul_(adapter.kept)
+
+    def _of(self, stepping: set[int]) -> list[AdaLora]:
+        return [a for a in self.layers.values() if id(a.lam) in stepping and a.lam.requires_grad]
+
+
+@dataclass(frozen=True)
+class AdaLoraConfig(AdapterConfig):
+    """AdaLoRA: r (N + K + 1) numbers a layer, of which target_r triplets a layer remain on average.
+
+    λ starts at zero: the base, exactly; P and Q at N(0, 0.02²).
+
+    r, target_r:   triplets a layer at the start and in the end (the paper: 1.5 times as many at the start)
+    alpha:         the update is scaled by alpha / r
+    total_steps:   optimiser steps of the whole training: the budget falls from r to target_r along a cubic
+    warmup_steps:  steps at the full budget in the beginning, final_steps: at the target in the end, fixed
+    interval:      steps between allocations
+    beta1, beta2:  of the importance's and its uncertainty's moving averages
+    orthogonality: γ; 0.1, 0.3 or 0.5 in the paper
+
+    Nothing is to be called: an optimiser's step does it, Trainer's included. ValueError on anything else.
+    """
+
+    kind: ClassVar[str] = "adalora"
+    adapter_class: ClassVar[type[Adapter]] = AdaLora
+    shared_class: ClassVar[type[Shared]] = AdaLoraShared
+    total_steps: int
+    r: int = 12
+    target_r: int = 8
+    alpha: float = 12.0
+    warmup_steps: int = 0
+    final_steps: int = 0
+    interval: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonality: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_whole(self, "r", "target_r", "interval", "total_steps")
+        require_whole(self, "warmup_steps", "final_steps", least=0)
+        require(self, "target_r", self.target_r <= self.r, f"at most r, {self.r}")
+        room = self.warmup_steps + self.final_steps < self.total_steps
+        require(self, "total_steps", room, "more than warmup_steps and final_steps together")
+        require(self, "alpha", self.alpha > 0, "a number above 0")
+        require(self, "orthogonality", self.orthogonality >= 0, "0 or more")
+        for name in ("beta1", "beta2"):
+            require(self, name, 0 < getattr(self, name) < 1, "between 0 and 1")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.r
+
+    def budget(self, step: int) -> float:
+        """Triplets a layer, on average, after `step` steps: equation 12."""
+        falling = self.total_steps - self.warmup_steps - self.final_steps
+        done = min(max((step - self.warmup_steps) / falling, 0.0), 1.0)
+        return self.target_r + (self.r - self.target_r) * (1 - done) ** 3
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Numbers]:
+        return {"steps": Numbers((), trains=False, saved=True)}
+
+    def local(self, site: Site) -> dict[str, Numbers]:
+        def start(part):
+            return partial(noise.normal, self.seed, f"{site.name}.{part}", std=0.02)
+
+        return {
+            "down": Numbers((self.r, site.K), start("down")),
+            "lam": Numbers((self.r,)),
+            "up": Numbers((site.N, self.r), start("up")),
+            "kept": Numbers((self.r,), 1.0, trains=False, saved=True),  # 0 where the last allocation pruned λ
+        }
+
+
+# One pair of hooks for the process, on every optimiser's step; the allocators are found by the parameters they watch.
+_watched: weakref.WeakSet[AdaLoraShared] = weakref.WeakSet()
+_hooks: list = []
+
+
+def _watch(shared: AdaLoraShared) -> None:
+    _watched.add(shared)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(lambda o, *_: _each("before_step", o)))
+        _hooks.append(register_optimizer_step_post_hook(lambda o, *_: _each("after_step", o)))
+
+
+def _each(what: str, optimizer: torch.optim.Optimizer) -> None:
+    if _watched:
+        stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for shared in list(_watched):
+            getattr(shared, what)(stepping)

@@ -1,0 +1,58 @@
+"""LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732): both thin factors trained, no core.
+
+W' = W + s · B A        A = down [r, K], B = up [N, r]; s = alpha / r, or alpha / √r for rsLoRA
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from tinylora.adapters import noise
+from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Site, require, require_whole
+
+
+def scaled_identity(r: int, scale: float) -> Numbers:
+    """The core s · I, frozen."""
+    return Numbers((r, r), lambda r, _: scale * torch.eye(r), trains=False)
+
+
+class Lora(Adapter):
+    fp32_buffers = ("core",)
+
+    def factors(self) -> Factors:
+        return Factors(self.down, self._buffers.get("core"), self.up)
+
+
+@dataclass(frozen=True)
+class LoraConfig(AdapterConfig):
+    """LoRA: r (N + K) numbers a layer. up starts at zero: the base, exactly; down ~ U(-1/√K, 1/√K) as in PEFT.
+
+    r:      rank, 1 or more
+    alpha:  the update is scaled by alpha / r
+    rslora: scale by alpha / √r instead
+
+    Where the scale is not 1 it stands in the core, s · I: applied at rank r, on the way.
+    ValueError on anything else.
+    """
+
+    kind: ClassVar[str] = "lora"
+    adapter_class: ClassVar[type[Adapter]] = Lora
+    r: int = 8
+    alpha: float = 16.0
+    rslora: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_whole(self, "r")
+        require(self, "alpha", isinstance(self.alpha, int | float) and self.alpha > 0, "a number above 0")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+    def local(self, site: Site) -> dict[str, Numbers]:
+        down = Numbers((self.r, site.K), partial(noise.uniform, self.seed, f"{site.name}.down", site.K**-0.5))
+        core = {} if self.scale == 1 else {"core": scaled_identity(self.r, self.scale)}
+        return {"down": down, "up": Numbers((site.N, self.r))} | core

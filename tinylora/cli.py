@@ -1,0 +1,130 @@
+"""`tinylora`: what runs here and why, and how many numbers an adapter trains."""
+
+import argparse
+import platform
+import sys
+from importlib import metadata
+
+import torch
+from tabulate import tabulate
+
+import tinylora
+from tinylora.adapters import AdaLoraConfig, LoraConfig, LoraXSConfig, TiedLoraConfig, TinyLoraConfig, VeraConfig
+from tinylora.adapters.factor_cache import cache_folder
+from tinylora.adapters.tying import TYINGS
+from tinylora.integrations.transformers import meta_model
+from tinylora.nn.checkpoint import FILE, read
+from tinylora.nn.targets import find_targets, sites_of
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, ImportError) as error:
+        print(f"tinylora: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tinylora", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"tinylora {tinylora.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    info = commands.add_parser("info", help="what runs on this machine and why; or what an adapter file holds")
+    info.add_argument("adapter", nargs="?", help=f"a folder with an {FILE}")
+    info.set_defaults(run=_info)
+
+    params = commands.add_parser(
+        "params",
+        help="how many numbers an adapter trains on a model, without loading its weights",
+        description="How many numbers an adapter trains on a model, without loading its weights.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    params.add_argument("--config", required=True, help="a config.json, a model folder, or a model's name on the Hub")
+    params.add_argument("--r", type=int, nargs="+", default=[2], help="rank of TinyLoRA's and LoRA-XS's frozen factors")
+    params.add_argument("--lora-r", type=int, nargs="+", default=[1, 8], help="rank of LoRA, AdaLoRA and Tied-LoRA")
+    params.add_argument("--vera-r", type=int, nargs="+", default=[256], help="rank of VeRA")
+    params.add_argument("--u", type=int, nargs="+", default=[1], help="TinyLoRA: length of each v")
+    params.add_argument("--n-tie", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="TinyLoRA: modules to a v")
+    params.add_argument("--tying", choices=TYINGS, default="tiled", help="TinyLoRA: which modules share a v")
+    params.add_argument("--target-modules", nargs="+", help="names, such as q_proj; default: all linears in blocks")
+    params.set_defaults(run=_params)
+    return parser
+
+
+def _params(options: argparse.Namespace) -> None:
+    model = meta_model(options.config)
+    layers = find_targets(model, options.target_modules)
+    sites = sites_of(layers)
+    total = sum(p.numel() for p in model.parameters())
+    rows = [
+        ("TinyLoRA", f"r={r} u={u} n_tie={n} {options.tying}", c.count(sites))
+        for r in options.r
+        for u in options.u
+        for n in options.n_tie
+        for c in [TinyLoraConfig(r=r, u=u, n_tie=n, tying=options.tying)]
+    ]
+    others = [("LoRA-XS", f"r={r}", LoraXSConfig(r=r)) for r in options.r]
+    others += [("VeRA", f"r={r}", VeraConfig(r=r)) for r in options.vera_r]
+    for r in options.lora_r:
+        others += [
+            *(("Tied-LoRA", f"r={r} {name}", TiedLoraConfig.preset(name, r=r)) for name in ("TL5", "vBuA")),
+            ("LoRA", f"r={r}", LoraConfig(r=r)),
+            ("AdaLoRA", f"r={r}, at the start", AdaLoraConfig(r=r, target_r=1, total_steps=1)),
+        ]
+    rows += [(name, what, config.count(sites)) for name, what, config in others]
+    rows += [("full fine-tuning", "", total)]
+    types = ", ".join(dict.fromkeys(site.name.rpartition(".")[2] for site in sites))
+    print(f"{type(model).__name__}: {total:,} parameters, {len(sites)} modules to adapt ({types})\n")
+    table = [(name, what, f"{n:,}", _bytes(2 * n), f"{100 * n / total:.3g} %") for name, what, n in rows]
+    headers = ("adapter", "settings", "trainable", "in bf16", "of the model")
+    print(tabulate(table, headers, colalign=("left", "left", "right", "right", "right")))
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.3g} {unit}"
+        count /= 1000
+
+
+def _info(options: argparse.Namespace) -> None:
+    print(tabulate(_adapter_rows(options.adapter) if options.adapter else _machine_rows(), tablefmt="plain"))
+
+
+def _adapter_rows(folder: str) -> list[tuple[str, object]]:
+    header, tensors = read(f"{folder}/{FILE}")
+    trained = {n: t for n, t in tensors.items() if not n.startswith("frozen.")}
+    return [
+        ("adapter", header["config"].pop("kind")),
+        *header["config"].items(),
+        ("modules", header["modules"]),
+        ("trained numbers", sum(t.numel() for t in trained.values())),
+        ("frozen factors", "in the file" if header["factors"] else "rebuilt from the base model"),
+        ("base model", header["base"]),
+        ("written by", f"tinylora {header['tinylora']}, format {header['format']}"),
+    ]
+
+
+def _machine_rows() -> list[tuple[str, object]]:
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [
+        ("tinylora", tinylora.__version__),
+        ("python", platform.python_version()),
+        *((p, version(p)) for p in ("torch", "triton", "transformers", "peft")),
+        ("CPU", f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+        ("GPU", ", ".join(gpus) or "none"),
+        ("factor cache", cache_folder()),
+    ]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
