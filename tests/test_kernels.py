@@ -191,6 +191,18 @@ def test_the_thin_pass_keeps_the_core_in_fp32(core, transposed, factors):
     assert s[:, 5:8].eq(0).all() and s[:, 13:].eq(0).all()
 
 
+@pytest.mark.parametrize("M, N, K", [(20, 40, 72), (130, 72, 104), (130, 77, 105)], ids=["decode", "bulk", "pointers"])
+@pytest.mark.parametrize("factors", [bf16, f32], ids=str)
+def test_rank_r_arrives_in_y_with_more_bits_than_bf16_has(M, N, K, factors):
+    """Without a base layer Y is s Uᵀ rounded once: s alone rounded to bf16 would miss the nearest number often."""
+    (x, weight, down, core, up, _), _, _ = Problem(M, N, K, 5, bf16, factors=factors).operands()
+    up = up.bfloat16()
+    with torch.no_grad():
+        y = adapted_linear(x, torch.zeros_like(weight), down, core, up)
+    want = x.double() @ (up.double() @ core.double() @ down.double()).T
+    assert (y == want.bfloat16()).double().mean() > 0.97
+
+
 def test_rows_without_an_adapter_are_the_base_layer_whatever_the_others_hold():
     for M in (33, 130):
         (x, weight, down, core, up, bias), ids, _ = Problem(M, 72, 104, 2, f16, core="rows").operands()
