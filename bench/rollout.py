@@ -2,15 +2,14 @@
 
 Models are built from real configs with random weights. Two questions:
 
-Speed: tokens per second of greedy generate() by the base, by PEFT's TinyLoRA, by ours with one adapter, and by ours with
-many different ones in the batch; providers alternate.
+Speed: tokens per second of greedy generate() by the base, by PEFT's TinyLoRA, by ours with one adapter, and by ours
+with many different ones in the batch; providers alternate.
 
 Agreement: the log-probability of every sampled token as generation computed it (token by token, with a cache) and as
 the training forward computes it (all at once): rolled out with the adapter merged into bf16 weights, as RL stacks do,
 with PEFT unmerged, with ours unmerged, and by the base, whose own difference no adapter can go below.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -84,7 +83,7 @@ def generate(model: nn.Module, tokens: Tensor, new: int, **settings):
     return model.generate(tokens, attention_mask=torch.ones_like(tokens), **plain | settings)
 
 
-def speed(model: str, results: Results, device, batch: int, adapters: tuple[int, ...], new: int, budget: float) -> None:
+def speed(model: str, results: Results, device, batch: int, adapters: list[int], new: int, budget: float) -> None:
     """Rows of op "rollout": milliseconds per generate() and tokens per second."""
     calls: dict[str, Callable[[], object]] = {}
     base = build(model, device)
@@ -181,13 +180,9 @@ def _plot(differences: dict[str, Tensor], path: Path, model: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def run(
-    results: Results, out: Path, device, model: str, batch: int, adapters: tuple[int, ...], new: int, budget: float
-):
-    started = time.perf_counter()
+def run(results: Results, out: Path, device, model: str, batch: int, adapters: list[int], new: int, budget: float):
+    """Both questions; rows of op "rollout" and <out>/rollout-agreement.png."""
     speed(model, results, device, batch, adapters, new, budget)
-    found = agreement(model, out, device, batch, new)
-    for name, d in found.items():
+    for name, d in agreement(model, out, device, batch, new).items():
         note = f"|Δ log p|: mean {d.mean():.3g}, p99 {d.quantile(0.99):.3g}, largest {d.max():.3g} over {len(d)} tokens"
         results.add(Row("rollout", model, "agreement", name, "log p", batch, None, None, R, U, "bf16", note=note))
-    return time.perf_counter() - started
