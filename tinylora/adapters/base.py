@@ -99,7 +99,7 @@ class Rows:
         B, first = len(self.ids), x.shape[0]
         if first % B if x.dim() > 2 else first != B:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}, expected a first dimension of {B} (or, with more than two, a multiple): "
+                f"x has shape {tuple(x.shape)}, expected a first dimension of {B} (with more than two: a multiple): "
                 f"adapter_ids came for {B} sequences, and packed or flattened rows do not say whose they are"
             )
         each = math.prod(x.shape[:-1]) // B

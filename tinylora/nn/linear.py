@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from tinylora.adapters import Adapter, AdapterConfig
 from tinylora.ops import adapted_linear
+from tinylora.ops.linear import unchecked
 
 
 def low_rank(x: Tensor, down: Tensor, core: Tensor | None, up: Tensor, basis: Tensor | None) -> Tensor:
@@ -78,7 +79,11 @@ class Linear(nn.Linear):
             # Two inputs, so two calls: the frozen layer on x, and the correction on what dropout left of it.
             dropped = F.dropout(x, adapter.dropout)
             return F.linear(x, self.weight, self.bias) + low_rank(dropped, down, core, up, basis)
-        return adapted_linear(x, self.weight, down, core, up, self.bias, basis=basis)
+        weight = self.weight
+        # The layer's own operands fit each other since `attach`; only x can be wrong, and the full check says how.
+        fits = x.shape[-1] == weight.shape[1] and x.dtype == weight.dtype and x.device == weight.device
+        call = unchecked if fits else adapted_linear
+        return call(x, weight, down, core, up, self.bias, None, basis=basis)
 
     @torch.no_grad()
     def merge(self) -> None:
