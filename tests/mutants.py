@@ -43,7 +43,11 @@ FIRST = {
         "bitwise_repeatable_and_the_counters_return_to_zero",
     ),
     GEMM: ("every_way_to_multiply_many_rows", "strides_and_what_lies_beside_the_operands"),
-    THIN: ("the_thin_pass_keeps_the_core_in_fp32", "strides_and_what_lies_beside_the_operands"),
+    THIN: (
+        "the_thin_pass_keeps_the_core_in_fp32",
+        "the_thin_pass_reads_no_rank_beyond_r",
+        "strides_and_what_lies_beside_the_operands",
+    ),
     DECODE: ("every_split_of_k_in_decode", "strides_and_what_lies_beside_the_operands"),
     GRADIENTS: ("gradients_one_by_one", "strides_and_what_lies_beside_the_operands"),
     FUSED: ("gradients_one_by_one",),
