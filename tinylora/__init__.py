@@ -17,6 +17,7 @@ from tinylora.adapters import (
     TinyLoraConfig,
     VeraConfig,
 )
+from tinylora.integrations.peft import patch_peft, unpatch_peft
 from tinylora.nn.checkpoint import load, save
 from tinylora.nn.linear import Linear
 from tinylora.nn.model import activate, adapter_names, adapter_parameters, apply, disabled, merge, unmerge
@@ -37,6 +38,8 @@ __all__ = [
     "load",
     "merge",
     "ops",
+    "patch_peft",
     "save",
     "unmerge",
+    "unpatch_peft",
 ]
