@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml setup.py
 	touch $@
 
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto
 
 bench: $(VENV)/installed
 	$(RUN) -m bench

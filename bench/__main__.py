@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         "--layers",
         choices=("sample", "all"),
         help="sample (default on a CPU): q_proj, gate_proj and down_proj of each model, no cell above "
-        f"{linear.CPU_OPERATIONS / 1e9:g} GFLOP, and `compiled` on {linear.CPU_COMPILED} alone; "
+        f"{linear.CPU_OPERATIONS / 1e9:g} GFLOP, and `compiled` on {linear.CPU_COMPILED[0]} q_proj alone; "
         "all (default on a GPU): every distinct shape at every M",
     )
     p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
@@ -169,7 +169,7 @@ def _show(results, missed, seconds) -> None:
         parts += ["Start-up of one layer\n\n" + report.svd_table(results.rows)]
     if "model" in ops:
         parts += ["A whole model\n\n" + report.model_table(results.rows)]
-    if "linear" in ops:
+    if report.barred(results.rows):
         title = f"Geometric means over the shapes of Qwen2.5 at M >= {report.BAR_ROWS}"
         parts += [f"{title}\n\n{report.means_table(results.rows)}", "\n".join(report.bars(results.rows))]
     text = "\n\n".join(parts)
@@ -181,7 +181,7 @@ def _show(results, missed, seconds) -> None:
         busy = f"The machine was busy: the median cell's p80 is {noisy:.2f} times its p20. Measure again in quiet."
         print(busy, file=sys.stderr)
     if missed:
-        print(f"The budget did not reach {len(missed)} cells: {'; '.join(missed)}", file=sys.stderr)
+        print("The budget did not reach:", *missed, sep="\n  ", file=sys.stderr)
     print(f"{len(results.rows)} rows in {seconds:.0f} s: {results.path} (.csv, .md, .png)")
 
 

@@ -22,12 +22,12 @@ from bench.rows import commit, device_name, slug
 from tinylora import analysis
 
 CONTESTANTS: dict[str, tuple[tinylora.LoraConfig | tinylora.TinyLoraConfig | None, tuple[float, ...]]] = {
-    "full fine-tuning": (None, (3e-4, 1e-3, 3e-3)),
-    "LoRA r=64": (tinylora.LoraConfig(r=64, alpha=128), (1e-3, 3e-3, 1e-2)),
-    "LoRA r=8": (tinylora.LoraConfig(r=8, alpha=16), (1e-3, 3e-3, 1e-2)),
-    "LoRA r=1": (tinylora.LoraConfig(r=1, alpha=2), (1e-3, 3e-3, 1e-2)),
-    "LoRA-XS r=8": (tinylora.LoraXSConfig(r=8), (3e-3, 1e-2, 3e-2)),
-    "TinyLoRA u=13, tied": (tinylora.TinyLoraConfig(u=13, n_tie=1000), (3e-3, 1e-2, 3e-2)),
+    "full fine-tuning": (None, (1e-3, 3e-3)),
+    "LoRA r=64": (tinylora.LoraConfig(r=64, alpha=128), (1e-3, 3e-3)),
+    "LoRA r=8": (tinylora.LoraConfig(r=8, alpha=16), (3e-3, 1e-2)),
+    "LoRA r=1": (tinylora.LoraConfig(r=1, alpha=2), (3e-3, 1e-2)),
+    "LoRA-XS r=8": (tinylora.LoraXSConfig(r=8), (1e-2, 3e-2)),
+    "TinyLoRA u=13, tied": (tinylora.TinyLoraConfig(u=13, n_tie=1000), (1e-2, 3e-2)),
 }
 COLUMNS = ("contestant", "lr", "trained", "learned", "forgotten", "distance", "median_effective_rank", "test_loss")
 LENGTH, BATCH = 128, 16

@@ -17,10 +17,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # On a CPU the default grid is a sample: the three shapes of a model that differ most in N / K (o_proj is q_proj again,
 # k_proj and v_proj are small), no cell above this many operations, and torch.compile, which takes longer to compile
-# than all of a layer's cells take to time, on one model.
+# than all of a layer's cells take to time, on one layer.
 SAMPLE = ("q_proj", "gate_proj", "down_proj", "query", "intermediate", "output")
 CPU_OPERATIONS = 2.5e9
-CPU_COMPILED = "Qwen2.5-1.5B"
+CPU_COMPILED = ("Qwen2.5-1.5B", "q_proj")
 CPU_ROWS, CUDA_ROWS = (1, 16, 64, 256), (1, 16, 128, 1024, 8192)
 
 
@@ -39,36 +39,43 @@ class Plan:
     u: int = 13
 
     def cells(self) -> list[tuple[shapes.Layer, str, list[int]]]:
-        """(layer, dtype, the Ms): Qwen2.5 first, as the bars are about it, and small before large."""
+        """(layer, dtype, the Ms). Qwen2.5 first, as the bars are about it; the same projection of every model before
+        the next one, so that a budget that ends early leaves no model out."""
         cells = []
         for model in self.models:
-            for layer in shapes.layers(model):
-                if self.sample and layer.projections[0] not in SAMPLE:
-                    continue
+            chosen = [s for s in shapes.layers(model) if not self.sample or s.projections[0] in SAMPLE]
+            for place, layer in enumerate(chosen):
                 rows = [M for M in self.rows if not self.sample or 2 * M * layer.N * layer.K <= CPU_OPERATIONS]
-                cells += [(layer, dtype, rows) for dtype in self.dtypes if rows]
-        return cells
+                order = (not model.startswith("Qwen2.5"), place)
+                cells += [(order, (layer, dtype, rows)) for dtype in self.dtypes if rows]
+        return [cell for _, cell in sorted(cells, key=lambda c: c[0])]
+
+
+def _weight(layer: shapes.Layer, M: int) -> float:
+    """A cell's claim on the budget: a fixed part, and its operations."""
+    return 0.3 + 2 * M * layer.N * layer.K / CPU_OPERATIONS
 
 
 def run(plan: Plan, results: Results, device: torch.device) -> list[str]:
-    """Measure; rows go to `results`. Returns the cells that the budget did not reach, in words."""
+    """Measure; rows go to `results`. Returns what the budget did not reach, in words."""
     deadline = time.perf_counter() + plan.budget
     cells = plan.cells()
     total = sum(len(rows) for *_, rows in cells)
-    left, missed = total, []
+    left = sum(_weight(layer, M) for layer, _, rows in cells for M in rows)
+    missed: list[str] = []
     with tqdm(total=total, desc="linear", unit="cell", dynamic_ncols=True) as bar:
         for layer, dtype, rows in cells:
             if time.perf_counter() > deadline:
-                missed += [f"{layer.model} {layer.name} {dtype} M={M}" for M in rows]
+                missed.append(f"{layer.model} {layer.projections[0]} {dtype}, M = {', '.join(map(str, rows))}")
                 continue
             bar.set_postfix_str(f"{layer.model} {layer.projections[0]} {dtype}")
             case = Case(layer.N, layer.K, layer.bias, DTYPES[dtype], device, plan.r, plan.u)
             weight64 = case.linear.weight.double()
             present = _make(plan, case, results, layer, dtype)
             for M in rows:
-                share = max(0.0, deadline - time.perf_counter()) / left
+                share = max(0.0, deadline - time.perf_counter()) * _weight(layer, M) / left
                 _cell(plan, case, weight64, present, layer, dtype, M, share, results, device)
-                left -= 1
+                left -= _weight(layer, M)
                 bar.update()
     return missed
 
@@ -79,7 +86,7 @@ def _make(plan, case, results, layer, dtype) -> dict[str, Provider]:
     for name in plan.providers:
         if name == who.PEFT_SAME_DTYPE and dtype == "fp32":
             continue  # an fp32 base has fp32 adapters either way: this is `peft`
-        if name == who.COMPILED and plan.sample and layer.model != CPU_COMPILED:
+        if name == who.COMPILED and plan.sample and (layer.model, layer.projections[0]) != CPU_COMPILED:
             continue
         try:
             present[name] = who.make(name, case.linear, case.factors)

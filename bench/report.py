@@ -131,7 +131,7 @@ def markdown(rows: list[Row]) -> str:
     """The results of one device as the README shows them."""
     first = rows[0]
     versions = f"torch {first.torch}" + (f", triton {first.triton}" if first.device.startswith("NVIDIA") else "")
-    threads = f", {first.threads} threads" if first.threads else ""
+    threads = f", {first.threads} thread{'s' * (first.threads > 1)}" if first.threads else ""
     commits = sorted({row.commit for row in rows if row.commit})
     where = (
         f"**{first.device}**{threads}; {versions}, PEFT {first.peft}; commit {', '.join(commits)}, {first.date[:10]}"
@@ -142,7 +142,7 @@ def markdown(rows: list[Row]) -> str:
         headers, lines = means(rows)
         parts.append(
             "One adapted linear layer (TinyLoRA, r = 2): time over another's, geometric means over the shapes of "
-            f"Qwen2.5 0.5B to 7B at M ≥ {BAR_ROWS} rows.\n\n"
+            f"Qwen2.5 0.5B to 7B at M ≥ {BAR_ROWS} rows, each over the cells that have both.\n\n"
             + tabulate(lines, headers, tablefmt="github", disable_numparse=True)
         )
     if "svd" in ops:
@@ -187,10 +187,10 @@ def plot(rows: list[Row], path: Path) -> None:
             axis = axes[i][j]
             group = {k: c for k, c in found.items() if (k[2], k[4]) == (dtype, pass_)}
             Ms = sorted({k[3] for k in group})
-            for name in who.NAMES:
+            for color, name in enumerate(who.NAMES):
                 means = [geometric_mean(over((c for k, c in group.items() if k[3] == M), name, who.BARE)) for M in Ms]
                 if not all(map(math.isnan, means)):
-                    axis.plot(Ms, means, marker="o", label=name, zorder=3 if name == who.OURS else 2)
+                    axis.plot(Ms, means, f"C{color}o-", label=name, zorder=3 if name == who.OURS else 2)
             axis.set(title=f"{dtype}, {pass_}", xlabel="M (rows)", ylabel="time / bare linear")
             axis.set_xscale("log", base=2)
             axis.grid(alpha=0.3)

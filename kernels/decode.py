@@ -191,7 +191,7 @@ def decode(
         INLINE=inline,
         WIDTH=width,
         PERIOD=width if inline else period(x.dtype, r),
-        BLOCK_R=min(width, 64),
+        BLOCK_R=min(width, 16 if x.dtype == torch.float32 else 64),
         HAS_BIAS=bias is not None,
         EVEN_K=K % tile.k == 0,
         PRECISION=precision,

@@ -51,6 +51,7 @@ def core_gradient_kernel(
     U: tl.constexpr,
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -77,10 +78,8 @@ def core_gradient_kernel(
             a = tl.load(t + at + rank_i[None, :], mask=own[:, None] & (rank_i[None, :] < R), other=0.0)
             b = tl.load(z + at + rank_j[None, :], mask=own[:, None] & (rank_j[None, :] < R), other=0.0)
             dcore = tl.dot(a.T, b, dcore, input_precision=PRECISION)  # a, b: [BLOCK_M, BLOCK_R]
-    slices = tl.num_programs(1)
-    if slices == 1:
-        store_core_gradient(out, dcore, basis, adapter, i, j, R, U, BLOCK_R)
-    else:
+    if SPLIT_M:
+        slices = tl.num_programs(1)
         own_tile = adapter * tl.num_programs(2) + tl.program_id(2)
         plane = tl.cast(tl.num_programs(0), tl.int64) * tl.num_programs(2) * BLOCK_R * BLOCK_R
         at = own_tile.to(tl.int64) * BLOCK_R * BLOCK_R
@@ -91,6 +90,8 @@ def core_gradient_kernel(
             for part in range(slices):
                 dcore += tl.load(planes + part * plane + at, cache_modifier=".cg")
             store_core_gradient(out, dcore, basis, adapter, i, j, R, U, BLOCK_R)
+    else:
+        store_core_gradient(out, dcore, basis, adapter, i, j, R, U, BLOCK_R)
 
 
 def core_gradient(t: Tensor, z: Tensor, like: Tensor, core: Core, r: int, tile: CoreGradient) -> Tensor:
@@ -119,6 +120,7 @@ def core_gradient(t: Tensor, z: Tensor, like: Tensor, core: Core, r: int, tile: 
         U=core.u,
         ROWS=core.kind == "rows",
         PRECISION=tile.precision,
+        SPLIT_M=slices > 1,
         BLOCK_M=tile.m,
         BLOCK_R=tile.r,
         num_warps=tile.warps,
@@ -148,6 +150,7 @@ def factor_gradient_kernel(
     CORE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -169,12 +172,10 @@ def factor_gradient_kernel(
         x_at = x + row * stride_xm + c.to(tl.int64)[None, :] * stride_xc
         x_tile = tl.load(x_at, mask=(m[:, None] < M) & (c[None, :] < C), other=0.0)  # [BLOCK_M, BLOCK_C]
         acc = dot_wide(x_tile.T, s_tile, acc, PRECISION)
-    slices = tl.num_programs(1)
     inside = (c[:, None] < C) & (ranks[None, :] < R)
     out_at = out + ranks[None, :] * stride_or + c.to(tl.int64)[:, None] * stride_oc
-    if slices == 1:
-        tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside)
-    else:
+    if SPLIT_M:
+        slices = tl.num_programs(1)
         plane = tl.cast(C, tl.int64) * R
         at = c.to(tl.int64)[:, None] * R + ranks[None, :]
         tl.store(planes + tl.program_id(1) * plane + at, acc, mask=inside)
@@ -183,6 +184,8 @@ def factor_gradient_kernel(
             for part in range(slices):
                 acc += tl.load(planes + part * plane + at, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside)
 
 
 def factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor, tile: FactorGradient, precision: str) -> None:
@@ -212,6 +215,7 @@ def factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor, tile: FactorG
         CORE=core.kind,
         TRANSPOSED=core.transposed,
         PRECISION=precision,
+        SPLIT_M=slices > 1,
         BLOCK_M=tile.m,
         BLOCK_C=tile.c,
         BLOCK_R=tile.width,

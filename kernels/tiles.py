@@ -12,8 +12,10 @@ import torch
 MAX_RANK = 128
 # Up to this rank decode computes z in every column block; above, reading D that often costs more than a launch.
 INLINE_RANK = 8
-# Up to this many rows the layer is a stream of weights, and the decode kernel takes it.
+# Up to this many rows the layer is a stream of weights, and the decode kernel takes it. fp32 is multiplied outside
+# the tensor cores, where more than a padded row block is no longer free.
 DECODE_ROWS = 128
+DECODE_ROWS_FP32 = 16
 
 
 def pad(n: int, least: int = 16) -> int:
@@ -160,14 +162,19 @@ def _gemms(chip: Card, descriptors: bool, width: int) -> list[tuple[Gemm, float]
     return [(Gemm(128, 128, 32, 8, 3), 1.0), (Gemm(64, 128, 32, 4, 3), 0.75)]
 
 
-def gemm_tile(M: int, N: int, chip: Card, descriptors: bool, width: int) -> Gemm:
-    """The candidate with the shortest time in whole waves; of equals the first."""
+def gemm_tile(M: int, N: int, chip: Card, descriptors: bool, width: int, aligned: bool = True) -> Gemm:
+    """The candidate with the shortest time in whole waves; of equals the first.
+
+    Operands that are not aligned need a mask and an address per element: larger tiles spill then.
+    """
 
     def waves(candidate: tuple[Gemm, float]) -> float:
         tile, efficiency = candidate
         tiles = -(-M // tile.m) * -(-N // tile.n)
         return -(-tiles // chip.sms) * tile.m * tile.n / efficiency
 
+    if not aligned:
+        return Gemm(128, 128, 32, 8, 3)
     return min(_gemms(chip, descriptors, width), key=waves)[0]
 
 
@@ -177,8 +184,10 @@ def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int,
     if capability is None:
         return Thin(16, 32, 2, width, 4, 1)
     chip = card(capability)
-    m = 16 if M <= 16 else 64 if width <= 64 else 16 if dtype == torch.float32 else 32
-    k = 64 if dtype == torch.float32 or width > 64 else 128
+    if dtype == torch.float32:  # ieee dots hold a whole step of both operands in registers
+        m, k = (16 if M <= 16 or width > 64 else 32), (32 if width <= 32 else 16)
+    else:
+        m, k = (16 if M <= 16 else 64 if width <= 64 else 32), (128 if width <= 64 and K % 8 == 0 else 64)
     split = max(1, min(2 * chip.sms // max(1, -(-M // m)), K // (4 * k), 32))
     return Thin(m, k, split, width, stages=3)
 
@@ -186,7 +195,7 @@ def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int,
 def decode_tile(M: int, N: int, K: int, dtype: torch.dtype, chip: Card) -> Decode:
     """W in 64 rows a program and enough slices of K to occupy the card twice."""
     m = pad(M)
-    k = 64 if m > 32 or dtype == torch.float32 else 128
+    k = 32 if dtype == torch.float32 else 64 if m > 32 else 128
     stages = 4 if chip.shared > 150000 and dtype != torch.float32 else 3
     blocks = -(-N // 64)
     split = max(1, min(2 * chip.sms // blocks, K // (4 * k), 16))
@@ -210,8 +219,9 @@ def choose(
     """
     chip = CARDS[9, 0] if capability is None else card(capability)
     inline = r <= INLINE_RANK
-    if M <= DECODE_ROWS:
-        why = f"M = {M} <= {DECODE_ROWS}: W is streamed once, " + (
+    few = DECODE_ROWS_FP32 if dtype == torch.float32 and capability is not None else DECODE_ROWS
+    if few >= M:
+        why = f"M = {M} <= {few}: W is streamed once, " + (
             f"z on the way (r = {r} <= {INLINE_RANK})" if inline else f"s from a pass of its own (r = {r})"
         )
         main = decode_tile(M, N, K, dtype, chip)
@@ -222,9 +232,9 @@ def choose(
     thin = thin_tile(M, K, r, dtype, capability)
     bulk = descriptors and chip.bulk_copies and dtype != torch.float32
     if capability is None:
-        main = gemm_tile(M, N, chip, True, thin.width) if descriptors else gemm_tile(M, N, CARDS[8, 0], False, 16)
+        main = gemm_tile(M, N, chip if descriptors else CARDS[8, 0], descriptors, thin.width)
         return Choice(_small(main), thin, None, "Triton's interpreter: the fused matmul in small tiles")
-    expand = Gemm(64, 128, 16, 4, 1)
+    expand = Gemm(64, 64, 16, 4, 1)
     if dtype == torch.float32:
         expand = Gemm(
             32, 64, 16, 4, 1, rank=16
@@ -235,7 +245,7 @@ def choose(
     compared = f"a pass over Y costs {saved:.1%} at K = {K}, the fused matmul {lost:.0%}"
     if saved <= lost:
         return Choice(None, thin, expand, f"{compared}: the library multiplies")
-    return Choice(gemm_tile(M, N, chip, bulk, thin.width), thin, None, f"{compared}: fused")
+    return Choice(gemm_tile(M, N, chip, bulk, thin.width, descriptors), thin, None, f"{compared}: fused")
 
 
 def core_gradient_tile(M: int, r: int, adapters: int, dtype: torch.dtype, small: bool = False) -> CoreGradient:

@@ -1,7 +1,19 @@
+"""Fixtures, and what the whole run needs to be set first.
+
+The kernels run in two lanes without a GPU, both in one process with TRITON_INTERPRET unset: test_kernels.py has
+every launch interpreted, test_compile.py has every launch compiled, and tests/lanes.py says how. With
+TRITON_INTERPRET=1 set, the same interpreter tests run and the compiler lane is skipped.
+"""
+
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests need no network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Small problems: a second thread only waits, and on a busy machine ten times as long; the small matmuls of Triton's
+# interpreter are 15 times slower with one. Subprocesses inherit it.
+for library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does; 3.10 turns it off
 
 import pytest
 import torch

@@ -78,25 +78,25 @@ class Launch:
     options: dict
     compiled: object = field(default=None, repr=False)
 
-    @cached_property
-    def _dumps(self) -> tuple[str, str]:
-        tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    def _dump(self, what: str) -> str:
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.compiled.asm["cubin"])
             file.flush()
-            return tuple(
-                subprocess.run([tools / "cuobjdump", how, file.name], capture_output=True, text=True, check=True).stdout
-                for how in ("--dump-resource-usage", "-sass")
-            )
+            return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+    @cached_property
+    def _resources(self) -> str:
+        return self._dump("--dump-resource-usage")
 
     @property
     def registers(self) -> int:
-        return int(re.search(r"REG:(\d+)", self._dumps[0])[1])
+        return int(re.search(r"REG:(\d+)", self._resources)[1])
 
     @property
     def stack(self) -> int:
         """Bytes of stack: 0 means that nothing spills."""
-        return int(re.search(r"STACK:(\d+)", self._dumps[0])[1])
+        return int(re.search(r"STACK:(\d+)", self._resources)[1])
 
     @property
     def shared(self) -> int:
@@ -113,9 +113,9 @@ class Launch:
 
     @cached_property
     def main_loop(self) -> list[str]:
-        """Opcodes of the shortest loop that multiplies on tensor cores, empty if there is none."""
+        """Opcodes of the shortest loop that multiplies on tensor cores, empty if there is none. Takes a second."""
         line = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*?);")
-        code = [(int(m[1], 16), m[2], m[3]) for m in map(line.match, self._dumps[1].splitlines()) if m]
+        code = [(int(m[1], 16), m[2], m[3]) for m in map(line.match, self._dump("-sass").splitlines()) if m]
         loops = []
         for at, opcode, rest in code:
             target = re.search(r"0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None

@@ -175,10 +175,10 @@ def test_every_split_of_k_in_decode(split, monkeypatch):
 
 
 @pytest.mark.parametrize("core", ["none", "dense", "rows", "mixed", "mixed-rows"])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_the_thin_pass_keeps_the_core_in_fp32(core, transposed):
-    """s as [rounded | remainder] is exact to 16 bits, whatever x's dtype."""
-    problem = Problem(40, 8, 72, 5, bf16, core=core)
+@pytest.mark.parametrize("transposed, factors", [(False, bf16), (True, f32)])
+def test_the_thin_pass_keeps_the_core_in_fp32(core, transposed, factors):
+    """s as [rounded | remainder] and fp32 factors beside bf16 are exact to 16 bits."""
+    problem = Problem(40, 8, 72, 5, bf16, core=core, factors=factors)
     (x, _, down, c, _, _), ids, basis = problem.operands()
     z, s = thin(x, down, Core(c, basis, ids, transposed), tiles.Thin(16, 32, 2, 16), "ieee", want_s=True)
     wide = None if c is None else c.double()
@@ -186,8 +186,8 @@ def test_the_thin_pass_keeps_the_core_in_fp32(core, transposed):
     want_z = eager.thin(x.double(), down.double())
     want_s = eager.apply_core(want_z, mixed, ids, transposed)
     assert z.dtype == f32 and s.dtype == bf16
-    torch.testing.assert_close(z.double(), want_z, rtol=0, atol=1e-5)
-    torch.testing.assert_close(s[:, :5].double() + s[:, 8:13].double(), want_s, rtol=2**-14, atol=1e-5)
+    torch.testing.assert_close(z.double(), want_z, rtol=0, atol=5e-5)
+    torch.testing.assert_close(s[:, :5].double() + s[:, 8:13].double(), want_s, rtol=2**-14, atol=1e-4)
     assert s[:, 5:8].eq(0).all() and s[:, 13:].eq(0).all()
 
 

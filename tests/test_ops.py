@@ -35,7 +35,7 @@ PROBLEMS = [
 def operator(request, monkeypatch):
     """Both doors to the operator: past the dispatcher, and through the custom op."""
     if request.param:
-        monkeypatch.setattr("tinylora.ops.linear._seen_from_outside", lambda *operands: True)
+        monkeypatch.setattr("tinylora.ops.linear._seen_from_outside", lambda *_: True)
     return adapted_linear
 
 
@@ -176,7 +176,7 @@ def test_compile_fullgraph_with_dynamic_shapes(core, backend):
                 y = f(x)
                 y.square().sum().backward()
                 results.append([y.detach(), x.grad, *(p.grad for p in module.parameters())])
-            torch.testing.assert_close(*results)
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_export():

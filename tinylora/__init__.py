@@ -21,6 +21,7 @@ from tinylora.integrations.peft import patch_peft, unpatch_peft
 from tinylora.nn.checkpoint import load, save
 from tinylora.nn.linear import Linear
 from tinylora.nn.model import activate, adapter_names, adapter_parameters, apply, disabled, merge, unmerge
+from tinylora.nn.rows import adapter_ids, stack
 
 __all__ = [
     "AdaLoraConfig",
@@ -31,6 +32,7 @@ __all__ = [
     "TinyLoraConfig",
     "VeraConfig",
     "activate",
+    "adapter_ids",
     "adapter_names",
     "adapter_parameters",
     "apply",
@@ -40,6 +42,7 @@ __all__ = [
     "ops",
     "patch_peft",
     "save",
+    "stack",
     "unmerge",
     "unpatch_peft",
 ]

@@ -1,7 +1,7 @@
 from typing import Any
 
 from tinylora.adapters.ada_lora import AdaLoraConfig
-from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Shared, Site
+from tinylora.adapters.base import STACKED, Adapter, AdapterConfig, Factors, Rows, Shared, Site
 from tinylora.adapters.lora import LoraConfig
 from tinylora.adapters.lora_xs import LoraXSConfig, TinyLoraConfig
 from tinylora.adapters.tied_lora import TiedLoraConfig
@@ -26,12 +26,14 @@ def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
 
 __all__ = [
     "CONFIGS",
+    "STACKED",
     "AdaLoraConfig",
     "Adapter",
     "AdapterConfig",
     "Factors",
     "LoraConfig",
     "LoraXSConfig",
+    "Rows",
     "Shared",
     "Site",
     "TiedLoraConfig",

@@ -23,6 +23,10 @@ class Site(NamedTuple):
         return ".".join(part for part in self.name.split(".") if not part.isdecimal())
 
 
+# Where a module keeps A values of one of its numbers, [A, ...], for a batch whose rows use different adapters.
+STACKED = "stacked_"
+
+
 class Factors(NamedTuple):
     """What `adapted_linear` takes of an adapter: the correction is ((x Dᵀ) Cᵀ) Uᵀ, C = core or Σᵢ coreᵢ basisᵢ."""
 
@@ -42,7 +46,7 @@ class Factors(NamedTuple):
 
 
 class KeepsFp32(nn.Module):
-    """A module whose own parameters and `fp32_buffers` stay fp32 when a model is cast to bf16 or fp16.
+    """A module whose own parameters, `fp32_buffers` and stacked numbers stay fp32 when a model is cast to 16 bits.
 
     Thirteen numbers in bf16 cost nothing less and stop moving: a step of 1e-4 is lost beside a value of 0.1.
     """
@@ -51,7 +55,9 @@ class KeepsFp32(nn.Module):
 
     def _apply(self, fn, recurse=True):
         own = [*self._parameters.values(), *(p.grad for p in self._parameters.values() if p is not None)]
-        kept = {id(t) for t in [*own, *(self._buffers.get(n) for n in self.fp32_buffers)]}
+        buffers = self._buffers.items()
+        own += [t for n, t in buffers if n in self.fp32_buffers or n.startswith(STACKED)]
+        kept = {id(t) for t in own}
 
         def keep(t):
             moved = fn(t)
@@ -78,6 +84,28 @@ class Numbers(NamedTuple):
         return self.start(*self.shape) if callable(self.start) else torch.full(self.shape, float(self.start))
 
 
+class Rows:
+    """Which adapter each sequence of a batch uses: ids [B], -1 for none."""
+
+    def __init__(self, ids: Tensor):
+        self.ids = ids
+
+    def of(self, x: Tensor) -> Tensor:
+        """One id per row of x ([B', ..., K]), flattened: [M].
+
+        B' may be a multiple of B: generate() repeats every prompt for its beams or samples, side by side. A layer
+        that sees its rows flattened or packed ([1, tokens, K], [tokens, K]) has lost which sequence they belong to.
+        """
+        B, first = len(self.ids), x.shape[0]
+        if first % B if x.dim() > 2 else first != B:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected a first dimension of {B} (with more than two: a multiple): "
+                f"adapter_ids came for {B} sequences, and packed or flattened rows do not say whose they are"
+            )
+        each = math.prod(x.shape[:-1]) // B
+        return self.ids if each == 1 else self.ids.unsqueeze(1).expand(B, each).reshape(-1)
+
+
 class Owner(KeepsFp32):
     """A module that owns numbers."""
 
@@ -100,6 +128,7 @@ class Shared(Owner):
         super().__init__()
         self.config, self.sites, self.fingerprint = config, tuple(sites), fingerprint
         self.__dict__["layers"] = {}  # site name -> Adapter, not registered: the layers own them
+        self.rows: Rows | None = None  # which of the stacked numbers each row of the batch uses
         self.own(config.shared(sites))
 
     def extra_repr(self) -> str:
@@ -115,12 +144,20 @@ class Adapter(Owner):
         self.site, self.dropout = site, shared.config.dropout
         self.from_weight = tuple(frozen)
         for name, t in frozen.items():
-            self.register_buffer(name, t, persistent=False)
+            # up lies in memory as Uᵀ: the backward's thin pass, t = dY U, reads it along N
+            self.register_buffer(name, t.T.contiguous().T if name == "up" else t, persistent=False)
         self.own(shared.config.local(site))
         self.__dict__["shared"] = shared  # past nn.Module's registration: see Shared
 
     def factors(self) -> Factors:
         raise NotImplementedError
+
+    def row_core(self) -> Tensor:
+        """What stands in the core's place where every row has its own: [A, r, r], or [A, u] with a basis."""
+        raise ValueError(
+            f"{type(self.shared.config).__name__} adapters differ in more than their core, so one batch cannot hold "
+            "several: expected TinyLoraConfig or LoraXSConfig"
+        )
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}" if self.dropout else ""

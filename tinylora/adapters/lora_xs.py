@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from tinylora.adapters import noise
-from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Shared, Site, require, require_whole
+from tinylora.adapters.base import (
+    STACKED,
+    Adapter,
+    AdapterConfig,
+    Factors,
+    Numbers,
+    Shared,
+    Site,
+    require,
+    require_whole,
+)
 from tinylora.adapters.factor_cache import cached_svd
 from tinylora.adapters.tying import TYINGS, tie_groups
 
@@ -34,6 +44,9 @@ def svd_factors(site: Site, weight: Tensor, weight_digest: str, r: int, sigma: s
 class LoraXS(Adapter):
     def factors(self) -> Factors:
         return Factors(self.down, self.core, self.up)
+
+    def row_core(self) -> Tensor:
+        return self._buffers[f"{STACKED}core"]
 
 
 @dataclass(frozen=True)
@@ -71,11 +84,15 @@ class TinyLora(Adapter):
 
     @property
     def v(self) -> Tensor:
-        """This layer's v, [u]: a view of the one parameter that the root owns, looked up at every use."""
-        return self.shared.v[self.group]
+        """This layer's v, [u]: the parameter itself, which the root owns, looked up at every use."""
+        return self.shared._parameters[f"v_{self.group}"]
 
     def factors(self) -> Factors:
-        return Factors(self.down, self.v, self.up, self.P)
+        frozen = self._buffers  # past nn.Module's __getattr__: this runs in every layer of every forward
+        return Factors(frozen["down"], self.v, frozen["up"], frozen["P"])
+
+    def row_core(self) -> Tensor:
+        return self.shared._buffers[f"{STACKED}v_{self.group}"]
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (f"group={self.group}", super().extra_repr())))
@@ -111,8 +128,9 @@ class TinyLoraConfig(AdapterConfig):
         require(self, "sigma", self.sigma in SIGMAS, f"one of {', '.join(SIGMAS)}")
 
     def shared(self, sites: Sequence[Site]) -> dict[str, Numbers]:
-        groups = tie_groups(sites, self.n_tie, self.tying)
-        return {"v": Numbers((max(groups) + 1 if groups else 0, self.u))}
+        # A parameter a group, not one for all: a view of one would cost its backward three launches a layer
+        groups = sorted(set(tie_groups(sites, self.n_tie, self.tying)))
+        return {f"v_{group}": Numbers((self.u,)) for group in groups}
 
     def frozen(self, site: Site, weight: Tensor, weight_digest: str) -> dict[str, Tensor]:
         P = noise.normal(self.seed, site.name, self.u, self.r, self.r) / self.r**0.5

@@ -27,7 +27,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from tinylora.ops import eager
 from tinylora.ops.checks import fits
 from tinylora.ops.dispatch import interpreting
-from tinylora.ops.linear import run, run_plain
+from tinylora.ops.linear import unchecked
 
 _TENSORS = (Tensor, nn.Parameter)
 
@@ -228,7 +228,7 @@ def _operator(x, weight, down, core, up, bias, basis, scale, compiling) -> Tenso
         return "autocast"
     if not fits(x, weight, down, core, up, bias, None, basis):
         return "operands that do not fit (dtype, device, rank 0, not loaded)"
-    return (run if compiling else run_plain)(x, weight, down, core, up, bias, None, basis)
+    return unchecked(x, weight, down, core, up, bias, None, basis)
 
 
 # Up to so many numbers in x Python costs as much as arithmetic, and `eager.infer` is used.

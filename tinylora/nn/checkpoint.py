@@ -4,7 +4,7 @@ The tensors are what trains; the JSON in the file's metadata under "tinylora" sa
 config, the number of modules, a fingerprint of the base model's weights and a checksum of the whole. Whoever has the
 base rebuilds the frozen factors from it. With `factors=True` they are in the file too. The layout:
 
-    v                        TinyLoRA's numbers, [groups, u]
+    v_<group>                TinyLoRA's numbers, [u]
     <layer>.core             LoRA-XS's, [r, r]; every adapter's by the names in its config
     saved.<module>.<name>    the modules of `modules_to_save`
     frozen.<layer>.<tensor>  only with factors=True

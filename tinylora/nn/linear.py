@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from tinylora.adapters import Adapter, AdapterConfig
 from tinylora.ops import adapted_linear
+from tinylora.ops.linear import unchecked
 
 
 def low_rank(x: Tensor, down: Tensor, core: Tensor | None, up: Tensor, basis: Tensor | None) -> Tensor:
@@ -68,13 +69,21 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None or self.merged is not None:
             return F.linear(x, self.weight, self.bias)
-        adapter = self.adapters[self.active]
+        adapter = self.adapters._modules[self.active]
         down, core, up, basis = adapter.factors()
+        rows = adapter.shared.rows
+        if rows is not None:
+            core = adapter.row_core()
+            return adapted_linear(x, self.weight, down, core, up, self.bias, rows.of(x), basis=basis)
         if adapter.dropout and self.training:
             # Two inputs, so two calls: the frozen layer on x, and the correction on what dropout left of it.
             dropped = F.dropout(x, adapter.dropout)
             return F.linear(x, self.weight, self.bias) + low_rank(dropped, down, core, up, basis)
-        return adapted_linear(x, self.weight, down, core, up, self.bias, basis=basis)
+        weight = self.weight
+        # The layer's own operands fit each other since `attach`; only x can be wrong, and the full check says how.
+        fits = x.shape[-1] == weight.shape[1] and x.dtype == weight.dtype and x.device == weight.device
+        call = unchecked if fits else adapted_linear
+        return call(x, weight, down, core, up, self.bias, None, basis=basis)
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -14,7 +14,7 @@ from tinylora.nn.linear import Linear
 from tinylora.nn.saved_module import SavedModule
 from tinylora.nn.targets import find_modules_to_save, find_targets, sites_of
 
-STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v
+STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
 
 
 def apply(model: nn.Module, config: AdapterConfig, name: str = "default") -> nn.Module:
@@ -47,7 +47,7 @@ def attach(
         raise ValueError(f"name is {name!r}, expected one without dots: it becomes a part of parameter names")
     if name in adapter_names(root):
         raise ValueError(f"name is {name!r}, but the model has an adapter of that name: {adapter_names(root)}")
-    _refuse_merged(root)
+    refuse_merged(root)
     sites = sites_of(layers)
     digests = digests or base_digests(layers)
     saved = find_modules_to_save(root, config.modules_to_save, layers)
@@ -135,7 +135,7 @@ def shared_of(model: nn.Module, name: str) -> Shared:
 def named_numbers(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Everything of an adapter that is not made anew on a load, by a name that is the same on every copy of the model.
 
-    What trains (nn.Parameter), and state such as AdaLoRA's step count: "v", "<layer>.core", "saved.<module>.weight".
+    What trains (nn.Parameter), and state such as AdaLoRA's step count: "v_0", "<layer>.core", "saved.<module>.weight".
     """
 
     def owned(module: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ def activate(model: nn.Module, name: str | None) -> None:
     """Make an adapter the one that runs and trains; None is the base model. ValueError on a merged model."""
     if name is not None:
         shared_of(model, name)
-    _refuse_merged(model)
+    refuse_merged(model)
     for other in adapter_names(model):
         for p in adapter_parameters(model, other):
             p.requires_grad_(other == name)
@@ -179,7 +179,7 @@ def activate(model: nn.Module, name: str | None) -> None:
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """`with tinylora.disabled(model):` runs the base model: GRPO's reference policy, or a baseline."""
-    _refuse_merged(model)
+    refuse_merged(model)
     switched = [*adapted_layers(model).values(), *saved_modules(model).values()]
     before = [module.active for module in switched]
     for module in switched:
@@ -221,7 +221,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _refuse_merged(model: nn.Module) -> None:
+def refuse_merged(model: nn.Module) -> None:
+    """ValueError if an adapter is merged into the weights."""
     for name, layer in adapted_layers(model).items():
         if layer.merged is not None:
             raise ValueError(

@@ -3,6 +3,8 @@
 Both directions are one function, `_linear`: dX = dY W + ((dY U) C) D is the operator on (Wᵀ, Uᵀ, Cᵀ, Dᵀ).
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +26,13 @@ MIXED_RANK = 32
 def _capability(device: torch.device) -> tuple[int, int] | None:
     """The card's, or None in the interpreter."""
     return None if interpreting() else capability_of(device)
+
+
+def _current(device: torch.device):
+    """Triton launches on the current device: a context in which that is the operands' one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _precision() -> str:
@@ -96,8 +105,9 @@ def forward(
         wide = (None if t is None else t.float() for t in (x, weight, down, core, up, bias))
         y, z = forward(*wide, adapter_ids, None if basis is None else basis.float(), choice)
         return y.to(x.dtype), z
-    core, basis = _mixed_inside(core, basis)
-    return _linear(x, weight, down, Core(core, basis, adapter_ids), up, bias, choice)
+    with _current(x.device):
+        core, basis = _mixed_inside(core, basis)
+        return _linear(x, weight, down, Core(core, basis, adapter_ids), up, bias, choice)
 
 
 def backward(
@@ -118,12 +128,17 @@ def backward(
     dX with t comes from one call of the forward's kernels; dC reads t and z alone; dD reads X once and dU reads
     dY once, and only where they are needed. dW and db are the library's.
     """
-    need_x, need_weight, need_down, need_core, need_up, need_bias = need
     if dy.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
         wide = (None if t is None else t.float() for t in (dy, x, z, weight, down, core, up))
         grads = backward(*wide, adapter_ids, None if basis is None else basis.float(), need, choice)
         like = (dy, weight, down, core, up, dy)
         return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
+    with _current(dy.device):
+        return _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice)
+
+
+def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice):
+    need_x, need_weight, need_down, need_core, need_up, need_bias = need
     (M, N), r = dy.shape, down.shape[0]
     dx = dweight = ddown = dcore = dup = dbias = None
     values, own_basis = _mixed_inside(core, basis)
@@ -144,10 +159,10 @@ def backward(
         dcore = core_gradient(t, z, like, ours, r, tile)
         dcore = (eager.mix_gradient(dcore, basis) if own_basis is None else dcore).to(core.dtype)
     if need_down:
-        ddown = torch.empty_like(down)
+        ddown = torch.empty(down.shape, dtype=down.dtype, device=down.device)
         factor_gradient(t, theirs, x, ddown, tiles.factor_gradient_tile(M, x.shape[1], r, small), _precision())
     if need_up:
-        dup = torch.empty_like(up)
+        dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
         factor_gradient(z, ours, dy, dup.T, tiles.factor_gradient_tile(M, N, r, small), _precision())
     if need_weight:
         dweight = dy.T @ x

@@ -49,64 +49,50 @@ def adapted_linear(
     (2602.04118, section 4): each is a choice of (down, core, up).
     """
     check(x, weight, down, core, up, bias, adapter_ids, basis)
-    return run(x, weight, down, core, up, bias, adapter_ids, basis)
+    return unchecked(x, weight, down, core, up, bias, adapter_ids, basis)
 
 
-def run(x, weight, down, core, up, bias=None, adapter_ids=None, basis=None) -> Tensor:
-    """`adapted_linear` for a caller that has looked at the operands itself (`checks.fits`)."""
-    if not _seen_from_outside(x, weight, down, core, up, bias):
-        return run_plain(x, weight, down, core, up, bias, adapter_ids, basis)
-    ids = None if adapter_ids is None else adapter_ids.reshape(-1)
-    y, _ = torch.ops.tinylora.adapted_linear(x.reshape(-1, x.shape[-1]), weight, down, core, up, bias, ids, basis)
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def run_plain(x, weight, down, core, up, bias=None, adapter_ids=None, basis=None) -> Tensor:
-    """`run` for a caller that knows, too, that nothing looks at the call from outside (`_seen_from_outside`)."""
+def unchecked(x, weight, down, core, up, bias, adapter_ids, basis) -> Tensor:
+    """`adapted_linear` for operands that are known to fit: a layer's own. Every microsecond here is paid per layer."""
     x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     ids = None if adapter_ids is None else adapter_ids.reshape(-1)
-    if torch.is_grad_enabled() and _needs_gradient(x, weight, down, core, up, bias):
+    if _seen_from_outside(x, weight, down, core, up):
+        y, _ = torch.ops.tinylora.adapted_linear(x2d, weight, down, core, up, bias, ids, basis)
+    elif torch.is_grad_enabled() and (
+        x.requires_grad
+        or (core is not None and core.requires_grad)
+        or down.requires_grad
+        or up.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
         y = _AdaptedLinear.apply(x2d, weight, down, core, up, bias, ids, basis)
     else:
         y, _ = _forward(x2d, weight, down, core, up, bias, ids, basis)
-    return y if x2d is x else y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _needs_gradient(x, weight, down, core, up, bias) -> bool:
-    return (
-        x.requires_grad
-        or weight.requires_grad
-        or down.requires_grad
-        or up.requires_grad
-        or (core is not None and core.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    )
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _seen_from_outside(x, weight, down, core, up, bias) -> bool:
+def _seen_from_outside(x, weight, down, core, up) -> bool:
     """Whether something other than plain eager torch must see one operator here."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._is_any_autocast_enabled()
         or type(x) not in _PLAIN
         or type(weight) not in _PLAIN
+        or (core is not None and type(core) not in _PLAIN)
         or type(down) not in _PLAIN
         or type(up) not in _PLAIN
-        or (core is not None and type(core) not in _PLAIN)
-        or (bias is not None and type(bias) not in _PLAIN)
     )
 
 
 def _computes(x, weight, down, core, up):
     """The module that computes these operands: `fused`, or `eager` where no kernel covers them."""
-    if x.device.type == "cpu" and not interpreting():  # route_of says the same in twice the time
-        return eager
-    if route_of(x, weight, down, core, up)[0] == TORCH:
+    if (x.is_cpu and not interpreting()) or route_of(x, weight, down, core, up)[0] == TORCH:
         return eager
     from tinylora.ops import fused  # here, because it imports Triton
 

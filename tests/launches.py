@@ -1,0 +1,119 @@
+"""Every launch that the default can choose, for the compiler lane (test_compile.py)."""
+
+import torch
+from lanes import Launch, compiler
+from problems import NAMES
+
+from tinylora.kernels import tiles
+from tinylora.ops import fused
+
+f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+
+ARCHITECTURES = [(8, 0), (9, 0), (10, 0)]
+
+# M, N, K, r, and what differs from bf16 with a dense core. One line, one regime.
+ALL = {"need": ("x", "core", "down", "up")}
+CASES = [
+    (8192, 3584, 3584, 2, ALL),  # the fused matmul with [rounded | remainder] in s
+    (8192, 3584, 3584, 16, {"core": "none", "factors": f32, **ALL}),  # LoRA with fp32 factors
+    (8192, 3584, 3584, 64, {"need": ("x", "core")}),  # the widest rank that waits in registers
+    (8192, 3584, 3584, 128, ALL),  # ranks in several dots
+    (2048, 512, 3584, 2, {"u": 13, "need": ("x", "core")}),  # fewer tiles than programs; C is mixed inside
+    (1000, 3584, 2048, 2, {"core": "rows", "need": ("x", "core")}),
+    (8192, 3584, 18944, 2, {}),  # the library multiplies, then one pass over Y
+    (8192, 3584, 3584, 2, {"dtype": f16}),
+    (512, 3580, 3580, 2, {}),  # rows of 7160 bytes: no bulk copies
+    (1024, 512, 512, 2, {"x_stride": 517}),  # the fused matmul through pointers, K small
+    (8192, 3584, 3584, 2, {"dtype": f32, **ALL}),
+    (1, 3584, 3584, 2, {}),  # decode, inline
+    (1, 18944, 3584, 2, {}),  # decode without a split of K
+    (16, 3584, 3584, 8, {"core": "rows", "u": 13, "factors": f32}),
+    (64, 3584, 3584, 2, {}),
+    (128, 3584, 3584, 2, {}),
+    (16, 3584, 3584, 64, {}),  # decode in two launches
+    (5, 77, 72, 2, ALL),  # nothing is divisible
+    (16, 3584, 3584, 2, {"dtype": f32}),
+]
+# What torch.set_float32_matmul_precision("high") makes of the fp32 cases.
+TF32 = [(16, 3584, 3584, 2, {"dtype": f32}), (8192, 3584, 3584, 2, {"dtype": f32})]
+SWEEP = [
+    (M, N, K, r, {"dtype": dtype, "x_stride": x_stride, "need": ()})
+    for M in (1, 17, 33, 65, 129, 200, 512, 1000, 2048, 8192, 100000)
+    for N, K in ((3584, 3584), (512, 3584), (18944, 3584), (3584, 18944), (4608, 3584), (256, 1536), (64, 64))
+    for r in (2, 9, 32, 64, 128)
+    for dtype in (bf16, f32)
+    for x_stride in (None, K + 1)
+]
+
+
+def covering(capability) -> list[tuple]:
+    """CASES, and from SWEEP whatever makes the default choose a tile that CASES do not."""
+
+    def tiles_of(M, N, K, r, options):
+        dtype = options.get("dtype", bf16)
+        bulk = not options.get("x_stride") and N % 8 == K % 8 == 0
+        for n, k in ((N, K), (K, N))[: 1 + bool(options.get("need", True))]:  # forward, backward
+            choice = tiles.choose(M, n, k, r, dtype, capability, bulk)
+            for tile in (choice.main, choice.thin, choice.expand):
+                if tile is not None:
+                    split = {"split": tile.split > 1} if hasattr(tile, "split") else {}
+                    yield type(tile).__name__, tuple((vars(tile) | split | {"programs": 0}).items())
+
+    seen, cases = {t for case in CASES for t in tiles_of(*case)}, list(CASES)
+    for case in SWEEP:
+        new = set(tiles_of(*case)) - seen
+        if new:
+            cases.append(case)
+            seen |= new
+    return cases
+
+
+def run(M, N, K, r, dtype=bf16, factors=None, core="dense", u=0, adapters=3, x_stride=None, need=("x",)):
+    """Forward and backward of one layer on the meta device."""
+    factors = factors or dtype
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    one = (u,) if u else (r, r)
+    c = None if core == "none" else empty(*((adapters, *one) if core == "rows" else one), dtype=f32)
+    ids = empty(M, dtype=torch.int64) if core == "rows" else None
+    basis = empty(u, r, r, dtype=f32) if u else None
+    x = empty(M, x_stride or K)[:, :K]
+    weight, down, up, bias = empty(N, K), empty(r, K, dtype=factors), empty(N, r, dtype=factors), empty(N)
+    y, z = fused.forward(x, weight, down, c, up, bias, ids, basis)
+    need = tuple(n in need and (n != "core" or c is not None) for n in NAMES)
+    if any(need):
+        fused.backward(torch.empty_like(y), x, z, weight, down, c, up, ids, basis, need)
+
+
+def key(launch: Launch) -> tuple:
+    """A launch up to its grid."""
+    return launch.name, tuple(sorted((k, str(v)) for k, v in launch.options.items()))
+
+
+def config(capability, case) -> list[Launch]:
+    *sizes, options = case
+    with compiler(capability) as launches:
+        run(*sizes, **options)
+    return launches
+
+
+def warm(capability: tuple[int, int], part: int, parts: int) -> None:
+    """Compile every parts-th case into Triton's cache on disk: one process per core does this."""
+    for precision, cases in (("highest", covering(capability)), ("high", TF32)):
+        torch.set_float32_matmul_precision(precision)
+        for case in cases[part::parts]:
+            config(capability, case)
+
+
+def compiled_for(capability: tuple[int, int]) -> list[Launch]:
+    """Every distinct launch, compiled."""
+    launches = {}
+    for precision, cases in (("highest", covering(capability)), ("high", TF32)):
+        torch.set_float32_matmul_precision(precision)
+        for case in cases:
+            for launch in config(capability, case):
+                launches.setdefault(id(launch.compiled), launch)
+    torch.set_float32_matmul_precision("highest")
+    return list(launches.values())

@@ -1,0 +1,268 @@
+"""Break each mask, each index and each term of the kernels once, and see the interpreter lane fail.
+
+    python3 tests/mutants.py [--jobs 2] [--only WORD] [--out FILE]
+
+Every mutant is one replacement in a copy of the checkout; `tests/test_kernels.py` runs there and must fail. The
+last result stands in docs/LOG.md. A mutant that lives names a mask or a term that no test can see.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    old: str
+    new: str
+    what: str
+    nth: int = 0  # which occurrence of `old`
+    cannot: str = ""  # why no test without a GPU can see it; it runs with --all only
+
+
+M = Mutant
+BLOCKS, GEMM, THIN, DECODE, GRADIENTS = (f"kernels/{n}.py" for n in ("blocks", "gemm", "thin", "decode", "gradients"))
+FUSED = "tinylora/ops/fused.py"
+
+# The test that sees most mutants of a file: it runs first, to save time.
+FIRST = {
+    GEMM: "test_every_way_to_multiply_many_rows",
+    THIN: "test_the_thin_pass_keeps_the_core_in_fp32",
+    DECODE: "test_every_split_of_k_in_decode",
+    GRADIENTS: "test_gradients_one_by_one",
+    FUSED: "test_gradients_one_by_one",
+}
+
+MUTANTS = [
+    # blocks.py
+    M(BLOCKS, "min(tiles_m - first, GROUP_M)", "GROUP_M", "tile order: the last group's height"),
+    M(BLOCKS, "first + tile % height, tile % per_group // height", "first, tile % per_group", "tile order: rows"),
+    M(BLOCKS, "acc = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), acc)", "acc = acc", "wide dot: the low half"),
+    M(BLOCKS, "mask=rows < M, other=-1", "mask=rows < M, other=0", "ids beyond M", cannot="such rows are never stored"),
+    M(BLOCKS, "adapted = own >= 0", "adapted = own >= -1", "rows without an adapter"),
+    M(BLOCKS, "ranks[None, :] == i, z, 0.0", "ranks[None, :] <= i, z, 0.0", "core: which rank"),
+    M(BLOCKS, "at = i * R + ranks if TRANSPOSED else ranks * R + i", "at = ranks * R + i", "core: transposed"),
+    M(BLOCKS, "at = i * R + ranks if TRANSPOSED else ranks * R + i", "at = i * R + ranks", "core: not transposed"),
+    M(BLOCKS, "core + own[:, None] * (R * R)", "core + own[:, None] * R", "core per row: stride"),
+    M(BLOCKS, "mask=one, other=0.0", "mask=adapted[:, None], other=0.0", "core per row: rank mask"),
+    M(BLOCKS, "tl.load(core + at, mask=real, other=0.0)", "tl.load(core + at)", "core: rank mask"),
+    M(BLOCKS, "basis + a * (R * R) + at, mask=real, other=0.0", "basis + a * R + at, mask=real, other=0.0", "P"),
+    M(BLOCKS, "core + own * U + a, mask=adapted", "core + own + a, mask=adapted", "v per row: stride"),
+    M(BLOCKS, "tl.load(core + a).to(tl.float32)", "tl.load(core).to(tl.float32)", "v: which one"),
+    M(BLOCKS, "* WIDTH + first + tl", "* WIDTH + tl", "load_s: which ranks"),
+    M(BLOCKS, "tl.load(s + at, mask=rows[:, None] < M, other=0.0)", "tl.load(s + at)", "load_s: rows beyond M",
+      cannot="such rows are never stored; on a card the read could fault"),
+    M(BLOCKS, "(first + tl.arange(0, BLOCK_R)) % PERIOD", "first + tl.arange(0, BLOCK_R)", "U meets both halves of s"),
+    M(BLOCKS, "(columns[:, None] < N) & (ranks[None, :] < R)", "columns[:, None] < N", "load_up: rank mask"),
+    M(BLOCKS, "(columns[:, None] < N) & (ranks[None, :] < R)", "ranks[None, :] < R", "load_up: columns beyond N",
+      cannot="such columns are never stored; on a card the read could fault"),
+    M(BLOCKS, "== programs - 1", "== 0", "the last to arrive"),
+    M(BLOCKS, "tl.store(counter, 0)", "tl.store(counter, 1)", "the counter returns to zero"),
+    # gemm.py
+    M(GEMM, "x.load([row, k * BLOCK_K])", "x.load([row, 0])", "bulk copies: x's k"),
+    M(GEMM, "w.load([column, k * BLOCK_K]).T if", "w.load([column, 0]).T if", "bulk copies: w's k"),
+    M(GEMM, "else w.load([k * BLOCK_K, column])", "else w.load([0, column])", "bulk copies: w's k, transposed"),
+    M(GEMM, "for k in range(tl.cdiv(K, BLOCK_K))", "for k in range(K // BLOCK_K)", "bulk copies: the last step of K"),
+    M(GEMM, "((row + tl.arange(0, BLOCK_M)) % M)", "(row + tl.arange(0, BLOCK_M))", "pointers: rows wrap",
+      cannot="such rows are never stored; on a card the read could fault"),
+    M(GEMM, "((column + tl.arange(0, BLOCK_N)) % N)", "(column + tl.arange(0, BLOCK_N))", "pointers: columns wrap",
+      cannot="such columns are never stored; on a card the read could fault"),
+    M(GEMM, "mask=k[None, :] < K - k_first", "mask=k[None, :] < BLOCK_K", "pointers: x's K mask"),
+    M(GEMM, "mask=k[:, None] < K - k_first", "mask=k[:, None] < BLOCK_K", "pointers: w's K mask"),
+    M(GEMM, "x_at += BLOCK_K * stride_xk", "x_at += BLOCK_K", "pointers: x's step"),
+    M(GEMM, "w_at += BLOCK_K * stride_wk", "w_at += BLOCK_K", "pointers: w's step"),
+    M(GEMM, "x + m[:, None] * stride_xm", "x + m[:, None] * K", "pointers: x's row stride"),
+    M(GEMM, "w + n[None, :] * stride_wn", "w + n[None, :] * K", "pointers: w's row stride"),
+    M(GEMM, "row, column + half, SUBTILES // 2", "row, column, SUBTILES // 2", "column blocks: the right half's place"),
+    M(GEMM, "mask=n < N, other=0.0).to(tl.float32)[None, :]", "other=0.0, mask=n < 0).to(tl.float32)[None, :]", "bias"),
+    M(GEMM, "tl.load(bias + n, mask=n < N", "tl.load(bias + tl.arange(0, BLOCK_N), mask=n < N", "bias: its columns"),
+    M(GEMM, "mask=(m[:, None] < M) & (n[None, :] < N))\n\n\n@triton", "mask=n[None, :] < N)\n\n\n@triton",
+      "store: rows beyond M"),
+    M(GEMM, "mask=(m[:, None] < M) & (n[None, :] < N))\n\n\n@triton", "mask=m[:, None] < M)\n\n\n@triton",
+      "store: columns beyond N"),
+    M(GEMM, "acc = tl.dot(s_tile, u_tile.T, acc)", "acc = acc", "the low-rank dot, in registers"),
+    M(GEMM, "acc = tl.dot(a, b.T, acc)  #", "acc = acc  #", "the low-rank dot, rank by rank"),
+    M(GEMM, "acc = tl.dot(a, b.T, acc, input_precision=PRECISION)  #", "acc = acc  #", "the low-rank dot, pointers"),
+    M(GEMM, "min(tile + PROGRAMS, tiles - 1)", "tile", "S and U of the next tile"),
+    M(GEMM, "m = after_m * BLOCK_M", "m = tile_m * BLOCK_M", "S of the next tile"),
+    M(GEMM, "n = after_n * BLOCK_N", "n = tile_n * BLOCK_N", "U of the next tile"),
+    M(GEMM, "a = load_s(s, m, rank, M", "a = load_s(s, m, 0, M", "ranks one after the other, bulk copies"),
+    M(GEMM, "a = load_s(s, m, rank, M", "a = load_s(s, m, 0, M", "ranks one after the other, pointers", 1),
+    M(GEMM, "tl.load(y + at, mask=", "0.0 * tl.load(y + at, mask=", "expand: what Y held"),
+    # thin.py
+    M(THIN, "z + row * R", "z + row * WIDTH", "z: row stride"),
+    M(THIN, "inside & (ranks[None, :] < R)", "inside", "z: rank mask"),
+    M(THIN, "inside = m[:, None] < M", "inside = m[:, None] >= 0", "rows beyond M"),
+    M(THIN, "tl.store(at + PERIOD, low", "tl.store(at + PERIOD, 0.0 * low", "s: the remainder"),
+    M(THIN, "inside & (ranks[None, :] < PERIOD)", "inside & (ranks[None, :] < R)", "s: zeros between the halves"),
+    M(THIN, "k_first = tl.program_id(1) * k_slice", "k_first = 0", "slices of K: where they start"),
+    M(THIN, "min(k_first + k_slice, K)", "K", "slices of K: where they end"),
+    M(THIN, "(m % M).to(tl.int64)", "m.to(tl.int64)", "rows wrap",
+      cannot="such rows are never stored; on a card the read could fault"),
+    M(THIN, "tl.load(x_at, mask=inside[None, :], other=0.0)", "tl.load(x_at)", "x's K mask"),
+    M(THIN, "mask=real[None, :] & inside[:, None]", "mask=real[None, :]", "D's K mask"),
+    M(THIN, "mask=real[None, :] & inside[:, None]", "mask=inside[:, None]", "D's rank mask"),
+    M(THIN, "x_at += BLOCK_K * stride_xk", "x_at += BLOCK_K", "x's step"),
+    M(THIN, "d_at += BLOCK_K * stride_dk", "d_at += BLOCK_K", "D's step"),
+    M(THIN, "planes + j * plane + at", "planes + at", "planes: which one"),
+    M(THIN, "one = (m[:, None] < M) & real[None, :]", "one = m[:, None] < M", "planes: rank mask"),
+    M(THIN, "one = (m[:, None] < M) & real[None, :]", "one = real[None, :]", "planes: rows beyond M"),
+    # decode.py
+    M(DECODE, "rows = m[:, None] < M", "rows = m[:, None] >= 0", "rows beyond M"),
+    M(DECODE, "k_first = tl.program_id(1) * k_slice", "k_first = 0", "slices of K: where they start"),
+    M(DECODE, "min(k_first + k_slice, K)", "K", "slices of K: where they end"),
+    M(DECODE, "tl.load(w_at, mask=inside[None, :], other=0.0,", "tl.load(w_at,", "w's K mask"),
+    M(DECODE, "mask=rows & inside[None, :], other=0.0", "mask=rows, other=0.0", "x's K mask"),
+    M(DECODE, "(ranks[None, :] < R) & inside[:, None]", "ranks[None, :] < R", "D's K mask"),
+    M(DECODE, "(ranks[None, :] < R) & inside[:, None]", "inside[:, None]", "D's rank mask"),
+    M(DECODE, "(n % N).to(tl.int64)", "n.to(tl.int64)", "columns wrap",
+      cannot="such columns are never stored; on a card the read could fault"),
+    M(DECODE, "d_at += BLOCK_K * stride_dk", "d_at += BLOCK_K", "D's step"),
+    M(DECODE, "x_at += BLOCK_K * stride_xk", "x_at += BLOCK_K", "x's step"),
+    M(DECODE, "w_at += BLOCK_K * stride_wk", "w_at += BLOCK_K", "w's step"),
+    M(DECODE, "z_mask = rows & (ranks[None, :] < R)", "z_mask = rows", "z: rank mask"),
+    M(DECODE, "acc = dot_wide(u_tile, s_tile.T, acc, PRECISION)", "acc = acc", "the low-rank dot, inline"),
+    M(DECODE, "elif tl.program_id(1) == 0:", "elif tl.program_id(1) >= 0:", "s is added by one slice alone"),
+    M(DECODE, "s_tile = load_s(s, m, rank, M", "s_tile = load_s(s, m, 0, M", "ranks one after the other"),
+    M(DECODE, "if tile_n == 0:", "if tile_n == 1:", "who stores z"),
+    M(DECODE, "z_planes + tl.program_id(1) * M * R", "z_planes", "z's planes: which one is written"),
+    M(DECODE, "z_planes + j * M * R", "z_planes", "z's planes: which one is read"),
+    M(DECODE, "planes + tl.program_id(1) * plane", "planes", "planes: which one is written"),
+    M(DECODE, "planes + j * plane + at", "planes + at", "planes: which one is read"),
+    M(DECODE, "inside = (m[None, :] < M) & (n[:, None] < N)", "inside = n[:, None] < N", "store: rows beyond M"),
+    M(DECODE, "inside = (m[None, :] < M) & (n[:, None] < N)", "inside = m[None, :] < M", "store: columns beyond N"),
+    M(DECODE, "if HAS_BIAS:", "if False:", "bias, K in slices"),
+    M(DECODE, "if HAS_BIAS:", "if False:", "bias, K in one piece", 1),
+    # gradients.py
+    M(GRADIENTS, "inside = (rows < R) & (columns < R)", "inside = rows < R", "dC: column mask"),
+    M(GRADIENTS, "inside = (rows < R) & (columns < R)", "inside = columns < R", "dC: row mask"),
+    M(GRADIENTS, "adapter.to(tl.int64) * (R * R)", "adapter.to(tl.int64) * R", "dC: which adapter"),
+    M(GRADIENTS, "adapter.to(tl.int64) * U + a", "adapter.to(tl.int64) + a", "dv: which adapter"),
+    M(GRADIENTS, "basis + a * (R * R) + at", "basis + at", "dv: which P"),
+    M(GRADIENTS, "own = m < M  # [BLOCK_M]", "own = m >= 0", "dC: rows beyond M"),
+    M(GRADIENTS, "mask=own, other=-1) == adapter", "mask=own, other=-1) >= -1", "dC: rows of other adapters"),
+    M(GRADIENTS, "own[:, None] & (rank_i[None, :] < R)", "own[:, None]", "dC: t's rank mask",
+      cannot="the store's mask and dv's drop what it lets in; on a card the read could fault"),
+    M(GRADIENTS, "own[:, None] & (rank_j[None, :] < R)", "own[:, None]", "dC: z's rank mask",
+      cannot="the store's mask and dv's drop what it lets in; on a card the read could fault"),
+    M(GRADIENTS, "dcore = tl.dot(a.T, b, dcore", "dcore = tl.dot(b.T, a, dcore", "dC: which side is t"),
+    M(GRADIENTS, "min(first + slice_rows, M)", "M", "dC: where a slice of rows ends"),
+    M(GRADIENTS, "min(first + slice_rows, M)", "M", "dD, dU: where a slice of rows ends", 1),
+    M(GRADIENTS, "planes + part * plane + at, cache", "planes + at, cache", "dC: planes"),
+    M(GRADIENTS, "planes + part * plane + at, mask", "planes + at, mask", "dD, dU: planes"),
+    M(GRADIENTS, "mask=(m[:, None] < M) & (ranks[None, :] < R), other", "mask=ranks[None, :] < R, other",
+      "dD, dU: rows of z beyond M"),
+    M(GRADIENTS, "mask=(m[:, None] < M) & (ranks[None, :] < R), other", "mask=m[:, None] < M, other",
+      "dD, dU: z's rank mask", cannot="columns beyond R are never stored; on a card the read could fault"),
+    M(GRADIENTS, "mask=(m[:, None] < M) & (c[None, :] < C), other", "mask=c[None, :] < C, other",
+      "dD, dU: rows of x beyond M"),
+    M(GRADIENTS, "mask=(m[:, None] < M) & (c[None, :] < C), other", "mask=m[:, None] < M, other",
+      "dD, dU: columns of x beyond C", cannot="such columns are never stored; on a card the read could fault"),
+    M(GRADIENTS, "inside = (c[:, None] < C) & (ranks[None, :] < R)", "inside = c[:, None] < C", "dD, dU: store, ranks"),
+    M(GRADIENTS, "inside = (c[:, None] < C) & (ranks[None, :] < R)", "inside = ranks[None, :] < R",
+      "dD, dU: store, columns"),
+    # fused.py
+    M(FUSED, "theirs = Core(values, own_basis, adapter_ids, transposed=True)", "theirs = ours", "backward: Cᵀ"),
+    M(FUSED, "factor_gradient(t, theirs, x", "factor_gradient(t, ours, x", "dD: q = t C"),
+    M(FUSED, "factor_gradient(z, ours, dy", "factor_gradient(z, theirs, dy", "dU: s = z Cᵀ"),
+    M(FUSED, "or 0 in dy.stride()", "", "a broadcast gradient",
+      cannot="pointers take a stride of 0, and `fits_descriptors` refuses it: the copy is for speed"),
+]  # fmt: skip
+
+
+def apply(mutant: Mutant, folder: Path) -> str:
+    """The file's text before; raises where the mutant no longer fits the source."""
+    path = folder / mutant.file
+    text = path.read_text()
+    parts = text.split(mutant.old)
+    if len(parts) < mutant.nth + 2:
+        raise ValueError(f"{mutant.file}: {mutant.old!r} does not occur {mutant.nth + 1} times: {mutant.what}")
+    head, tail = parts[: mutant.nth + 1], parts[mutant.nth + 1 :]
+    path.write_text(mutant.old.join(head) + mutant.new + mutant.old.join(tail))
+    return text
+
+
+def copy_of_checkout() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="tinylora-mutants-"))
+    for name in ("kernels", "tinylora", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def run(mutant: Mutant, folder: Path, timeout: float) -> tuple[bool, str, float]:
+    """(killed, by what, seconds)."""
+    before = apply(mutant, folder)
+    started = time.monotonic()
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    all_tests = "tests/test_kernels.py"
+    first = [f"{all_tests}::{FIRST[mutant.file]}"] if mutant.file in FIRST else []
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *first, all_tests]
+    try:
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        by = failed[0].split("::")[-1].split(" - ")[0] if failed else f"exit code {done.returncode}"
+        killed = done.returncode != 0
+    except subprocess.TimeoutExpired:
+        killed, by = True, f"no end within {timeout:.0f} s"
+    finally:
+        (folder / mutant.file).write_text(before)
+    return killed, by, time.monotonic() - started
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--only", default="", help="mutants whose file or description holds this word")
+    parser.add_argument("--all", action="store_true", help="run those, too, that no test without a GPU can see")
+    parser.add_argument("--timeout", type=float, default=600)
+    parser.add_argument("--out", type=Path, help="write the table here, too")
+    options = parser.parse_args()
+    mutants = [m for m in MUTANTS if options.only in f"{m.file} {m.what}"]
+    folders = [copy_of_checkout() for _ in range(options.jobs)]
+    free = list(folders)
+
+    def one(mutant):
+        if mutant.cannot and not options.all:
+            return False, "", 0.0
+        folder = free.pop()
+        try:
+            return run(mutant, folder, options.timeout)
+        finally:
+            free.append(folder)
+
+    wrong, lines = 0, []
+    try:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for mutant, (killed, by, seconds) in zip(mutants, pool.map(one, mutants), strict=True):
+                verdict = "killed" if killed else "harmless" if mutant.cannot else "LIVES"
+                wrong += not killed and not mutant.cannot
+                detail = by if killed else mutant.cannot
+                lines.append(f"| {mutant.file} | {mutant.what} | {verdict} | {detail} | {seconds:.0f} |")
+                print(lines[-1], flush=True)
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder)
+    killed = sum("| killed |" in line for line in lines)
+    summary = (
+        f"{len(mutants)} mutants: {killed} killed, {len(mutants) - killed - wrong} harmless without a GPU, {wrong} LIVE"
+    )
+    print(summary)
+    if options.out:
+        table = ["| file | what is broken | | by / why | s |", "|---|---|---|---|---|", *lines]
+        options.out.write_text("\n".join([summary, "", *table, ""]))
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

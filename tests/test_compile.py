@@ -1,0 +1,76 @@
+"""What the compiler makes of every launch that the default can choose, for three architectures, without a GPU.
+
+Operands on the "meta" device go through the product's own launchers, so that what is compiled here is what a
+card would be given: the same divisibility, the same descriptors. STACK 0 means that no register spills.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from lanes import INTERPRETED_AT_IMPORT
+from launches import ARCHITECTURES, compiled_for, key, warm
+
+from tinylora.kernels import tiles
+
+pytestmark = pytest.mark.skipif(INTERPRETED_AT_IMPORT, reason="TRITON_INTERPRET is set: nothing can be compiled")
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES, ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_every_launch(capability):
+    """One test per architecture: the compiling is its price, and it is paid once."""
+    workers = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, len(os.sched_getaffinity(0)))
+    if workers > 1:  # the cores share the work through Triton's cache on disk
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(warm, [capability] * workers, range(workers), [workers] * workers))
+    launches = compiled_for(capability)
+    assert len(launches) > 80
+    nothing_spills_and_everything_fits(capability, launches)
+    the_long_kernel_keeps_the_hardware_s_pace(capability, launches)
+    decode_multiplies_with_weights_as_rows(capability, launches)
+
+
+def nothing_spills_and_everything_fits(capability, launches):
+    limit = tiles.card(capability).shared
+    # For 10.0 ptxas aims at an occupancy, and in corners (fp32, nothing divisible) parks a few words outside the loop.
+    allowed = 32 if capability[0] == 10 else 0
+    spilled = [(launch.stack, launch.registers, key(launch)) for launch in launches if launch.stack > allowed]
+    assert not spilled, spilled
+    assert all(launch.registers < 255 for launch in launches if launch.stack)
+    assert max(launch.shared for launch in launches) <= limit
+
+
+def the_long_kernel_keeps_the_hardware_s_pace(capability, launches):
+    """On Hopper and newer: bulk copies in and out. On Hopper: a loop no longer than the bare matmul's 89
+    instructions at 128x256x64, one group of MMAs in flight across the wait, and no spill inside."""
+    long = [x for x in launches if x.name == "gemm_kernel" and not x.options["EXPAND"]]
+    bulk = [x for x in long if x.options["DESCRIPTORS"]]
+    assert bool(bulk) == (capability >= (9, 0))
+    for launch in bulk:
+        assert "cp.async.bulk.tensor" in launch.ptx
+        if capability[0] == 9:
+            allowed = {(128, 256): 89, (256, 128): 100, (128, 128): 90}
+            tile = launch.options["BLOCK_M"], launch.options["BLOCK_N"]
+            opcodes = launch.main_loop
+            assert len(opcodes) <= allowed[tile] + (launch.options["BLOCK_R"] < launch.options["WIDTH"]), key(launch)
+            assert any(op.startswith("HGMMA") for op in opcodes)
+            assert sum(op.startswith("UTMALDG") for op in opcodes) >= 2
+            assert not any(op.startswith(("LDL", "STL", "LDG")) for op in opcodes)
+            assert 1 in launch.waits, key(launch)
+    for launch in long:
+        if not launch.options["DESCRIPTORS"] and capability[0] == 8 and launch.args[0].stride(0) % 8 == 0:
+            assert "cp.async.c" in launch.ptx and "mma.sync" in launch.ptx
+
+
+def decode_multiplies_with_weights_as_rows(capability, launches):
+    """On Hopper the decode kernel runs on warpgroup MMAs of 64 rows of W, its loads stay ahead, and few rows of
+    X are padded to 16 and not to 64."""
+    for launch in launches:
+        if launch.name == "decode_kernel" and capability[0] == 9 and launch.args[0].dtype != torch.float32:
+            m = launch.options["BLOCK_M"]
+            assert f"wgmma.mma_async.sync.aligned.m64n{m}k16" in launch.ptx, key(launch)
+            if launch.options["EVEN_K"] and launch.args[1].stride(1) == 1:
+                assert "cp.async.cg" in launch.ptx
+                assert launch.waits & {1, 2}, key(launch)

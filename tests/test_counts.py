@@ -1,0 +1,155 @@
+"""Counted, not timed: launches and compulsory bytes of one Qwen2.5-7B layer, ours against PEFT's TinyLoRA.
+
+Bytes are what a kernel must move once: its operands in, its results out (partial sums count both ways). Nothing
+here is a speed; a launch costs a microsecond or so and a byte 1/4.3 ps on an H200, if the roofline is reached.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lanes import INTERPRETED_AT_IMPORT, compiler
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tinylora.kernels import decode, gradients, thin
+from tinylora.ops import fused
+
+pytestmark = pytest.mark.skipif(INTERPRETED_AT_IMPORT, reason="TRITON_INTERPRET is set: launches cannot be counted")
+
+LAYER = {  # name: (N, K), bias where Qwen2.5 has one
+    "q": (3584, 3584, True),
+    "k": (512, 3584, True),
+    "v": (512, 3584, True),
+    "o": (3584, 3584, False),
+    "gate": (18944, 3584, False),
+    "up": (18944, 3584, False),
+    "down": (3584, 18944, False),
+}
+R, U = 2, 1
+bf16, f32 = torch.bfloat16, torch.float32
+
+
+def empty(*shape, dtype=bf16, grad=False):
+    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=grad)
+
+
+def size(*tensors) -> int:
+    """Bytes of the distinct tensors among these."""
+    distinct = {id(t): t for t in tensors if isinstance(t, torch.Tensor)}
+    return sum(t.numel() * t.element_size() for t in distinct.values())
+
+
+class Count(TorchDispatchMode):
+    """Every torch operation that computes: a launch, with its operands' and results' bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not view and not name.startswith(("empty", "new_empty", "detach")):
+            flat = torch.utils._pytree.tree_leaves((args, kwargs, out))
+            self.launches += 1
+            self.bytes += size(*flat)
+        return out
+
+
+def kernel_bytes(launch) -> int:
+    """Operands and results of one Triton launch; what is accumulated or summed in parts moves twice."""
+    tensors = [getattr(a, "base", a) for a in launch.args]
+    names = {"gemm_kernel": 2 if launch.options.get("EXPAND") else None, "thin_kernel": 7, "decode_kernel": 11}
+    twice = names.get(launch.name)
+    split = launch.options.get("SPLIT_K", True)
+    return size(*tensors) + (size(tensors[twice]) if twice is not None and split else 0)
+
+
+def ours(M, N, K, bias):
+    """((launches, bytes) forward, the same backward) of one linear; the core's v and x ask for gradients."""
+    x, weight, down, up, b = empty(M, K), empty(N, K), empty(R, K), empty(N, R), empty(N) if bias else None
+    v, basis = empty(U, dtype=f32), empty(U, R, R, dtype=f32)
+    totals = []
+    with compiler((9, 0), only_count=True) as launches, Count() as torch_ops:
+        for step in ("forward", "backward"):
+            launches.clear()
+            torch_ops.launches = torch_ops.bytes = 0
+            if step == "forward":
+                y, z = fused.forward(x, weight, down, v, up, b, None, basis)
+            else:
+                need = (True, False, False, True, False, False)
+                fused.backward(torch.empty_like(y), None, z, weight, down, v, up, None, basis, need)
+            totals.append(
+                (len(launches) + torch_ops.launches, torch_ops.bytes + sum(kernel_bytes(launch) for launch in launches))
+            )
+    return totals
+
+
+def peft(M, N, K, bias, adapter=True):
+    """The same of PEFT 0.21's TinyLoRA layer, written out: fp32 factors, x widened, the delta added and rounded.
+
+    Without `adapter`: the frozen layer alone.
+    """
+    x, weight, b = empty(M, K, grad=True), empty(N, K), empty(N) if bias else None
+    down, up = empty(R, K, dtype=f32), empty(N, R, dtype=f32)
+    v, basis = empty(U, dtype=f32, grad=True), empty(U, R, R, dtype=f32)
+    totals = []
+    with Count() as count:
+        y = F.linear(x, weight, b)
+        if adapter:
+            core = torch.einsum("i,ijk->jk", v, basis)
+            delta = F.linear(F.linear(F.linear(x.to(f32), down), core), up)
+            y = (y + delta).to(bf16)
+        totals.append((count.launches, count.bytes))
+        count.launches = count.bytes = 0
+        torch.autograd.grad(y, [x, v] if adapter else [x], torch.empty_like(y))
+        totals.append((count.launches, count.bytes))
+    return totals
+
+
+def layer(function, M):
+    """(launches, MB) forward and backward over the seven linears."""
+    per_linear = [function(M, *shape) for shape in LAYER.values()]
+    return tuple((sum(t[i][0] for t in per_linear), round(sum(t[i][1] for t in per_linear) / 1e6)) for i in (0, 1))
+
+
+TABLE = {
+    1: {"frozen": ((7, 466), (7, 466)), "ours": ((7, 467), (14, 467)), "peft": ((56, 468), (77, 468))},
+    16: {"frozen": ((7, 469), (7, 469)), "ours": ((7, 476), (14, 477)), "peft": ((56, 492), (77, 493))},
+    512: {"frozen": ((7, 558), (7, 558)), "ours": ((15, 608), (23, 625)), "peft": ((56, 1275), (77, 1297))},
+    8192: {"frozen": ((7, 1942), (7, 1942)), "ours": ((15, 2729), (23, 2998)), "peft": ((56, 13396), (77, 13757))},
+}
+
+
+@pytest.fixture(autouse=True)
+def counters_are_there_already(monkeypatch):
+    """A card keeps its zeroed counters from call to call."""
+    for module in (decode, gradients, thin):
+        monkeypatch.setattr(module, "counters", lambda n, device: torch.empty(n, dtype=torch.int32, device=device))
+
+
+@pytest.mark.parametrize("M", [1, 16, 512, 8192])
+def test_one_layer_of_qwen_7b(M):
+    """((launches, MB) forward, (launches, MB) backward)."""
+    counted = {
+        "frozen": layer(lambda *shape: peft(*shape, adapter=False), M),
+        "ours": layer(ours, M),
+        "peft": layer(peft, M),
+    }
+    assert counted == TABLE[M]
+
+
+def test_decode_is_one_launch_per_linear_and_streams_w_once():
+    for N, K, bias in LAYER.values():
+        (launches, moved), _ = ours(1, N, K, bias)
+        assert launches == 1
+        assert moved < 1.02 * N * K * 2, (N, K, moved / (N * K * 2))
+
+
+def test_no_pass_over_x_in_the_backward_when_only_the_core_trains():
+    """The backward has no x to read, and moves little beyond dY (twice), W and dX."""
+    for N, K, bias in LAYER.values():
+        _, (launches, moved) = ours(8192, N, K, bias)
+        assert launches <= 4
+        expand = 2 * 8192 * K * 2 if N == 18944 else 0  # the library multiplied: dX is read and written again
+        assert moved < 1.02 * 2 * (2 * 8192 * N + N * K + 8192 * K) + expand, (N, K)

@@ -1,0 +1,164 @@
+"""The same problems on a card, at real sizes: `make gpu-test`. Skipped where there is none.
+
+What only a card can show: numbers through the tensor cores, CUDA graphs, programs that really run at once,
+addresses past 2^31 elements, and the sanitizers.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import Problem, assert_as_good_as_torch, exact, grads, torch_own
+
+from tinylora.ops import adapted_linear
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: not measured"),
+]
+f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+
+PROBLEMS = [
+    Problem(0, 3584, 3584, 2, bf16),
+    Problem(1, 3584, 3584, 2, bf16),
+    Problem(1, 18944, 3584, 8, f16),
+    Problem(5, 77, 100, 3, bf16),
+    Problem(16, 3584, 18944, 2, bf16, core="mixed-rows"),
+    Problem(33, 512, 3584, 16, bf16, core="rows", adapters=40),
+    Problem(65, 3584, 3584, 64, f16),
+    Problem(128, 3584, 3584, 2, bf16, core="mixed", u=13),
+    Problem(130, 3584, 3584, 2, bf16),
+    Problem(1000, 3584, 3584, 2, bf16, core="mixed-rows"),
+    Problem(2048, 4608, 3584, 2, bf16, core="mixed"),
+    Problem(2048, 3584, 18944, 2, bf16),  # the library multiplies
+    Problem(4096, 18944, 3584, 16, bf16, core="none", factors=f32),
+    Problem(4099, 3584, 3584, 64, f16),
+    Problem(4096, 3584, 3584, 128, bf16),
+    Problem(515, 3580, 3580, 2, bf16),  # rows that bulk copies refuse
+    Problem(515, 517, 515, 3, f16),
+    Problem(16, 512, 1024, 2, f32),
+    Problem(515, 512, 1024, 16, f32),
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)
+def test_numbers(problem, poison_empty):
+    operands, ids, basis = problem.operands(device="cuda")
+    dy = torch.randn(problem.M, problem.N, generator=torch.Generator().manual_seed(1)).to("cuda", problem.dtype)
+    ours = grads(adapted_linear, operands, ids, basis, dy)
+    want, own = exact(operands, ids, basis, dy), torch_own(operands, ids, basis, dy)
+    for name, value in ours.items():
+        assert_as_good_as_torch(name, value, want[name], own[name])
+
+
+@pytest.mark.parametrize("problem", PROBLEMS[1:17], ids=lambda p: p.id)
+def test_bitwise_repeatable(problem):
+    """Programs arrive in another order every time; the sums must not notice."""
+    operands, ids, basis = problem.operands(device="cuda")
+    dy = torch.randn(problem.M, problem.N, device="cuda", dtype=problem.dtype)
+    first = grads(adapted_linear, operands, ids, basis, dy)
+    del first["weight"], first["bias"]  # the library's own sums
+    for _ in range(20):
+        again = grads(adapted_linear, operands, ids, basis, dy)
+        for name in first:
+            assert torch.equal(first[name], again[name]), name
+
+
+@pytest.mark.parametrize("M", [1, 16, 130, 2048])
+def test_a_captured_graph_follows_v(M):
+    """Forward and backward in one CUDA graph; v changes in place between replays, by `.data` as optimisers do."""
+    (x, weight, down, v, up, bias), _, basis = Problem(M, 3584, 3584, 2, bf16, core="mixed", u=3).operands(
+        device="cuda"
+    )
+    x.requires_grad_()
+    v.requires_grad_()
+
+    def step():
+        y = adapted_linear(x, weight, down, v, up, bias, basis=basis)
+        return y, *torch.autograd.grad(y.float().square().sum(), (x, v))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for scale in (1.0, -3.0, 0.0):
+        v.data.copy_(torch.tensor([0.5, -1.0, 2.0], device="cuda") * scale)
+        for _ in range(3):
+            graph.replay()
+        for replayed, eager in zip(captured, step(), strict=True):
+            assert torch.equal(replayed, eager), scale
+
+
+def test_two_streams_at_once():
+    """Each stream has counters of its own."""
+    (x, weight, down, core, up, bias), _, _ = Problem(8, 512, 3584, 2, bf16).operands(device="cuda")
+    want = adapted_linear(x, weight, down, core, up, bias)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(adapted_linear(x, weight, down, core, up, bias))
+    torch.cuda.synchronize()
+    assert all(torch.equal(r, want) for r in results)
+
+
+@pytest.mark.parametrize("core", ["dense", "mixed-rows"])
+def test_compile(core):
+    torch._dynamo.reset()
+    operands, ids, basis = Problem(64, 512, 1024, 2, bf16, core=core).operands(device="cuda")
+
+    def function(x, ids):
+        return F.silu(adapted_linear(F.gelu(x), *operands[1:], ids, basis=basis))
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for M in (5, 64, 200):
+        x = torch.randn(M, 1024, device="cuda", dtype=bf16)
+        own = None if ids is None else torch.randint(-1, 3, (M,), device="cuda")
+        torch.testing.assert_close(compiled(x, own), function(x, own), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("M, N, K", [(300_000, 8192, 64), (40_000, 64, 65_536)], ids=["Y", "X"])
+def test_offsets_past_two_to_the_31(M, N, K):
+    """More than 2^31 elements in Y, or in X; the last rows are held against a call of their own."""
+    assert max(M * N, M * K) > 1 << 31
+    (_, weight, down, core, up, bias), _, _ = Problem(1, N, K, 2, bf16).operands(device="cuda")
+    x = torch.randn(M, K, device="cuda", dtype=bf16)
+    y = adapted_linear(x, weight, down, core, up, bias)
+    tail = slice(M - 300, M)
+    torch.testing.assert_close(y[tail], adapted_linear(x[tail], weight, down, core, up, bias), rtol=2e-2, atol=2e-2)
+
+
+SANITIZED = """
+import torch
+from problems import Problem, grads
+from tinylora.ops import adapted_linear
+for M, core, r in ((5, "mixed-rows", 3), (77, "dense", 13), (200, "rows", 2), (300, "dense", 64)):
+    operands, ids, basis = Problem(M, 136, 264, r, torch.bfloat16, core=core).operands(device="cuda")
+    grads(adapted_linear, operands, ids, basis, torch.randn(M, 136, device="cuda").bfloat16())
+torch.cuda.synchronize()
+print("ran")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        pytest.skip("compute-sanitizer is not installed: not measured")
+    root = Path(__file__).parents[1]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    env = {"PYTHONPATH": f"{root}:{root / 'tests'}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "ran" in done.stdout, done.stdout[-4000:]

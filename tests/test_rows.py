@@ -1,0 +1,138 @@
+"""A different adapter in every row of a batch."""
+
+import functools
+
+import pytest
+import torch
+from models import qwen2, tokens
+
+import tinylora
+from tinylora import LoraConfig, LoraXSConfig, TinyLoraConfig
+
+CONFIGS = [TinyLoraConfig(u=2, n_tie=5), TinyLoraConfig(u=1, n_tie=100), LoraXSConfig(r=3)]
+
+
+def stacked(config, count, model=None, scale=0.5, seed=0):
+    """A model with `count` random adapters in its stack, and these as mappings."""
+    from tinylora.nn.model import named_numbers
+
+    model = tinylora.apply(model or qwen2(), config)
+    g = torch.Generator().manual_seed(seed)
+    names = {n: p.shape for n, p in named_numbers(model).items()}
+    sets = [{n: scale * torch.randn(shape, generator=g) for n, shape in names.items()} for _ in range(count)]
+    return tinylora.stack(model, sets), sets
+
+
+def use(model, numbers):
+    """One adapter's numbers for the whole model."""
+    from tinylora.nn.model import named_numbers
+
+    with torch.no_grad():
+        for n, p in named_numbers(model).items():
+            p.copy_(numbers[n]) if numbers is not None else p.zero_()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_sequence_gets_its_own_adapter(config):
+    model, sets = stacked(config, 5)
+    ids, batch = [3, -1, 0, 3, 4, 1], tokens(batch=6)
+    with tinylora.adapter_ids(model, ids):
+        together = model(batch).logits
+    for i, row, own in zip(ids, batch, together, strict=True):
+        use(model, sets[i] if i >= 0 else None)
+        torch.testing.assert_close(own, model(row[None]).logits[0], rtol=1e-4, atol=1e-5)
+    assert torch.dist(together[0], together[3]) > 0.1  # two sequences of one adapter are still two
+    use(model, None)
+    outside = model(batch).logits
+    with tinylora.disabled(model):
+        assert torch.equal(model(batch).logits, outside)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "beams", "samples"])
+def test_generate_with_64_adapters_is_64_runs(strategy):
+    """Prompts of different lengths, left-padded; beams and samples follow their prompt."""
+    model, sets = stacked(TinyLoraConfig(u=2, n_tie=5), 64)
+    g = torch.Generator().manual_seed(5)
+    lengths = torch.randint(3, 12, (64,), generator=g).tolist()
+    prompts = [torch.randint(1, 256, (n,), generator=g) for n in lengths]
+    batch = torch.zeros(64, 12, dtype=torch.int64)
+    mask = torch.zeros_like(batch)
+    for i, prompt in enumerate(prompts):
+        batch[i, 12 - len(prompt) :], mask[i, 12 - len(prompt) :] = prompt, 1
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if strategy == "beams":
+        settings |= {"num_beams": 3, "num_return_sequences": 2}
+    elif strategy == "samples":
+        settings |= {"do_sample": True, "top_k": 1, "num_return_sequences": 3}  # top 1: sampling without chance
+    each = settings.get("num_return_sequences", 1)
+    order = torch.randperm(64, generator=g)
+    with tinylora.adapter_ids(model, order):
+        together = model.generate(batch, attention_mask=mask, **settings)[:, 12:]
+    distinct = set()
+    for i, prompt in enumerate(prompts):
+        use(model, sets[order[i]])
+        alone = model.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)), **settings)[:, len(prompt) :]
+        assert torch.equal(together[i * each : (i + 1) * each], alone), i
+        distinct.add(tuple(alone[0].tolist()))
+    assert len(distinct) > 32  # the adapters do differ
+
+
+def test_static_cache_compiles_in_one_graph():
+    """The gate for captured rollouts: fullgraph on the static cache, one graph, same tokens as eager."""
+    from transformers import CompileConfig
+
+    torch._dynamo.reset()
+    model, _ = stacked(TinyLoraConfig(u=2, n_tie=5), 3)
+    generate = functools.partial(model.generate, tokens(batch=3), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    compile_config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None, dynamic=False)
+    compile_config._compile_all_devices = True
+    with tinylora.adapter_ids(model, [2, 0, 1]):
+        eager = generate()
+        torch._dynamo.utils.counters.clear()
+        compiled = generate(cache_implementation="static", compile_config=compile_config)
+    assert torch.equal(eager, compiled)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_thousand_adapters_from_files_and_their_place(tmp_path):
+    config = TinyLoraConfig(u=1, n_tie=4)
+    model, sets = stacked(config, 3)
+    folders = []
+    for i, numbers in enumerate(sets):
+        use(model, numbers)
+        tinylora.save(model, tmp_path / str(i))
+        folders.append(tmp_path / str(i))
+    other = tinylora.stack(tinylora.apply(qwen2(), config), [folders[i % 3] for i in range(1000)])
+    ids, batch = [999, 500, 7], tokens(batch=3)
+    with tinylora.adapter_ids(other, ids):
+        got = other(batch).logits
+    with tinylora.adapter_ids(model, [i % 3 for i in ids]):
+        torch.testing.assert_close(got, model(batch).logits)
+    other.bfloat16()
+    assert {b.dtype for n, b in other.named_buffers() if "stacked" in n} == {torch.float32}
+    assert not any("stacked" in n for n in other.state_dict())
+
+
+def test_refusals(tmp_path):
+    model, sets = stacked(CONFIGS[0], 2)
+    cases = [
+        (lambda: tinylora.stack(model, []), "adapters is empty"),
+        (lambda: tinylora.stack(model, [sets[0], {"v_0": torch.zeros(2)}]), "adapters[1] does not fit 'default': v_1"),
+        (lambda: tinylora.adapter_ids(model, [0, 2]).__enter__(), "expected -1 (no adapter) to 1"),
+        (lambda: tinylora.adapter_ids(model, [-2]).__enter__(), "expected -1 (no adapter) to 1"),
+        (lambda: tinylora.adapter_ids(model, [0.5]).__enter__(), "expected [B] integers"),
+        (lambda: tinylora.adapter_ids(tinylora.apply(qwen2(), CONFIGS[0]), [0]).__enter__(), "has no stack"),
+        (lambda: tinylora.stack(tinylora.apply(qwen2(), LoraConfig()), [{}]), "LoraConfig adapters differ in more"),
+    ]
+    tinylora.save(tinylora.apply(qwen2(), TinyLoraConfig(u=3)), tmp_path)
+    cases.append((lambda: tinylora.stack(model, [tmp_path]), "has another config or base model"))
+    for call, message in cases:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert message in str(error.value), error.value
+    with tinylora.adapter_ids(model, [0, 1]):
+        for batch in (3, 1):  # one sequence of many tokens is what continuous batching packs
+            with pytest.raises(ValueError, match="adapter_ids came for 2 sequences"):
+                model(tokens(batch=batch))
+    model(tokens(batch=3))

@@ -1,0 +1,89 @@
+"""A different adapter for every sequence of a batch: thousands of TinyLoRA adapters are a few numbers each."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tinylora.adapters import STACKED, Adapter, Rows
+from tinylora.nn.checkpoint import FILE, read
+from tinylora.nn.model import named_numbers, refuse_merged, shared_of
+
+
+def stack(
+    model: nn.Module, adapters: Sequence[str | os.PathLike | Mapping[str, Tensor]], name: str = "default"
+) -> nn.Module:
+    """Give the model A sets of numbers for its adapter `name`, for use with `adapter_ids`. Returns the model.
+
+    adapters: each a folder that `tinylora.save` wrote, or a mapping from the names in such a file ("v_0",
+    "<layer>.core") to tensors. All share the frozen factors of `name`, so a folder must have its config and base.
+    The stack takes A times the adapter's numbers, in fp32 beside the model; a new one replaces it.
+
+    ValueError: no adapters, a folder of another config or base, names or shapes that do not fit, an adapter whose
+    thin factors train (LoRA, VeRA, AdaLoRA, Tied-LoRA: one batch cannot hold several of those).
+    """
+    shared = shared_of(model, name)
+    trains = {n: t for n, t in named_numbers(model, name).items() if isinstance(t, nn.Parameter)}
+    if not adapters:
+        raise ValueError("adapters is empty, expected at least one")
+    if type(next(iter(shared.layers.values()))).row_core is Adapter.row_core:
+        next(iter(shared.layers.values())).row_core()  # which says why not
+    sets = []
+    for i, adapter in enumerate(adapters):
+        if not isinstance(adapter, Mapping):
+            path = os.path.join(adapter, FILE)
+            header, tensors = read(path)
+            if header["base"] != shared.fingerprint or header["config"] != _as_json(shared.config.to_dict()):
+                raise ValueError(f"{path} has another config or base model than adapter {name!r}, expected the same")
+            adapter = {n: t for n, t in tensors.items() if not n.startswith("frozen.")}
+        found, expected = ({n: tuple(t.shape) for n, t in d.items()} for d in (adapter, trains))
+        if found != expected:
+            odd = sorted(set(found.items()) ^ set(expected.items()))[0]
+            raise ValueError(f"adapters[{i}] does not fit {name!r}: {odd[0]} with shape {odd[1]} is on one side only")
+        sets.append(adapter)
+    for module in (shared, *shared.layers.values()):
+        for own, parameter in list(module.named_parameters()):
+            full = next(n for n, t in trains.items() if t is parameter)
+            values = torch.stack([numbers[full].detach().to(parameter) for numbers in sets])
+            module.register_buffer(STACKED + own, values, persistent=False)
+    return model
+
+
+@contextlib.contextmanager
+def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "default") -> Iterator[nn.Module]:
+    """`with tinylora.adapter_ids(model, ids):` sequence b of a batch uses adapter ids[b] of the stack, -1 the base.
+
+    ids: [B] integers, one per sequence (per prompt in generate(): its beams and samples follow, wherever padding
+    stands). They are read where the layers run; a captured CUDA graph sees changes made to the tensor in place.
+
+    ValueError: no stack, ids out of range, a merged model, dropout while training; in the forward, a layer that
+    sees packed or flattened rows, which do not say whose they are (continuous batching).
+    """
+    shared = shared_of(model, name)
+    refuse_merged(model)
+    stacked = next((b for m in (shared, *shared.layers.values()) for n, b in m.named_buffers() if STACKED in n), None)
+    if stacked is None:
+        raise ValueError(
+            f"adapter {name!r} has no stack of numbers to choose from: tinylora.stack(model, adapters) first"
+        )
+    ids = torch.as_tensor(ids, device=stacked.device)
+    if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"adapter_ids is {tuple(ids.shape)} {ids.dtype}, expected [B] integers, one per sequence")
+    if len(ids) == 0 or int(ids.min()) < -1 or int(ids.max()) >= len(stacked):
+        raise ValueError(f"adapter_ids is {ids.tolist()[:8]}, expected -1 (no adapter) to {len(stacked) - 1}")
+    if shared.config.dropout and model.training:
+        raise ValueError(f"dropout is {shared.config.dropout} and the model trains: expected model.eval()")
+    before, shared.rows = shared.rows, Rows(ids)
+    try:
+        yield model
+    finally:
+        shared.rows = before
+
+
+def _as_json(value):
+    """Tuples as the lists that JSON makes of them."""
+    if isinstance(value, dict):
+        return {k: _as_json(v) for k, v in value.items()}
+    return [_as_json(v) for v in value] if isinstance(value, list | tuple) else value
