@@ -1,16 +1,20 @@
 # Two commands to know: `make bench` runs the main job, `make test` the tests. Both need nothing but Python and gcc.
 .DEFAULT_GOAL := help
-.PHONY: help test bench lint clean
+.PHONY: help test bench lint mutants test-oldest gpu-test clean
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+KERNEL_TESTS := tests/test_kernels.py tests/test_compile.py tests/test_counts.py tests/test_choice.py
 
 help:
-	@echo "make bench   the benchmark on this machine's device: a table, a CSV and a plot in bench/out/"
-	@echo "make test    all tests"
-	@echo "make lint    ruff check and ruff format --check"
-	@echo "make clean   remove .venv and what builds leave behind"
+	@echo "make bench        the benchmark on this machine's device: a table, a CSV and a plot in bench/out/"
+	@echo "make test         all tests"
+	@echo "make lint         ruff check and ruff format --check"
+	@echo "make mutants      break each mask, index and term of the kernels once; the tests must see it"
+	@echo "make test-oldest  the kernels under the oldest Triton that is supported"
+	@echo "make gpu-test     the tests that need a GPU, with python3 as it is: nothing is installed"
+	@echo "make clean        remove .venv and what builds leave behind"
 
 # torch first and pinned: an open range takes gigabytes of CUDA packages on a machine without a GPU.
 $(VENV)/installed: pyproject.toml setup.py
@@ -30,5 +34,16 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+mutants: $(VENV)/installed
+	$(RUN) tests/mutants.py
+
+test-oldest:
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet torch==2.13.0 triton==3.6.0 "numpy<2.4" safetensors tqdm tabulate pytest
+	OPENBLAS_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(KERNEL_TESTS)
+
+gpu-test:
+	$(PYTHON) -m pytest -m gpu tests
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info bench/out
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info bench/out

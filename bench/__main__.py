@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from bench import analysis, linear, model, providers, report, rows, shapes, svd, timing
+from bench import analysis, linear, model, providers, report, rollout, rows, shapes, svd, timing
 
 DESCRIPTION = """\
 Measures tinylora against the bare frozen layer, PEFT's TinyLoRA, plain code and torch.compile.
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
     common(main)
     main.add_argument("--budget", type=float, default=MAIN_BUDGET, help="seconds for all of it (default %(default)g)")
-    what = main.add_subparsers(dest="what", metavar="linear | svd | model | analysis | table")
+    what = main.add_subparsers(dest="what", metavar="linear | svd | model | rollout | analysis | table")
 
     p = what.add_parser("linear", help=linear.__doc__.split(": ", 1)[1], description=linear.__doc__)
     common(p)
@@ -78,6 +78,14 @@ def parser() -> argparse.ArgumentParser:
     common(p)
     p.add_argument("--pretraining", type=int, default=500, help="steps on prose (default %(default)s)")
     p.add_argument("--steps", type=int, default=150, help="steps on code, for every rate (default %(default)s)")
+
+    p = what.add_parser("rollout", help=rollout.__doc__.split(": ", 1)[1].splitlines()[0], description=rollout.__doc__)
+    common(p)
+    p.add_argument("--model", choices=shapes.models(), default="Qwen2.5-0.5B", help="(default %(default)s)")
+    p.add_argument("--batch", type=int, default=8, help="sequences (default %(default)s)")
+    p.add_argument("--adapters", type=int, nargs="+", default=[1, 8], help="different ones in a batch (default 1 8)")
+    p.add_argument("--new", type=int, default=8, help="tokens generated after each prompt (default %(default)s)")
+    p.add_argument("--budget", type=float, default=120.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser("table", help="rewrite the results in README.md from bench/results/*.csv")
     p.add_argument("--readme", type=Path, default=rows.ROOT / "README.md")
@@ -123,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
             svd.run(results, device, **({"model": args.model} if args.what else {"budget": args.budget / 2}))
         if "model" in ops:
             _model(results, device, args, started)
+        if "rollout" in ops:
+            rollout.run(results, args.out, device, args.model, args.batch, args.adapters, args.new, args.budget)
         if "linear" in ops:
             chosen = args if args.what else parser().parse_args(["linear"])
             budget = args.budget if args.what else max(30.0, args.budget - (time.perf_counter() - started))
@@ -169,6 +179,8 @@ def _show(results, missed, seconds) -> None:
         parts += ["Start-up of one layer\n\n" + report.svd_table(results.rows)]
     if "model" in ops:
         parts += ["A whole model\n\n" + report.model_table(results.rows)]
+    if "rollout" in ops:
+        parts += ["Rollouts\n\n" + report.rollout_table(results.rows)]
     if report.barred(results.rows):
         title = f"Geometric means over the shapes of Qwen2.5 at M >= {report.BAR_ROWS}"
         parts += [f"{title}\n\n{report.means_table(results.rows)}", "\n".join(report.bars(results.rows))]

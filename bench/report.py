@@ -127,6 +127,17 @@ def model_table(rows: list[Row]) -> str:
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
+def rollout_table(rows: list[Row]) -> str:
+    """Speed and agreement of `python -m bench rollout`."""
+    lines = [
+        [r.model, r.M, r.layer, r.provider, f"{r.ratio_to_bare:.2f}" if r.ratio_to_bare else "", r.note]
+        for r in rows
+        if r.op == "rollout"
+    ]
+    headers = ["model", "batch", "what", "provider", "time over base", ""]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
 def markdown(rows: list[Row]) -> str:
     """The results of one device as the README shows them."""
     first = rows[0]
@@ -147,6 +158,8 @@ def markdown(rows: list[Row]) -> str:
         )
     if "svd" in ops:
         parts.append("Start-up of one layer: the truncated SVD.\n\n" + svd_table(rows))
+    if "rollout" in ops:
+        parts.append("Rollouts with the adapter in place (random weights, bf16).\n\n" + rollout_table(rows))
     if "model" in ops:
         parts.append("A whole pretrained model, every linear layer adapted.\n\n" + model_table(rows))
     return "\n\n".join(parts)

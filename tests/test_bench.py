@@ -299,3 +299,38 @@ def test_buffers_go_past_the_cache():
     assert timing.buffers_past_cache(cache, CPU) == 2
     assert timing.buffers_past_cache(cache // 8, CPU) == 16
     assert timing.buffers_past_cache(1, CPU) == 64
+
+
+def test_rollout_measures_speed_and_agreement(tmp_path, monkeypatch):
+    from bench import rollout
+
+    tiny = {**shapes.config("Qwen2.5-0.5B"), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    monkeypatch.setattr(shapes, "config", lambda model: tiny)
+    with rows.Results(tmp_path, ("rollout",), CPU) as results:
+        rollout.run(results, tmp_path, CPU, "Qwen2.5-0.5B", 4, [2, 4], 3, 0.1)
+    found = {(r.pass_, r.provider): r for r in rows.read(results.path)}
+    speed = {p for kind, p in found if kind == "generate"}
+    assert speed == {"bare", "ours", "ours, 2 adapters", "ours, 4 adapters", "peft"}
+    assert {p for kind, p in found if kind == "log p"} == {"bare", "ours", "peft", "merged"}
+    assert "over 12 tokens" in found["log p", "merged"].note and (tmp_path / "rollout-agreement.png").exists()
+
+
+def test_analysis_trains_and_compares(tmp_path, monkeypatch, capsys):
+    from bench import analysis
+
+    monkeypatch.setattr(
+        analysis, "CONTESTANTS", {"full fine-tuning": (None, (1e-3,)), "LoRA r=1": (providers_lora(), (1e-2,))}
+    )
+    found = analysis.run(tmp_path, pretraining=3, steps=2)
+    assert [r["contestant"] for r in found] == ["full fine-tuning", "LoRA r=1"]
+    assert found[1]["trained"] < found[0]["trained"] and found[1]["median_effective_rank"] == 1
+    (written,) = (tmp_path / "analysis").glob("*.csv")
+    assert len(written.read_text().splitlines()) == 3 and written.with_suffix(".png").exists()
+    assert "full fine-tuning" in capsys.readouterr().out
+
+
+def providers_lora():
+    import tinylora
+
+    return tinylora.LoraConfig(r=1, alpha=2)

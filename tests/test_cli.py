@@ -57,9 +57,12 @@ def test_errors_are_one_line(tmp_path, capsys):
         assert code == 2 and err.startswith("tinylora: ") and message in err and err.count("\n") == 1
 
 
-def test_info(tmp_path, capsys):
+def test_info(tmp_path, capsys, monkeypatch):
     code, out, _ = run(capsys, "info")
     assert code == 0 and torch.__version__.split("+")[0] in out and tinylora.__version__ in out
+    assert "torch: tensors are on cpu: the kernels run on NVIDIA GPUs" in out
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "kernels: TRITON_INTERPRET=1" in run(capsys, "info")[1]
     tinylora.save(tinylora.apply(qwen2(), tinylora.TinyLoraConfig(u=5, n_tie=7)), tmp_path)
     code, out, _ = run(capsys, "info", tmp_path)
     shown = dict(line.split(maxsplit=1) for line in out.splitlines() if len(line.split()) > 1)

@@ -22,6 +22,9 @@ from tinylora.ops import adapted_linear, eager, fused
 
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 
+# Triton 3.6's interpreter makes Python numbers of arrays in a way that numpy will end: hence numpy < 2.4 there.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
 # Up to 128 rows the decode kernel runs, above it the thin pass and the fused matmul; up to rank 8 decode is inline.
 PROBLEMS = [
     Problem(0, 72, 40, 2),
@@ -189,6 +192,18 @@ def test_the_thin_pass_keeps_the_core_in_fp32(core, transposed, factors):
     torch.testing.assert_close(z.double(), want_z, rtol=0, atol=5e-5)
     torch.testing.assert_close(s[:, :5].double() + s[:, 8:13].double(), want_s, rtol=2**-14, atol=1e-4)
     assert s[:, 5:8].eq(0).all() and s[:, 13:].eq(0).all()
+
+
+@pytest.mark.parametrize("M, N, K", [(20, 40, 72), (130, 72, 104), (130, 77, 105)], ids=["decode", "bulk", "pointers"])
+@pytest.mark.parametrize("factors", [bf16, f32], ids=str)
+def test_rank_r_arrives_in_y_with_more_bits_than_bf16_has(M, N, K, factors):
+    """Without a base layer Y is s Uᵀ rounded once: s alone rounded to bf16 would miss the nearest number often."""
+    (x, weight, down, core, up, _), _, _ = Problem(M, N, K, 5, bf16, factors=factors).operands()
+    up = up.bfloat16()
+    with torch.no_grad():
+        y = adapted_linear(x, torch.zeros_like(weight), down, core, up)
+    want = x.double() @ (up.double() @ core.double() @ down.double()).T
+    assert (y == want.bfloat16()).double().mean() > 0.97
 
 
 def test_rows_without_an_adapter_are_the_base_layer_whatever_the_others_hold():

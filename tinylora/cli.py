@@ -15,6 +15,7 @@ from tinylora.adapters.tying import TYINGS
 from tinylora.integrations.transformers import meta_model
 from tinylora.nn.checkpoint import FILE, read
 from tinylora.nn.targets import find_targets, sites_of
+from tinylora.ops import dispatch
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,13 +116,24 @@ def _machine_rows() -> list[tuple[str, object]]:
         except metadata.PackageNotFoundError:
             return "not installed"
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    bf16 = torch.bfloat16
+
+    def path(device: torch.device, dtype: torch.dtype) -> str:
+        nvidia = device.type == "cuda" and torch.version.cuda is not None
+        capability = dispatch.capability_of(device) if nvidia else None
+        return ": ".join(dispatch.route(
+            device.type, dtype, (dtype, dtype), 2, capability, dispatch.interpreting(), dispatch.have_triton()
+        ))  # fmt: skip
+
     return [
         ("tinylora", tinylora.__version__),
         ("python", platform.python_version()),
         *((p, version(p)) for p in ("torch", "triton", "transformers", "peft")),
         ("CPU", f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
-        ("GPU", ", ".join(gpus) or "none"),
+        ("GPU", ", ".join(torch.cuda.get_device_name(d) for d in gpus) or "none"),
+        *((f"bf16 on {d}", path(d, bf16)) for d in (torch.device("cpu"), *gpus)),
+        *((f"fp64 on {d}", path(d, torch.float64)) for d in gpus),
         ("factor cache", cache_folder()),
     ]
 
