@@ -97,7 +97,7 @@ def _info(options: argparse.Namespace) -> None:
 
 def _adapter_rows(folder: str) -> list[tuple[str, object]]:
     header, tensors = read(f"{folder}/{FILE}")
-    trained = {n: t for n, t in tensors.items() if not n.startswith("frozen.")}
+    trained = {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
     return [
         ("adapter", header["config"].pop("kind")),
         *header["config"].items(),
