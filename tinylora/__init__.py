@@ -18,7 +18,7 @@ from tinylora.adapters import (
     VeraConfig,
 )
 from tinylora.integrations.peft import patch_peft, unpatch_peft
-from tinylora.nn.checkpoint import load, save
+from tinylora.integrations.peft_files import load, save
 from tinylora.nn.linear import Linear
 from tinylora.nn.model import activate, adapter_names, adapter_parameters, apply, disabled, merge, unmerge
 from tinylora.nn.rows import adapter_ids, stack
