@@ -449,6 +449,11 @@ class _AdaLora(_Reader):
         return config, {}, {}, numbers
 
 
+def sites(model: nn.Module, folder: str | os.PathLike) -> list[Site]:
+    """The layers of the model that an adapter folder of PEFT's is for."""
+    return _READERS[read(folder)[0]["peft_type"]](folder, model).sites
+
+
 _READERS = {"TINYLORA": _TinyLora, "LORA": _Lora, "VERA": _Vera, "ADALORA": _AdaLora}
 
 

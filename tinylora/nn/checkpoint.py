@@ -86,7 +86,7 @@ def write_whole(path: Path, write: Callable[[str], object]) -> Path:
         write(scratch.name)
         with open(scratch.name, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(scratch.name, 0o666 & ~_umask())  # a temporary file is private, an adapter is not
+        os.chmod(scratch.name, 0o666 & ~umask())  # a temporary file is private, an adapter is not
         os.replace(scratch.name, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -214,7 +214,8 @@ def _checksum(header: dict, tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's file mode creation mask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
