@@ -13,7 +13,7 @@ from bench.check import WrongResult
 from bench.linear import DTYPES
 from bench.rows import Results, Row
 
-MODEL = "Qwen2, 4 layers of 128"
+MODEL = "Qwen2, 4 layers of 64"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = ("TinyLoRA", "LoRA", "AdaLoRA", "VeRA")
 PATCHED = "PEFT, patched"
@@ -28,8 +28,8 @@ def model(dtype: torch.dtype, device: torch.device) -> nn.Module:
 
     torch.manual_seed(0)
     config = Qwen2Config(
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=64,
+        intermediate_size=192,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -89,7 +89,7 @@ def run(
     kinds: tuple[str, ...] = KINDS,
     budget: float = 60.0,
     sequences: int = 4,
-    tokens: int = 512,
+    tokens: int = 2048,
 ) -> None:
     """Rows of `peft`: every kind of adapter and dtype, the bare model, PEFT and PEFT patched in turns."""
     import peft
@@ -99,7 +99,7 @@ def run(
 
     g = torch.Generator().manual_seed(1)
     prompts = torch.randint(0, 512, (sequences, PROMPT), generator=g).to(device)
-    batch = torch.randint(0, 512, (tokens // 64, 64), generator=g).to(device)
+    batch = torch.randint(0, 512, (tokens // 128, 128), generator=g).to(device)
     passes = {GENERATE: (Run.generate, sequences), STEP: (Run.step, tokens)}
     with tqdm(total=len(dtypes) * len(kinds) * 2, desc="peft", unit="cell", dynamic_ncols=True) as bar:
         for dtype in dtypes:

@@ -93,9 +93,14 @@ def _vera(layer, name):
     if not A.device == B.device == b.device == d.device:
         return "operands on several devices"
     N, K, r = layer.out_features, layer.in_features, len(d)
-    if 8 * r > min(N, K):
+    if 8 * r > min(N, K) and N * r > _VERA:
         return "a rank above an eighth of the layer's size: nothing to gain"
     return A[:, :K], torch.diag(d), b[:, None] * B[:N], None, 1.0
+
+
+# diag(lambda_b) B, [N, r], is formed on every call, and the core's gradient is [r, r]: at a rank near the layer's own
+# size that costs more than PEFT's passes over Y, unless all of it is a few numbers.
+_VERA = 1 << 14
 
 
 def _adalora(layer, name):
