@@ -157,7 +157,7 @@ def _gemms(chip: Card, descriptors: bool, width: int) -> list[tuple[Gemm, float]
             (Gemm(128, 128, 64, 8, 4, True, chip.sms, 2, rank=rank), 0.9),
         ]
     if chip.shared > 150000:
-        wide = () if width > 64 else ((Gemm(128, 256, 64, 8, 3), 1.0),)
+        wide = () if width > 64 else ((Gemm(128, 256, 32, 8, 4), 1.0),)
         return [*wide, (Gemm(128, 128, 64, 8, 3), 0.9), (Gemm(64, 128, 64, 4, 3), 0.75)]
     return [(Gemm(128, 128, 32, 8, 3), 1.0), (Gemm(64, 128, 32, 4, 3), 0.75)]
 
@@ -195,7 +195,7 @@ def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int,
 def decode_tile(M: int, N: int, K: int, dtype: torch.dtype, chip: Card) -> Decode:
     """W in 64 rows a program and enough slices of K to occupy the card twice."""
     m = pad(M)
-    k = 32 if dtype == torch.float32 else 64 if m > 32 else 128
+    k = 32 if dtype == torch.float32 else 64 if m > 32 or K % 8 else 128
     stages = 4 if chip.shared > 150000 and dtype != torch.float32 else 3
     blocks = -(-N // 64)
     split = max(1, min(2 * chip.sms // blocks, K // (4 * k), 16))

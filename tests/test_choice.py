@@ -90,7 +90,7 @@ COVERED = {
     "r": 2,
     "capability": (9, 0),
     "interpret": False,
-    "triton": True,
+    "triton": (3, 6),
 }
 
 
@@ -107,12 +107,20 @@ COVERED = {
         ({"device": "cpu"}, TORCH, "tensors are on cpu: the kernels run on NVIDIA GPUs"),
         ({"device": "cpu", "interpret": True}, KERNELS, "TRITON_INTERPRET=1: Triton's interpreter runs"),
         ({"interpret": True}, TORCH, "TRITON_INTERPRET=1 and tensors on cuda"),
-        ({"triton": False}, TORCH, "Triton is not installed"),
+        ({"triton": None}, TORCH, "Triton is not installed"),
+        ({"triton": (3, 9)}, KERNELS, "compute capability"),
+        ({"triton": (3, 5)}, TORCH, "Triton 3.5 is installed: the kernels are proven with 3.6 to 3.9"),
+        ({"triton": (3, 10)}, TORCH, "Triton 3.10 is installed"),
     ],
 )
 def test_the_path_and_its_reason(changes, path, why):
     got, reason = route(**(COVERED | changes))
     assert got == path and reason.startswith(why), reason
+
+
+def test_the_installed_triton_is_found():
+    triton = pytest.importorskip("triton")
+    assert dispatch.triton_version() == tuple(int(n) for n in triton.__version__.split(".")[:2])
 
 
 def test_the_two_rank_limits_agree():

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+import triton
 from lanes import INTERPRETED_AT_IMPORT
 from launches import ARCHITECTURES, compiled_for, key, warm
 
@@ -43,8 +44,10 @@ def nothing_spills_and_everything_fits(capability, launches):
 
 
 def the_long_kernel_keeps_the_hardware_s_pace(capability, launches):
-    """On Hopper and newer: bulk copies in and out. On Hopper: a loop no longer than the bare matmul's 89
-    instructions at 128x256x64, one group of MMAs in flight across the wait, and no spill inside."""
+    """On Hopper and newer: bulk copies in and out. On Hopper: the loop is the bare matmul's, 89 instructions at
+    128x256x64, with one group of MMAs in flight across the wait, and no spill inside. Triton 3.6 adds up to four
+    instructions of address arithmetic."""
+    oldest = 4 if triton.__version__.startswith("3.6") else 0
     long = [x for x in launches if x.name == "gemm_kernel" and not x.options["EXPAND"]]
     bulk = [x for x in long if x.options["DESCRIPTORS"]]
     assert bool(bulk) == (capability >= (9, 0))
@@ -54,7 +57,7 @@ def the_long_kernel_keeps_the_hardware_s_pace(capability, launches):
             allowed = {(128, 256): 89, (256, 128): 100, (128, 128): 90}
             tile = launch.options["BLOCK_M"], launch.options["BLOCK_N"]
             opcodes = launch.main_loop
-            assert len(opcodes) <= allowed[tile] + (launch.options["BLOCK_R"] < launch.options["WIDTH"]), key(launch)
+            assert len(opcodes) <= allowed[tile] + oldest, (len(opcodes), key(launch))
             assert any(op.startswith("HGMMA") for op in opcodes)
             assert sum(op.startswith("UTMALDG") for op in opcodes) >= 2
             assert not any(op.startswith(("LDL", "STL", "LDG")) for op in opcodes)

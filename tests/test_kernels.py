@@ -124,6 +124,8 @@ def test_numbers(problem):
         Problem(130, 72, 104, 2, f16),
         Problem(130, 77, 105, 13, core="rows"),
         Problem(33, 40, 72, 13, core="mixed-rows"),
+        Problem(37, 40, 72, 3, core="none"),
+        Problem(130, 72, 104, 3, core="none"),
     ],
     ids=lambda p: p.id,
 )
@@ -192,6 +194,13 @@ def test_the_thin_pass_keeps_the_core_in_fp32(core, transposed, factors):
     torch.testing.assert_close(z.double(), want_z, rtol=0, atol=5e-5)
     torch.testing.assert_close(s[:, :5].double() + s[:, 8:13].double(), want_s, rtol=2**-14, atol=1e-4)
     assert s[:, 5:8].eq(0).all() and s[:, 13:].eq(0).all()
+
+
+def test_the_thin_pass_reads_no_rank_beyond_r():
+    """In one slice and without a core nothing after the load would hide it."""
+    (x, _, down, *_), _, _ = Problem(40, 8, 72, 3).operands()
+    _, s = thin(surround(x), surround(down), Core(), tiles.Thin(16, 32, 1, 16), "ieee", want_s=True)
+    assert s.isfinite().all()
 
 
 @pytest.mark.parametrize("M, N, K", [(20, 40, 72), (130, 72, 104), (130, 77, 105)], ids=["decode", "bulk", "pointers"])

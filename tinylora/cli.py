@@ -156,7 +156,7 @@ def _machine_rows() -> list[tuple[str, object]]:
         nvidia = device.type == "cuda" and torch.version.cuda is not None
         capability = dispatch.capability_of(device) if nvidia else None
         return ": ".join(dispatch.route(
-            device.type, dtype, (dtype, dtype), 2, capability, dispatch.interpreting(), dispatch.have_triton()
+            device.type, dtype, (dtype, dtype), 2, capability, dispatch.interpreting(), dispatch.triton_version()
         ))  # fmt: skip
 
     return [

@@ -1,13 +1,17 @@
 """Which path computes, and why: `route` is pure, so that tests and `tinylora info` can ask it."""
 
+import contextlib
 import os
 from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 MAX_RANK = 128  # kernels.tiles.MAX_RANK, which only a process with Triton may import
+# Triton's interface moves between minor versions; these two ends run in the tests.
+OLDEST_TRITON, NEWEST_TRITON = (3, 6), (3, 9)
 KERNELS, TORCH = "kernels", "torch"
 _COVERED = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -18,8 +22,14 @@ def interpreting() -> bool:
 
 
 @cache
-def have_triton() -> bool:
-    return find_spec("triton") is not None
+def triton_version() -> tuple[int, int] | None:
+    """(major, minor) of the installed Triton, or None; without importing it."""
+    if find_spec("triton") is None:
+        return None
+    for name in ("triton", "pytorch-triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return tuple(int(part) for part in metadata.version(name).split(".")[:2])
+    return None
 
 
 @cache
@@ -34,7 +44,7 @@ def route(
     r: int,
     capability: tuple[int, int] | None,
     interpret: bool,
-    triton: bool,
+    triton: tuple[int, int] | None,
 ) -> tuple[str, str]:
     """("kernels" or "torch", the reason) for operands of one call.
 
@@ -43,10 +53,13 @@ def route(
     factors:    of down, up and core
     capability: of the card, or None
     interpret:  whether TRITON_INTERPRET=1 stands in the environment
-    triton:     whether Triton is installed
+    triton:     the version of the installed Triton, or None
     """
-    if not triton:
+    if triton is None:
         return TORCH, "Triton is not installed"
+    if not OLDEST_TRITON <= triton <= NEWEST_TRITON:
+        wanted = " to ".join(f"{major}.{minor}" for major, minor in (OLDEST_TRITON, NEWEST_TRITON))
+        return TORCH, f"Triton {triton[0]}.{triton[1]} is installed: the kernels are proven with {wanted}"
     for t in (dtype, *factors):
         if t not in _COVERED:
             return TORCH, f"an operand is {t}: the kernels take {', '.join(map(str, _COVERED))}"
@@ -69,4 +82,4 @@ def route_of(x: Tensor, weight: Tensor, down: Tensor, core: Tensor | None, up: T
     nvidia = device == "cuda" and torch.version.cuda is not None
     factors = tuple(t.dtype for t in (down, up, core) if t is not None)
     capability = capability_of(x.device) if nvidia else None
-    return route(device, weight.dtype, factors, down.shape[0], capability, interpreting(), have_triton())
+    return route(device, weight.dtype, factors, down.shape[0], capability, interpreting(), triton_version())
