@@ -1,6 +1,6 @@
 # Two commands to know: `make bench` runs the main job, `make test` the tests. Both need nothing but Python and gcc.
 .DEFAULT_GOAL := help
-.PHONY: help test bench lint mutants test-oldest gpu-test clean
+.PHONY: help test peft-test bench lint mutants test-oldest gpu-test clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,6 +10,7 @@ KERNEL_TESTS := tests/test_kernels.py tests/test_compile.py tests/test_counts.py
 help:
 	@echo "make bench        the benchmark on this machine's device: a table, a CSV and a plot in bench/out/"
 	@echo "make test         all tests"
+	@echo "make peft-test    PEFT's own tests, with PEFT patched"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make mutants      break each mask, index and term of the kernels once; the tests must see it"
 	@echo "make test-oldest  the kernels under the oldest Triton that is supported"
@@ -26,6 +27,17 @@ $(VENV)/installed: pyproject.toml setup.py
 
 test: $(VENV)/installed
 	$(RUN) -m pytest --numprocesses auto
+
+# PEFT's own tests with PEFT patched, from its source distribution. THOSE chooses which: by default ones that need no
+# model from the Hub, take about a minute, and pass without the patch.
+PEFT := 0.21.2
+THOSE ?= tests/test_custom_models.py tests/test_vera.py -k "(tinylora or adalora or vera or (vanilla and lora)) and not pvera"
+peft-test: $(VENV)/installed
+	$(RUN) -m pip install --quiet attrs parameterized scipy pytest-timeout diffusers
+	$(RUN) -m pip download --quiet --no-deps --no-binary peft --dest build peft==$(PEFT)
+	tar -xzf build/peft-$(PEFT).tar.gz -C build && touch build/peft-$(PEFT)/tests/__init__.py
+	cd build/peft-$(PEFT) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(abspath $(RUN)) -m pytest \
+		-p patched_peft -o addopts= -o filterwarnings= -p no:cacheprovider -q --timeout 120 -rfE --tb=short $(THOSE)
 
 bench: $(VENV)/installed
 	$(RUN) -m bench

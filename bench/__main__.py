@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from bench import analysis, linear, model, providers, report, rollout, rows, shapes, svd, timing
+from bench import analysis, linear, model, peft, providers, report, rollout, rows, shapes, svd, timing
 
 DESCRIPTION = """\
 Measures tinylora against the bare frozen layer, PEFT's TinyLoRA, plain code and torch.compile.
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
     common(main)
     main.add_argument("--budget", type=float, default=MAIN_BUDGET, help="seconds for all of it (default %(default)g)")
-    what = main.add_subparsers(dest="what", metavar="linear | svd | model | rollout | analysis | table")
+    what = main.add_subparsers(dest="what", metavar="linear | svd | model | peft | rollout | analysis | table")
 
     p = what.add_parser("linear", help=linear.__doc__.split(": ", 1)[1], description=linear.__doc__)
     common(p)
@@ -66,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
     p = what.add_parser("svd", help=svd.__doc__.split(": ", 1)[1], description=svd.__doc__)
     common(p)
     p.add_argument("--model", choices=shapes.models(), default="Qwen2.5-7B", help="whose q_proj (default %(default)s)")
+
+    p = what.add_parser("peft", help=peft.__doc__.split(": ", 1)[1], description=peft.__doc__)
+    common(p)
+    p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
+    p.add_argument("--kinds", nargs="+", choices=peft.KINDS, default=list(peft.KINDS))
+    p.add_argument("--budget", type=float, default=60.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser("model", help=model.__doc__.split(": ", 1)[1], description=model.__doc__)
     common(p)
@@ -129,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     with rows.Results(args.out, ops, device) as results:
         if "svd" in ops:
             svd.run(results, device, **({"model": args.model} if args.what else {"budget": args.budget / 2}))
+        if "peft" in ops:
+            peft.run(results, device, tuple(args.dtypes), tuple(args.kinds), args.budget)
         if "model" in ops:
             _model(results, device, args, started)
         if "rollout" in ops:
@@ -177,6 +185,9 @@ def _show(results, missed, seconds) -> None:
         parts += [report.linear_table(results.rows)]
     if "svd" in ops:
         parts += ["Start-up of one layer\n\n" + report.svd_table(results.rows)]
+    if "peft" in ops:
+        parts += [f"{peft.MODEL}, adapted by PEFT\n\n" + report.model_table(results.rows, "peft")]
+        parts += ["\n".join(peft.bars(results.rows))]
     if "model" in ops:
         parts += ["A whole model\n\n" + report.model_table(results.rows)]
     if "rollout" in ops:

@@ -117,13 +117,14 @@ def _angle(row: Row) -> str:
     return "" if row.angle_deg is None else f"{row.angle_deg:.2g}°"
 
 
-def model_table(rows: list[Row]) -> str:
+def model_table(rows: list[Row], op: str = "model") -> str:
     lines = []
     for r in rows:
-        if r.op == "model":
+        if r.op == op:
             time, ratio = (f"{r.p50_ms:.1f}", r.ratio_to_bare) if r.p50_ms else (r.note, None)
-            lines.append([r.model, r.dtype, r.pass_, r.provider, time, f"{ratio:.2f}" if ratio else ""])
-    headers = ["model", "dtype", "pass", "provider", "ms", "over base"]
+            what = r.layer if op == "peft" else r.model
+            lines.append([what, r.dtype, r.pass_, r.provider, time, f"{ratio:.2f}" if ratio else ""])
+    headers = ["adapter" if op == "peft" else "model", "dtype", "pass", "provider", "ms", "over base"]
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -162,6 +163,9 @@ def markdown(rows: list[Row]) -> str:
         parts.append("Rollouts with the adapter in place (random weights, bf16).\n\n" + rollout_table(rows))
     if "model" in ops:
         parts.append("A whole pretrained model, every linear layer adapted.\n\n" + model_table(rows))
+    if "peft" in ops:
+        name = next(r.model for r in rows if r.op == "peft")
+        parts.append(f"{name}, adapted by PEFT, with and without `patch_peft()`.\n\n" + model_table(rows, "peft"))
     return "\n\n".join(parts)
 
 

@@ -17,7 +17,8 @@ from tinylora.adapters import (
     TinyLoraConfig,
     VeraConfig,
 )
-from tinylora.nn.checkpoint import load, save
+from tinylora.integrations.peft import patch_peft, unpatch_peft
+from tinylora.integrations.peft_files import load, save
 from tinylora.nn.linear import Linear
 from tinylora.nn.model import activate, adapter_names, adapter_parameters, apply, disabled, merge, unmerge
 from tinylora.nn.rows import adapter_ids, stack
@@ -39,7 +40,9 @@ __all__ = [
     "load",
     "merge",
     "ops",
+    "patch_peft",
     "save",
     "stack",
     "unmerge",
+    "unpatch_peft",
 ]

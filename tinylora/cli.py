@@ -1,4 +1,4 @@
-"""`tinylora`: what runs here and why, and how many numbers an adapter trains."""
+"""`tinylora`: what runs here and why, how many numbers an adapter trains, adapters converted and merged."""
 
 import argparse
 import platform
@@ -12,6 +12,8 @@ import tinylora
 from tinylora.adapters import AdaLoraConfig, LoraConfig, LoraXSConfig, TiedLoraConfig, TinyLoraConfig, VeraConfig
 from tinylora.adapters.factor_cache import cache_folder
 from tinylora.adapters.tying import TYINGS
+from tinylora.integrations import folders
+from tinylora.integrations.peft import covered
 from tinylora.integrations.transformers import meta_model
 from tinylora.nn.checkpoint import FILE, read
 from tinylora.nn.targets import find_targets, sites_of
@@ -52,7 +54,38 @@ def _parser() -> argparse.ArgumentParser:
     params.add_argument("--tying", choices=TYINGS, default="tiled", help="TinyLoRA: which modules share a v")
     params.add_argument("--target-modules", nargs="+", help="names, such as q_proj; default: all linears in blocks")
     params.set_defaults(run=_params)
+
+    convert = commands.add_parser(
+        "convert",
+        help="write an adapter in another format: ours, PEFT's own, or a plain LoRA for PEFT, vLLM and SGLang",
+        description="Write an adapter folder, ours or PEFT's, in another format. The base model is read a layer at a "
+        "time and never loaded.",
+    )
+    convert.add_argument("adapter", help="a folder that tinylora.save or PEFT's save_pretrained wrote")
+    convert.add_argument("out", help="a new folder")
+    convert.add_argument("--format", choices=("peft", "lora", "tinylora"), required=True, help="lora: a plain LoRA")
+    convert.add_argument("--base", required=True, help="the base model's folder: config.json and safetensors")
+    convert.set_defaults(run=_convert)
+
+    merge = commands.add_parser(
+        "merge",
+        help="write the base model with an adapter in its weights",
+        description="Write the base model with an adapter in its weights: summed in fp32, rounded once, shard by shard "
+        "in less memory than one weight takes.",
+    )
+    merge.add_argument("--base", required=True, help="the base model's folder: config.json and safetensors")
+    merge.add_argument("--adapter", required=True, help="a folder that tinylora.save or PEFT's save_pretrained wrote")
+    merge.add_argument("--out", required=True, help="a new folder")
+    merge.set_defaults(run=_merge)
     return parser
+
+
+def _convert(options: argparse.Namespace) -> None:
+    print(folders.convert(options.adapter, options.out, options.format, options.base))
+
+
+def _merge(options: argparse.Namespace) -> None:
+    print(folders.merge(options.base, options.adapter, options.out))
 
 
 def _params(options: argparse.Namespace) -> None:
@@ -97,7 +130,7 @@ def _info(options: argparse.Namespace) -> None:
 
 def _adapter_rows(folder: str) -> list[tuple[str, object]]:
     header, tensors = read(f"{folder}/{FILE}")
-    trained = {n: t for n, t in tensors.items() if not n.startswith("frozen.")}
+    trained = {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
     return [
         ("adapter", header["config"].pop("kind")),
         *header["config"].items(),
@@ -134,6 +167,8 @@ def _machine_rows() -> list[tuple[str, object]]:
         ("GPU", ", ".join(torch.cuda.get_device_name(d) for d in gpus) or "none"),
         *((f"bf16 on {d}", path(d, bf16)) for d in (torch.device("cpu"), *gpus)),
         *((f"fp64 on {d}", path(d, torch.float64)) for d in gpus),
+        ("patch_peft", f"covers {', '.join(covered())}" if version("peft") != "not installed" else "needs peft"),
+        ("", "tinylora.integrations.peft.counts() says in your process which calls were covered, and why others not"),
         ("factor cache", cache_folder()),
     ]
 

@@ -79,8 +79,7 @@ class TinyLora(Adapter):
 
     def __init__(self, site: Site, frozen: Mapping[str, Tensor], shared: Shared):
         super().__init__(site, frozen, shared)
-        config = shared.config
-        self.group = tie_groups(shared.sites, config.n_tie, config.tying)[shared.sites.index(site)]
+        self.group = shared.config.group_of(shared.sites)[shared.sites.index(site)]
 
     @property
     def v(self) -> Tensor:
@@ -107,6 +106,7 @@ class TinyLoraConfig(AdapterConfig):
     n_tie:  how many modules share one v; 1 is none, the number of modules or more is all
     tying:  "tiled" (neighbours in depth; better in the paper) or "structured" (neighbours of one module type)
     sigma:  "left", "right" or "split", see this module
+    groups: the group of every module, in order, for a tying that is neither: an adapter that came from elsewhere
     seed:   of P ~ N(0, 1/r), drawn for every module by its name (the paper states no distribution; this is PEFT's)
 
     The 13 parameters of the paper's title are r=2, u=1, n_tie=16 on Qwen2.5-7B's 196 modules.
@@ -120,16 +120,28 @@ class TinyLoraConfig(AdapterConfig):
     n_tie: int = 1
     tying: str = "tiled"
     sigma: str = "left"
+    groups: Sequence[int] | None = None
 
     def __post_init__(self):
         super().__post_init__()
         require_whole(self, "r", "u", "n_tie")
+        if self.groups is not None:
+            object.__setattr__(self, "groups", tuple(self.groups))
+            whole = all(type(g) is int for g in self.groups) and set(self.groups) == set(range(len(set(self.groups))))
+            require(self, "groups", whole, "integers from 0 on, without a gap")
         require(self, "tying", self.tying in TYINGS, f"one of {', '.join(TYINGS)}")
         require(self, "sigma", self.sigma in SIGMAS, f"one of {', '.join(SIGMAS)}")
 
+    def group_of(self, sites: Sequence[Site]) -> list[int]:
+        """The group of every site: which v it uses. ValueError if `groups` is not as long as there are sites."""
+        if self.groups is None:
+            return tie_groups(sites, self.n_tie, self.tying)
+        require(self, "groups", len(self.groups) == len(sites), f"one for each of the {len(sites)} modules")
+        return list(self.groups)
+
     def shared(self, sites: Sequence[Site]) -> dict[str, Numbers]:
         # A parameter a group, not one for all: a view of one would cost its backward three launches a layer
-        groups = sorted(set(tie_groups(sites, self.n_tie, self.tying)))
+        groups = sorted(set(self.group_of(sites)))
         return {f"v_{group}": Numbers((self.u,)) for group in groups}
 
     def frozen(self, site: Site, weight: Tensor, weight_digest: str) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ base rebuilds the frozen factors from it. With `factors=True` they are in the fi
     v_<group>                TinyLoRA's numbers, [u]
     <layer>.core             LoRA-XS's, [r, r]; every adapter's by the names in its config
     saved.<module>.<name>    the modules of `modules_to_save`
-    frozen.<layer>.<tensor>  only with factors=True
+    frozen.<layer>.<tensor>  with factors=True, and in adapters whose factors came from elsewhere (from PEFT)
+    foreign.<tensor>         only in those: the frozen numbers that all layers share
 
 One file, because one can be replaced in one step: there is no moment at which a crash leaves half an adapter.
 """
@@ -17,6 +18,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tinylora
-from tinylora.adapters import config_from_dict
+from tinylora.adapters import STACKED, Shared, config_from_dict
 from tinylora.nn.model import (
     adapted_layers,
     adapter_names,
@@ -50,6 +52,10 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
     """
     shared = shared_of(model, name)
     tensors = {n: p.detach().cpu().contiguous() for n, p in named_numbers(model, name).items()}
+    factors = factors or shared.foreign
+    if shared.foreign:
+        for n, t in _rebuilt(shared).items():
+            tensors[f"foreign.{n}"] = t.detach().cpu().contiguous()
     if factors:
         for site, layer in adapted_layers(model).items():
             if name in layer.adapters:
@@ -63,22 +69,29 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
         "modules": len(shared.sites),
         "base": shared.fingerprint,
         "factors": factors,
-    }
+    } | ({"foreign": True} if shared.foreign else {})
     header["checksum"] = _checksum(header, tensors)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=FILE, suffix=".tmp", delete=False) as scratch:
+    return write_whole(
+        Path(folder) / FILE,
+        lambda path: save_file(tensors, path, metadata={"format": "pt", "tinylora": json.dumps(header)}),
+    )
+
+
+def write_whole(path: Path, write: Callable[[str], object]) -> Path:
+    """Let `write` fill a file beside `path`, and move it there whole. Returns `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as scratch:
         pass
     try:
-        save_file(tensors, scratch.name, metadata={"format": "pt", "tinylora": json.dumps(header)})
+        write(scratch.name)
         with open(scratch.name, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(scratch.name, 0o666 & ~_umask())  # a temporary file is private, an adapter is not
-        os.replace(scratch.name, folder / FILE)
+        os.chmod(scratch.name, 0o666 & ~umask())  # a temporary file is private, an adapter is not
+        os.replace(scratch.name, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(scratch.name)
-    return folder / FILE
+    return path
 
 
 def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> nn.Module:
@@ -92,7 +105,19 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> 
     another base model, an adapter of that name with another config.
     """
     path = Path(folder) / FILE
-    header, tensors = read(path)
+    return restore(model, path, *read(path), name)
+
+
+def restore(
+    model: nn.Module,
+    path: Path,
+    header: dict,
+    tensors: dict[str, Tensor],
+    name: str,
+    digests: Mapping[str, tuple[str, str]] | None = None,
+    frozen: Mapping[str, dict[str, Tensor]] | None = None,
+) -> nn.Module:
+    """`load` for a file that is read already; with `digests` and `frozen` for a model whose weights lie elsewhere."""
     config = config_from_dict(header["config"])
     layers = find_targets(model, config.target_modules)
     if len(layers) != header["modules"]:
@@ -106,17 +131,18 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> 
             f"name is {name!r}, but the model has an adapter of that name with another config: "
             f"{shared_of(model, name).config}, the file has {config}"
         )
-    digests = None if existing else base_digests(layers)
+    if existing and header.get("foreign", False) | shared_of(model, name).foreign:
+        raise ValueError(f"name is {name!r}, but the model has an adapter of that name with other factors: use another")
+    digests = digests or (None if existing else base_digests(layers))
     base = shared_of(model, name).fingerprint if existing else fingerprint(digests)
     if base != header["base"]:
         raise ValueError(
             f"{path} was trained on another base model: it was made for weights {header['base'][:12]}, "
             f"this {type(model).__name__} has {base[:12]}. The numbers mean nothing here"
         )
-    trained = {n: t for n, t in tensors.items() if not n.startswith("frozen.")}
+    trained = {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
     _check_names(path, trained, config, sites_of(layers))
     if not existing:
-        frozen = None
         if header["factors"]:
             frozen = {
                 site: {
@@ -126,7 +152,11 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> 
                 }
                 for site, layer in layers.items()
             }
-        attach(model, layers, config, name, frozen, digests)
+        shared = attach(model, layers, config, name, frozen, digests)
+        shared.foreign = header.get("foreign", False)
+        with torch.no_grad():
+            for n, t in _rebuilt(shared).items() if shared.foreign else ():
+                t.copy_(tensors[f"foreign.{n}"])
     with torch.no_grad():
         for n, p in named_numbers(model, name).items():
             p.copy_(trained[n])
@@ -161,6 +191,12 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     return header, tensors
 
 
+def _rebuilt(shared: Shared) -> dict[str, Tensor]:
+    """The frozen numbers that the root owns and that are made anew on every load."""
+    rebuilt = shared._non_persistent_buffers_set
+    return {n: t for n, t in shared.named_buffers() if n in rebuilt and not n.startswith(STACKED)}
+
+
 def _check_names(path, trained, config, sites) -> None:
     expected = {n: tuple(spec.shape) for n, spec in config.numbers(sites).items() if spec.trains or spec.saved}
     found = {n: tuple(t.shape) for n, t in trained.items() if not n.startswith("saved.")}
@@ -178,7 +214,8 @@ def _checksum(header: dict, tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's file mode creation mask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

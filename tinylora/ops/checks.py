@@ -9,11 +9,11 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def check(x, weight, down, core, up, bias, adapter_ids, basis) -> None:
     """ValueError, naming the operand, what came and what was expected, unless everything fits together."""
-    if not _fits(x, weight, down, core, up, bias, adapter_ids, basis):
+    if not fits(x, weight, down, core, up, bias, adapter_ids, basis):
         explain(x, weight, down, core, up, bias, adapter_ids, basis)
 
 
-def _fits(x, weight, down, core, up, bias, adapter_ids, basis) -> bool:
+def fits(x, weight, down, core, up, bias, adapter_ids, basis) -> bool:
     """Whether the common case holds, in two microseconds; False only sends the operands to `explain`."""
     if adapter_ids is not None or weight.dim() != 2 or down.dim() != 2:
         return False

@@ -1,0 +1,197 @@
+"""`python -m bench peft`: a small Qwen2 with PEFT's adapters: generate() and a training step, patched and not."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bench import providers as who
+from bench import timing
+from bench.check import WrongResult
+from bench.linear import DTYPES
+from bench.rows import Results, Row
+
+MODEL = "Qwen2, 4 layers of 64"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS = ("TinyLoRA", "LoRA", "AdaLoRA", "VeRA")
+PATCHED = "PEFT, patched"
+GENERATE, STEP = "generate", "training step"
+BAR = 0.85  # patched over unpatched, at most, for the two kinds that the bar is about
+BARRED = ("TinyLoRA", "LoRA")
+PROMPT, NEW = 8, 16  # tokens
+
+
+def model(dtype: torch.dtype, device: torch.device) -> nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+    )
+    return Qwen2ForCausalLM(config).to(device, dtype).eval().requires_grad_(False)
+
+
+def adapter(kind: str):
+    """(config of PEFT, its rank): the ranks that papers and defaults have, VeRA's no more than its layers carry."""
+    import peft
+
+    if kind == "TinyLoRA":
+        return peft.TinyLoraConfig(r=2, u=13, weight_tying=1.0, target_modules=TARGETS), 2
+    if kind == "LoRA":
+        return peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS), 8
+    if kind == "AdaLoRA":
+        return peft.AdaLoraConfig(init_r=8, target_r=4, total_step=1000, target_modules=TARGETS), 8
+    return peft.VeraConfig(r=8, target_modules=TARGETS), 8
+
+
+class Run:
+    """One model with what trains in it: tokens generated, and a step of an optimiser."""
+
+    def __init__(self, model: nn.Module, prompts: Tensor, batch: Tensor):
+        self.model, self.prompts, self.batch = model, prompts, batch
+        self.trains = [p for p in model.parameters() if p.requires_grad]
+        # The bare model's step trains nothing: its input embeddings ask for a gradient, so that the backward runs
+        # through every layer.
+        self.embeddings = model.get_input_embeddings()(batch).detach().requires_grad_()
+        self.optimizer = torch.optim.AdamW(self.trains, lr=1e-4) if self.trains else None
+
+    def generate(self) -> Tensor:
+        return self.model.generate(
+            input_ids=self.prompts, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
+        )
+
+    def loss(self) -> Tensor:
+        inputs = {"input_ids": self.batch} if self.trains else {"inputs_embeds": self.embeddings}
+        return self.model(**inputs, labels=self.batch).loss
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.loss(), self.trains or [self.embeddings])
+
+    def step(self) -> None:
+        grads = self.gradients()
+        if self.optimizer:
+            for p, grad in zip(self.trains, grads, strict=True):
+                p.grad = grad
+            self.optimizer.step()
+
+
+def run(
+    results: Results,
+    device: torch.device,
+    dtypes: tuple[str, ...] = ("bf16", "fp32"),
+    kinds: tuple[str, ...] = KINDS,
+    budget: float = 60.0,
+    sequences: int = 4,
+    tokens: int = 2048,
+) -> None:
+    """Rows of `peft`: every kind of adapter and dtype, the bare model, PEFT and PEFT patched in turns."""
+    import peft
+
+    import tinylora
+    from tinylora.integrations.peft import counts, reset_counts
+
+    g = torch.Generator().manual_seed(1)
+    prompts = torch.randint(0, 512, (sequences, PROMPT), generator=g).to(device)
+    batch = torch.randint(0, 512, (tokens // 128, 128), generator=g).to(device)
+    passes = {GENERATE: (Run.generate, sequences), STEP: (Run.step, tokens)}
+    with tqdm(total=len(dtypes) * len(kinds) * 2, desc="peft", unit="cell", dynamic_ncols=True) as bar:
+        for dtype in dtypes:
+            bare = Run(model(DTYPES[dtype], device), prompts, batch)
+            for kind in kinds:
+                bar.set_postfix_str(f"{dtype} {kind}")
+                config, r = adapter(kind)
+                adapted = Run(peft.get_peft_model(model(DTYPES[dtype], device), config), prompts, batch)
+                tinylora.unpatch_peft()
+                own = errors(adapted, None)
+                reset_counts()
+                ours = errors(adapted, tinylora)
+                note = verdict(ours, own, DTYPES[dtype]) or (
+                    "" if set(counts()[kind]) == {"fast"} else "failed: fallback"
+                )
+                for name, (call, M) in passes.items():
+
+                    def with_patch(patch, call=call, one=adapted):
+                        def timed():
+                            patch()
+                            return call(one)
+
+                        return timed
+
+                    calls = {
+                        who.BARE: lambda call=call, bare=bare: call(bare),
+                        who.PEFT: with_patch(tinylora.unpatch_peft),
+                        PATCHED: with_patch(tinylora.patch_peft),
+                    }
+                    if note:
+                        del calls[PATCHED]
+                        results.add(Row("peft", MODEL, kind, PATCHED, name, M, None, None, r, None, dtype, note=note))
+                    share = budget / len(dtypes) / len(kinds) / len(passes)
+                    times = timing.alternate(calls, lambda i: None, 1, share, device, graphs=False)
+                    for provider, t in times.items():
+                        row = Row("peft", MODEL, kind, provider, name, M, None, None, r, None, dtype)
+                        row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds
+                        row.ratio_to_bare = t.p50 / times[who.BARE].p50
+                        results.add(row)
+                    bar.update()
+                tinylora.unpatch_peft()
+
+
+def errors(adapted: Run, patched) -> dict[str, float]:
+    """Relative errors of logits and gradients against the same model in fp64, PEFT's own, away from the start."""
+    shaken = copy.deepcopy(adapted.model)
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in shaken.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn(p.shape, generator=g).to(p))
+    exact = Run(copy.deepcopy(shaken).double(), adapted.prompts, adapted.batch)
+    found = Run(shaken, adapted.prompts, adapted.batch)
+    with torch.no_grad():
+        y64 = exact.model(input_ids=exact.batch).logits
+    grads64 = torch.cat([g.flatten() for g in exact.gradients()])
+    try:
+        if patched:
+            patched.patch_peft()
+        with torch.no_grad():
+            y = found.model(input_ids=found.batch).logits.double()
+        grads = torch.cat([g.double().flatten() for g in found.gradients()])
+    finally:
+        if patched:
+            patched.unpatch_peft()
+    return {
+        "output": ((y - y64).abs().max() / y64.abs().max()).item(),
+        "gradient": ((grads - grads64).norm() / grads64.norm()).item(),
+    }
+
+
+def verdict(ours: dict[str, float], own: dict[str, float], dtype: torch.dtype) -> str:
+    """At most twice PEFT's own error, plus one unit in the last place; what is wrong, or ""."""
+    for key, error in ours.items():
+        allowed = 2 * own[key] + torch.finfo(dtype).eps
+        if not error <= allowed:  # NaN must not pass
+            return f"wrong: {WrongResult(f'{key}: relative error {error:.1e} against fp64, allowed {allowed:.1e}')}"
+    return ""
+
+
+def bars(rows: list[Row]) -> list[str]:
+    """One line per pass and kind: patched over unpatched in both dtypes; the bar where it holds."""
+    lines = []
+    for kind in KINDS:
+        for pass_ in (GENERATE, STEP):
+            cells = {(r.dtype, r.provider): r.p50_ms for r in rows if (r.layer, r.pass_) == (kind, pass_) and r.p50_ms}
+            ratios = {
+                d: cells[d, PATCHED] / cells[d, who.PEFT] for d, p in cells if p == PATCHED and (d, who.PEFT) in cells
+            }
+            if ratios:
+                mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+                shown = ", ".join(f"{d} {ratio:.2f}" for d, ratio in ratios.items())
+                bar = f", bar {BAR}: {'met' if mean <= BAR else 'MISSED'}" if kind in BARRED else ""
+                lines.append(f"{kind}, {pass_}: patched / PEFT {mean:.3f} ({shown}){bar}")
+    return lines

@@ -1,0 +1,202 @@
+"""`tinylora convert` and `tinylora merge`, on folders as a user has them."""
+
+import json
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+import transformers
+from models import qwen2, tokens
+from safetensors.torch import load_file
+from test_family import trained
+from test_peft import CONFIGS, adapted
+
+import tinylora
+from tinylora import AdaLoraConfig, LoraConfig, LoraXSConfig, TinyLoraConfig, VeraConfig
+from tinylora.cli import main
+
+
+@pytest.fixture(params=["one file", "shards"])
+def base(request, tmp_path):
+    return folder_of(qwen2(), tmp_path / "base", request.param == "shards")
+
+
+def folder_of(model, folder, shards=True):
+    model.save_pretrained(folder, max_shard_size="60KB" if shards else "1GB")
+    assert (folder / "model.safetensors.index.json").is_file() == shards
+    (folder / "vocab.txt").write_text("a\nb\n")
+    (folder / "pytorch_model.bin").write_bytes(b"stale")
+    return folder
+
+
+def model_of(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def run(*arguments):
+    return main([str(a) for a in arguments])
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TinyLoraConfig(u=3, n_tie=14),
+        LoraXSConfig(r=3),
+        LoraConfig(r=4, alpha=6),
+        VeraConfig(r=8),
+        AdaLoraConfig(r=3, target_r=2, total_steps=10),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    ],
+    ids=lambda c: c.kind,
+)
+def test_convert_and_merge_ours(config, base, tmp_path, capsys):
+    model = trained(model_of(base), config)
+    want = model(tokens()).logits
+    tinylora.save(model, tmp_path / "ours")
+    for format in ("lora", "tinylora") if config.kind == "lora-xs" else ("lora", "peft", "tinylora"):
+        out = tmp_path / format
+        assert run("convert", tmp_path / "ours", out, "--format", format, "--base", base) == 0
+        assert str(out) in capsys.readouterr().out
+        if format == "tinylora":
+            back = tinylora.load(model_of(base), out)
+        else:
+            back = peft.PeftModel.from_pretrained(model_of(base), out)
+            assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+        close(back(input_ids=tokens()).logits, want)
+    merged = tmp_path / "merged"
+    assert run("merge", "--base", base, "--adapter", tmp_path / "ours", "--out", merged) == 0
+    close(model_of(merged)(tokens()).logits, want)
+    assert {p.name for p in merged.iterdir()} == {p.name for p in base.iterdir()} - {"pytorch_model.bin"}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_convert_and_merge_pefts(kind, base, tmp_path):
+    theirs = adapted(kind)
+    want = theirs(input_ids=tokens()).logits
+    theirs.save_pretrained(tmp_path / "theirs")
+    for format in ("lora", "peft", "tinylora"):
+        out = tmp_path / format
+        assert run("convert", tmp_path / "theirs", out, "--format", format, "--base", base) == 0
+        close(tinylora.load(model_of(base), out)(tokens()).logits, want)
+    assert run("merge", "--base", base, "--adapter", tmp_path / "theirs", "--out", tmp_path / "merged") == 0
+    close(model_of(tmp_path / "merged")(tokens()).logits, want)
+
+
+def test_merging_bf16_is_one_rounding(tmp_path):
+    """Bit for bit what tinylora.merge does in memory, and close to the adapted model."""
+    base = folder_of(qwen2(dtype=torch.bfloat16), tmp_path / "base")
+    model = trained(qwen2(dtype=torch.bfloat16), TinyLoraConfig(u=3))
+    tinylora.save(model, tmp_path / "ours")
+    want = model(tokens()).logits
+    with tinylora.disabled(model):
+        effect = torch.dist(model(tokens()).logits, want)
+    assert run("merge", "--base", base, "--adapter", tmp_path / "ours", "--out", tmp_path / "merged") == 0
+    tinylora.merge(model)
+    merged = model_of(tmp_path / "merged")
+    assert all(p.dtype == torch.bfloat16 for p in merged.parameters())
+    assert torch.dist(merged(tokens()).logits, want) < 0.5 * effect
+    own, found = dict(model.named_parameters()), dict(merged.named_parameters())
+    differing = sum((own[n] != p).sum().item() for n, p in found.items())
+    assert differing <= 1e-4 * sum(p.numel() for p in found.values())  # fp32 sums in another order
+
+
+def test_errors(base, tmp_path, capsys):
+    model = trained(model_of(base), TinyLoraConfig(n_tie=4))
+    tinylora.save(model, tmp_path / "ours")
+    (tmp_path / "there").mkdir()
+    other = folder_of(qwen2(seed=5), tmp_path / "other")
+    (tmp_path / "empty").mkdir()
+    lost = folder_of(qwen2(), tmp_path / "lost")
+    (lost / "model-00002-of-00005.safetensors").unlink(missing_ok=True)
+    sorted(lost.glob("*.safetensors"))[0].unlink()
+    cut = folder_of(qwen2(), tmp_path / "cut", shards=False)
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-9])
+    tied = folder_of(qwen2(tie_word_embeddings=True), tmp_path / "tied")
+    head = trained(qwen2(tie_word_embeddings=True), LoraConfig(target_modules=["lm_head"]))
+    tinylora.save(head, tmp_path / "head")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for adapter, folder, out, message in (
+        ("ours", base, "there", "exists, expected a new folder"),
+        ("ours", other, "out", "was trained on another base model"),
+        ("ours", tmp_path / "empty", "out", "expected a model folder with config.json"),
+        ("ours", lost, "out", "expected a model folder with config.json"),
+        ("ours", cut, "out", "is truncated"),
+        ("head", tied, "out", "has no lm_head.weight"),
+        ("empty", base, "out", "does not exist, expected an adapter"),
+    ):
+        for command in (
+            ("convert", tmp_path / adapter, tmp_path / out, "--format", "lora", "--base", folder),
+            ("merge", "--adapter", tmp_path / adapter, "--out", tmp_path / out, "--base", folder),
+        ):
+            assert run(*command) == 2
+            assert message in capsys.readouterr().err, command
+    assert run("convert", tmp_path / "ours", tmp_path / "out", "--format", "peft", "--base", base) == 2
+    assert "PEFT's TinyLoRA cannot tie 14 modules" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before and not list((tmp_path / "there").iterdir())
+
+
+def test_an_interrupted_merge_leaves_nothing(base, tmp_path, monkeypatch):
+    from tinylora.integrations import folders
+
+    tinylora.save(trained(model_of(base), LoraConfig(r=2)), tmp_path / "ours")
+    calls = []
+
+    def fail(file, t):
+        calls.append(t)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(folders, "_write", fail)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        folders.merge(base, tmp_path / "ours", tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+PEAK = """
+import resource, sys
+from tinylora.integrations import folders
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+base, small, adapter, small_adapter, out = sys.argv[1:]
+folders.merge(small, small_adapter, out + "/small")
+folders.convert(small_adapter, out + "/small lora", "lora", small)
+start = peak()
+folders.merge(base, adapter, out + "/merged")
+folders.convert(adapter, out + "/lora", "lora", base)
+print(peak() - start)
+"""
+
+
+def test_memory_stays_near_one_shard(tmp_path):
+    """A model of 125 MB in shards of at most 21 MB, in a process that has done the same to a small one."""
+    model = qwen2(hidden=512, layers=8, intermediate_size=2048)
+    model.save_pretrained(tmp_path / "base", max_shard_size="20MB")
+    shards = [p.stat().st_size for p in (tmp_path / "base").glob("*.safetensors")]
+    assert sum(shards) > 100e6 and max(shards) < 21e6
+    small = qwen2()
+    small.save_pretrained(tmp_path / "small")
+    for m, name in ((model, "adapter"), (small, "small adapter")):
+        tinylora.save(trained(m, TinyLoraConfig(n_tie=7)), tmp_path / name)
+    arguments = [str(tmp_path / n) for n in ("base", "small", "adapter", "small adapter", "out")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PEAK, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) < 2 * max(shards), done.stdout
+    close(model_of(tmp_path / "out" / "merged")(tokens()).logits, model(tokens()).logits)
+
+
+def test_shards_keep_their_layout(base, tmp_path):
+    tinylora.save(trained(model_of(base), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / "ours")
+    assert run("merge", "--base", base, "--adapter", tmp_path / "ours", "--out", tmp_path / "merged") == 0
+    for path in base.glob("*.safetensors"):
+        before, after = load_file(path), load_file(tmp_path / "merged" / path.name)
+        assert before.keys() == after.keys()
+        for name, t in before.items():
+            assert torch.equal(t, after[name]) != ("q_proj.weight" in name), name

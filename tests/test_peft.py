@@ -1,0 +1,512 @@
+"""PEFT, live: patched layers against PEFT's own in numbers and gradients, every way out, and what users do."""
+
+import copy
+import gc
+
+import peft
+import pytest
+import torch
+from models import qwen2, tokens
+from torch import nn
+
+import tinylora
+from tinylora.integrations.peft import counts, reset_counts
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONFIGS = {
+    "TinyLoRA": lambda **c: peft.TinyLoraConfig(**{"r": 2, "u": 5, "weight_tying": 0.7, "target_modules": TARGETS} | c),
+    "LoRA": lambda **c: peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": TARGETS} | c),
+    "VeRA": lambda **c: peft.VeraConfig(**{"r": 4, "target_modules": TARGETS} | c),
+    "AdaLoRA": lambda **c: peft.AdaLoraConfig(
+        **{"init_r": 4, "target_r": 2, "total_step": 50, "target_modules": TARGETS} | c
+    ),
+}
+kinds = pytest.mark.parametrize("kind", CONFIGS)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def unpatched_afterwards():
+    reset_counts()
+    yield
+    tinylora.unpatch_peft()
+
+
+def adapted(kind, dtype=torch.float32, layers=2, **changes):
+    """A model with PEFT's adapter away from its start."""
+    model = peft.get_peft_model(qwen2(layers=layers, dtype=dtype), CONFIGS[kind](**changes))
+    shake(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def shake(model, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.add_(0.1 * torch.randn(p.shape, generator=g).to(p.dtype))
+
+
+def layer_of(model, name="q_proj"):
+    return model.base_model.model.model.layers[0].self_attn.get_submodule(name)
+
+
+def only_fast(kind, at_least=1):
+    found = counts()[kind]
+    assert set(found) == {"fast"} and found["fast"] >= at_least, found
+
+
+def only_fallback(kind, reason):
+    found = counts()[kind]
+    assert found["fast"] == 0 and len(found) == 2 and any(reason in r for r in found), found
+
+
+@kinds
+@dtypes
+def test_numbers_and_gradients(kind, dtype):
+    """Output and gradients as close to the exact ones, in fp64, as twice PEFT's own error."""
+    model, ids = adapted(kind, dtype), tokens()
+    exact = copy.deepcopy(model).double()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def run(model):
+        logits = model(input_ids=ids).logits
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return [logits.detach(), *torch.autograd.grad(logits.double().square().mean(), trained)]
+
+    want, theirs = run(exact), run(model)
+    tinylora.patch_peft()
+    ours = run(model)
+    only_fast(kind, 14)
+    with torch.no_grad():
+        inferred = model(input_ids=ids).logits
+    assert len(parameters) == len(ours) - 1
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+
+    def error(found):  # the largest of all tensors', each relative to its largest number
+        pairs = zip(found, want, strict=False)
+        return max(((t.double() - w).abs().max() / w.abs().max()).item() for t, w in pairs)
+
+    floor = torch.finfo(dtype).eps
+    assert error([inferred]) <= 2 * error(theirs[:1]) + floor
+    assert error(ours[:1]) <= 2 * error(theirs[:1]) + floor
+    assert error(ours) <= 2 * error(theirs) + floor
+
+
+@kinds
+@dtypes
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64), (2, 600, 64), (0, 64)], ids=str)
+def test_shapes_and_the_input_gradient(kind, dtype, shape):
+    layer = layer_of(adapted(kind, dtype, layers=1))
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+
+    def run():
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y.float().square().sum(), [x])
+        with torch.no_grad():
+            return y, dx, layer(x)
+
+    theirs = run()
+    tinylora.patch_peft()
+    ours = run()
+    only_fast(kind, 2)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        scale = b.abs().max().item() if b.numel() else 0.0
+        torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(dtype).eps * scale)
+
+
+@pytest.mark.parametrize("kind", ["TinyLoRA", "LoRA", "AdaLoRA"])
+def test_adapters_in_the_models_own_dtype(kind):
+    model = peft.get_peft_model(qwen2(dtype=torch.bfloat16), CONFIGS[kind](), autocast_adapter_dtype=False)
+    shake(model)
+    exact = copy.deepcopy(model).double()(input_ids=tokens()).logits
+    theirs = model(input_ids=tokens()).logits
+    tinylora.patch_peft()
+    ours = model(input_ids=tokens()).logits
+    only_fast(kind)
+    assert ours.dtype == torch.bfloat16
+    assert torch.dist(ours.double(), exact) <= 2 * torch.dist(theirs.double(), exact)
+
+
+@kinds
+def test_training_is_pefts(kind):
+    curves = []
+    for patched in (False, True):
+        tinylora.patch_peft() if patched else tinylora.unpatch_peft()
+        model = adapted(kind)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        curve = []
+        for step in range(12):
+            ids = tokens() if step % 2 else tokens().flip(0)
+            loss = model.train()(input_ids=ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if kind == "AdaLoRA":
+                model.base_model.update_and_allocate(step)
+            curve.append(loss.item())
+        curves.append(curve)
+    only_fast(kind, 12 * 14)
+    assert curves[0][-1] < curves[0][0]
+    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-3 * curves[0][0], curves
+
+
+# --- patching and undoing -------------------------------------------------------------------------------------------
+
+
+def test_patch_and_unpatch():
+    from peft.tuners.adalora.layer import SVDLinear
+    from peft.tuners.lora.layer import Linear as LoraLinear
+    from peft.tuners.tinylora.layer import Linear as TinyLinear
+    from peft.tuners.vera.layer import Linear as VeraLinear
+
+    classes = (SVDLinear, LoraLinear, TinyLinear, VeraLinear)
+    before = [c.__dict__["forward"] for c in classes]
+    tinylora.unpatch_peft()  # without a patch: nothing
+    tinylora.patch_peft()
+    patched = [c.__dict__["forward"] for c in classes]
+    tinylora.patch_peft()  # twice: the same
+    assert [c.__dict__["forward"] for c in classes] == patched
+    assert not set(patched) & set(before) and all(p.__wrapped__ is b for p, b in zip(patched, before, strict=True))
+    tinylora.unpatch_peft()
+    assert all(c.__dict__["forward"] is b for c, b in zip(classes, before, strict=True))
+    model = adapted("LoRA")
+    model(input_ids=tokens())
+    assert counts()["LoRA"] == {"fast": 0}
+
+
+def test_somebody_elses_patch_is_not_lost(monkeypatch):
+    from peft.tuners.lora.layer import Linear
+
+    tinylora.patch_peft()
+    ours = Linear.forward
+    monkeypatch.setattr(Linear, "forward", lambda self, x: x)
+    with pytest.raises(RuntimeError, match="forward was replaced after patch_peft"):
+        tinylora.unpatch_peft()
+    monkeypatch.undo()
+    assert Linear.forward is ours
+
+
+@kinds
+def test_what_users_do(kind, tmp_path):
+    """Adapters added, switched, disabled, merged, deleted, saved and loaded: patched as unpatched."""
+
+    def session(folder):
+        ids, seen = tokens(), []
+        model = adapted(kind)
+
+        def look():
+            with torch.no_grad():
+                seen.append(model(input_ids=ids).logits)
+
+        look()
+        model.add_adapter("second", CONFIGS[kind](**({"inference_mode": True} if kind == "AdaLoRA" else {})))
+        model.set_adapter("second")
+        shake(model, seed=5)
+        look()
+        with model.disable_adapter():
+            look()
+        model.set_adapter("default")
+        look()
+        model.merge_adapter()
+        look()
+        model.unmerge_adapter()
+        look()
+        model.save_pretrained(folder)
+        model.delete_adapter("second")
+        look()
+        model = peft.PeftModel.from_pretrained(qwen2(), folder)
+        look()
+        model = copy.deepcopy(model)
+        look()
+        model = model.merge_and_unload()
+        look()
+        return seen
+
+    theirs = session(tmp_path / "theirs")
+    tinylora.patch_peft()
+    ours = session(tmp_path / "ours")
+    found = counts()[kind]
+    assert found["fast"] >= 14 * 5 and set(found) == {"fast", "adapters disabled", "merged"}
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+@kinds
+def test_generates_the_same_tokens(kind):
+    model, ids = adapted(kind), tokens()
+    settings = {"input_ids": ids, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    theirs = model.generate(**settings)
+    tinylora.patch_peft()
+    assert torch.equal(model.generate(**settings), theirs)
+    only_fast(kind)
+
+
+@kinds
+@pytest.mark.parametrize("train", [False, True])
+def test_compiles_in_one_graph(kind, train):
+    torch._dynamo.reset()
+    model, ids = adapted(kind, layers=1).train(train), tokens()
+    tinylora.patch_peft()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.set_grad_enabled(train):
+        eager = model(input_ids=ids).logits
+        reset_counts()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        logits = compiled(input_ids=ids).logits
+        torch.testing.assert_close(logits, eager)
+        if train:
+            for a, b in zip(*(torch.autograd.grad(y.square().sum(), trained) for y in (logits, eager)), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert counts()[kind] == {"fast": 0}  # a compiled graph counts nothing
+
+
+def test_compiled_graphs_hold_the_operator_and_see_new_numbers():
+    torch._dynamo.reset()
+    tinylora.patch_peft()
+    model, ids, graphs = adapted("TinyLoRA", layers=1), tokens(), []
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+        first = compiled(input_ids=ids).logits
+        shake(model)
+        second = compiled(input_ids=ids).logits
+        assert len(graphs) == 1 and "tinylora.adapted_linear" in str(graphs[0].graph)
+        assert not torch.equal(first, second)
+        torch.testing.assert_close(second, model(input_ids=ids).logits)
+
+
+def test_nothing_is_cached_between_calls():
+    """A fused optimiser and `.data =` change numbers without telling anybody."""
+    tinylora.patch_peft()
+    for kind in CONFIGS:
+        model, ids = adapted(kind, layers=1), tokens()
+        layer = layer_of(model)
+        for change in (lambda p: p.data.mul_(2), lambda p: setattr(p, "data", p.data + 0.1)):
+            for p in model.parameters():
+                if p.requires_grad:
+                    change(p)
+            with torch.no_grad():
+                ours = model(input_ids=ids).logits
+                tinylora.unpatch_peft()
+                theirs = model(input_ids=ids).logits
+                tinylora.patch_peft()
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        if kind == "LoRA":
+            x = torch.randn(3, 64)
+            layer.set_scale("default", 3.0)
+            tripled = layer(x)
+            tinylora.unpatch_peft()
+            torch.testing.assert_close(tripled, layer(x))
+            tinylora.patch_peft()
+
+
+def test_inference_mode_before_training():
+    tinylora.patch_peft()
+    model, ids = adapted("LoRA"), tokens()
+    with torch.inference_mode():
+        model(input_ids=ids)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    only_fast("LoRA", 28)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    grads = []
+    for patched in (False, True):
+        tinylora.patch_peft() if patched else tinylora.unpatch_peft()
+        model = adapted("LoRA").train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+# --- every way out --------------------------------------------------------------------------------------------------
+
+
+def same_as_unpatched(call, kind, reason):
+    """The patched call gives PEFT's result bit for bit, because PEFT's forward ran, and says why."""
+    torch.manual_seed(7)
+    theirs = call()
+    tinylora.patch_peft()
+    torch.manual_seed(7)
+    ours = call()
+    only_fallback(kind, reason)
+    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@kinds
+def test_dropout(kind):
+    name = {"TinyLoRA": "tinylora_dropout", "VeRA": "vera_dropout"}.get(kind, "lora_dropout")
+    layer = layer_of(adapted(kind, layers=1, **{name: 0.5})).train()
+    x = torch.randn(5, 64)
+    same_as_unpatched(lambda: layer(x), kind, "dropout acts")
+    reset_counts()
+    layer.eval()(x)
+    only_fast(kind)
+
+
+@kinds
+def test_autocast(kind):
+    layer = layer_of(adapted(kind, layers=1))
+    x = torch.randn(5, 64)
+
+    def call():
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    same_as_unpatched(call, kind, "autocast")
+
+
+@kinds
+def test_hooks_on_the_base_layer(kind):
+    layer = layer_of(adapted(kind, layers=1))
+    layer.base_layer.register_forward_hook(lambda module, args, y: y + 1)
+    x = torch.randn(5, 64)
+    same_as_unpatched(lambda: layer(x), kind, "has hooks")
+
+
+@kinds
+def test_a_base_layer_of_another_kind(kind):
+    class Louder(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = Louder(64, 64)
+
+        def forward(self, x):
+            return self.q_proj(x)
+
+    model = peft.get_peft_model(Net(), CONFIGS[kind](target_modules=["q_proj"]))
+    shake(model)
+    x = torch.randn(5, 64)
+    same_as_unpatched(lambda: model(x), kind, "not a plain torch.nn.Linear")
+
+
+@kinds
+def test_watchers(kind):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer = layer_of(adapted(kind, layers=1))
+    x = torch.randn(5, 64)
+    flops = []
+
+    def call():
+        with FlopCounterMode(display=False) as counter:
+            y = layer(x)
+        flops.append(counter.get_total_flops())
+        return y
+
+    same_as_unpatched(call, kind, "something looks at every call")
+    assert flops[0] == flops[1] > 0
+    reset_counts()
+    torch.func.vmap(layer)(x)
+    torch.func.jvp(layer, (x,), (x,))
+    torch.jit.trace(layer, x, check_trace=False)
+    only_fallback(kind, "something looks at every call")
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        reset_counts()
+        layer(x)
+        only_fallback(kind, "something looks at every call")
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("kind", ["TinyLoRA", "LoRA", "VeRA"])
+def test_several_active_adapters(kind):
+    model = adapted(kind, layers=1)
+    model.add_adapter("second", CONFIGS[kind]())
+    model.base_model.set_adapter(["default", "second"])
+    shake(model, seed=5)
+    layer = layer_of(model)
+    x = torch.randn(5, 64)
+    same_as_unpatched(lambda: layer(x), kind, "several active adapters")
+
+
+def test_mixed_batches():
+    model, ids = adapted("LoRA", layers=1), tokens(3)
+    model.add_adapter("second", CONFIGS["LoRA"]())
+    names = ["default", "__base__", "second"]
+    same_as_unpatched(lambda: model(input_ids=ids, adapter_names=names).logits, "LoRA", "further arguments")
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"use_dora": True}, "a variant of LoRA"),
+        ({"lora_bias": True, "target_modules": ["q_proj"]}, "lora_bias"),
+    ],
+)
+def test_variants_of_lora(changes, reason):
+    layer = layer_of(adapted("LoRA", layers=1, **changes))
+    x = torch.randn(5, 64)
+    same_as_unpatched(lambda: layer(x), "LoRA", reason)
+
+
+def test_hooks_on_the_factors():
+    layer = layer_of(adapted("LoRA", layers=1))
+    layer.lora_A["default"].register_forward_hook(lambda module, args, y: 2 * y)
+    x = torch.randn(5, 64)
+    same_as_unpatched(lambda: layer(x), "LoRA", "lora_A or lora_B is not a plain")
+
+
+def test_casting_off():
+    layer = layer_of(adapted("LoRA", layers=1))
+    layer.cast_input_dtype_enabled = False
+    x = torch.randn(5, 64)
+    same_as_unpatched(lambda: layer(x), "LoRA", "casting of the input is off")
+
+
+def test_other_dtype_of_x():
+    layer = layer_of(adapted("LoRA", layers=1))
+    layer.base_layer.double()
+    tinylora.patch_peft()
+    with pytest.raises(RuntimeError):  # PEFT's own error
+        layer(torch.randn(5, 64))
+    only_fallback("LoRA", "differ in dtype")
+
+
+def test_a_large_rank_of_vera():
+    layer = layer_of(adapted("VeRA", layers=1, r=512))
+    x = torch.randn(5, 64)
+    same_as_unpatched(lambda: layer(x), "VeRA", "nothing to gain")
+
+
+def test_other_layers_are_not_touched():
+    """Conv1D, embeddings and convolutions: PEFT's own, the same as ever."""
+    from transformers.pytorch_utils import Conv1D
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.conv, self.conv1d = nn.Embedding(16, 8), nn.Conv2d(1, 3, 3), Conv1D(12, 8)
+
+        def forward(self, x):
+            y = self.conv1d(self.embed(x))
+            return self.conv(y[:, None]).flatten()
+
+    model = peft.get_peft_model(Net(), CONFIGS["LoRA"](target_modules=["embed", "conv", "conv1d"]))
+    shake(model)
+    ids = torch.randint(0, 16, (2, 5))
+    same_as_unpatched(lambda: model(ids), "LoRA", "not a plain torch.nn.Linear")
+    assert sum(counts()["LoRA"].values()) == 1  # of the three only Conv1D has the class that is patched
+
+
+def test_no_layer_is_kept_alive():
+    import weakref
+
+    tinylora.patch_peft()
+    model = adapted("LoRA", layers=1)
+    model(input_ids=tokens())
+    layer = weakref.ref(layer_of(model))
+    del model
+    gc.collect()
+    assert layer() is None

@@ -1,0 +1,291 @@
+"""PEFT, on disk: adapters go both ways through files, with the installed PEFT on the other side."""
+
+import json
+
+import peft
+import pytest
+import torch
+from models import qwen2, tokens
+from safetensors.torch import load_file, save_file
+from test_family import ADAPTERS, trained
+from test_peft import CONFIGS, TARGETS, adapted, shake
+
+import tinylora
+from tinylora import AdaLoraConfig, LoraConfig, LoraXSConfig, TinyLoraConfig, VeraConfig
+from tinylora.integrations import peft_files
+
+kinds = pytest.mark.parametrize("kind", CONFIGS)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def base_logits(model=None):
+    return (qwen2() if model is None else model)(tokens()).logits
+
+
+@kinds
+@pytest.mark.parametrize("tying", [0.0, 0.55, 1.0])
+def test_pefts_adapter_in_our_model(kind, tying, tmp_path):
+    """Read, run, saved as ours and read again, written as PEFT's and read by PEFT: the same logits all along."""
+    if kind != "TinyLoRA" and tying:
+        return
+    changes = {"weight_tying": tying} if kind == "TinyLoRA" else {}
+    theirs = adapted(kind, **changes)
+    want = theirs(input_ids=tokens()).logits
+    assert torch.dist(want, base_logits()) > 1e-2 * want.norm()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = tinylora.load(qwen2(), tmp_path / "theirs")
+    close(base_logits(ours), want)
+    assert ours.tinylora["default"].config.target_modules == tuple(sorted(TARGETS))
+    count = sum(p.numel() for p in tinylora.adapter_parameters(ours))
+    assert count == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    with torch.no_grad():
+        for p in tinylora.adapter_parameters(ours):
+            p.mul_(1.5)
+    changed = base_logits(ours)
+    tinylora.save(ours, tmp_path / "ours")  # PEFT's factors are in the file: no seed gives them
+    again = tinylora.load(qwen2(), tmp_path / "ours", "again")
+    assert torch.equal(base_logits(again), changed)
+    tinylora.save(again, tmp_path / "ours, again", "again")
+    assert torch.equal(base_logits(tinylora.load(qwen2(), tmp_path / "ours, again")), changed)
+    for format in ("peft", "lora"):
+        tinylora.save(ours, tmp_path / format, format=format)
+        back = peft.PeftModel.from_pretrained(qwen2(), tmp_path / format)
+        close(back(input_ids=tokens()).logits, changed)
+        close(base_logits(tinylora.load(qwen2(), tmp_path / format)), changed)
+    expected = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    written = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in expected.items()}
+
+
+@pytest.mark.parametrize("config", ADAPTERS.values(), ids=ADAPTERS)
+def test_every_adapter_as_plain_lora(config, tmp_path):
+    model = trained(qwen2(), config)
+    want = base_logits(model)
+    assert not torch.equal(want, base_logits())
+    tinylora.save(model, tmp_path, format="lora")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    close(peft.PeftModel.from_pretrained(qwen2(), tmp_path)(input_ids=tokens()).logits, want)
+    close(base_logits(tinylora.load(qwen2(), tmp_path)), want)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TinyLoraConfig(u=3, n_tie=7),  # 14 modules
+        TinyLoraConfig(u=3, n_tie=14, sigma="right"),
+        TinyLoraConfig(u=2, groups=[0] * 4 + [1] * 4 + [2] * 6),  # what PEFT makes of three groups
+        LoraConfig(r=4, alpha=6),
+        LoraConfig(r=4, alpha=6, rslora=True, dropout=0.25),
+        VeraConfig(r=16),
+        AdaLoraConfig(r=4, target_r=2, total_steps=100, alpha=6, orthogonality=0.0),
+        LoraConfig(r=2, target_modules=["model.layers.1.mlp.up_proj", "q_proj"], modules_to_save=["lm_head"]),
+    ],
+    ids=str,
+)
+def test_our_adapter_in_peft(config, tmp_path):
+    model = trained(qwen2(), config)
+    want = base_logits(model)
+    path = tinylora.save(model, tmp_path, format="peft")
+    assert path == tmp_path / "adapter_model.safetensors"
+    theirs = peft.PeftModel.from_pretrained(qwen2(), tmp_path, is_trainable=True).eval()
+    close(theirs(input_ids=tokens()).logits, want)
+    mine = tinylora.adapter_parameters(model)
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == sum(p.numel() for p in mine)
+    back = tinylora.load(qwen2(), tmp_path).tinylora["default"].config
+    same = ("r", "alpha", "rslora", "u", "total_steps", "target_r", "dropout", "modules_to_save")
+    for field in same:
+        if hasattr(config, field):
+            assert getattr(back, field) == pytest.approx(getattr(config, field))
+    if isinstance(config, TinyLoraConfig):
+        assert back.group_of(model.tinylora["default"].sites) == config.group_of(model.tinylora["default"].sites)
+
+
+def test_a_bf16_base(tmp_path):
+    theirs = adapted("TinyLoRA", torch.bfloat16)
+    exact = adapted("TinyLoRA", torch.bfloat16).double()(input_ids=tokens()).logits
+    theirs.save_pretrained(tmp_path / "peft")
+    ours = tinylora.load(qwen2(dtype=torch.bfloat16), tmp_path / "peft")
+    assert all(p.dtype == torch.float32 for p in tinylora.adapter_parameters(ours))
+    own = torch.dist(theirs(input_ids=tokens()).logits.double(), exact)
+    assert torch.dist(base_logits(ours).double(), exact) <= 2 * own
+    tinylora.save(ours, tmp_path / "lora", format="lora")
+    assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "lora" / "adapter_model.safetensors").values())
+    back = peft.PeftModel.from_pretrained(qwen2(dtype=torch.bfloat16), tmp_path / "lora")
+    assert torch.dist(back(input_ids=tokens()).logits.double(), exact) <= 2 * own
+
+
+def test_a_lora_with_a_rank_pattern(tmp_path):
+    """Ranks may differ as long as the scale does not; the zeros that fill them up stay zero in training."""
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}}
+    theirs = adapted("LoRA", **patterns)
+    theirs.save_pretrained(tmp_path)
+    ours = tinylora.load(qwen2(), tmp_path)
+    close(base_logits(ours), theirs(input_ids=tokens()).logits)
+    ours(tokens(), labels=tokens()).loss.backward()
+    adapter = ours.model.layers[0].self_attn.q_proj.adapters["default"]
+    assert adapter.down.grad[:2].any() and not adapter.down.grad[2:].any() and not adapter.up.grad[:, 2:].any()
+
+
+def test_an_adalora_after_its_allocation(tmp_path):
+    """PEFT saves the triplets that were kept; here they stay the ones that train."""
+    model, ids = adapted("AdaLoRA", total_step=20, tfinal=5), tokens()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(20):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    want = peft.PeftModel.from_pretrained(qwen2(), tmp_path)(input_ids=ids).logits
+    ours = tinylora.load(qwen2(), tmp_path)
+    close(base_logits(ours), want)
+    layers = [m.adapters["default"] for m in ours.modules() if isinstance(m, tinylora.Linear)]
+    kept = sum(int(a.kept.sum()) for a in layers)
+    assert kept == 2 * len(layers)
+    optimizer = torch.optim.Adam(tinylora.adapter_parameters(ours), lr=1e-2)
+    ours(ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert sum(int((a.lam != 0).sum()) for a in layers) <= kept
+
+
+def test_modules_to_save(tmp_path):
+    theirs = adapted("LoRA", modules_to_save=["lm_head"])
+    theirs.save_pretrained(tmp_path)
+    ours = tinylora.load(qwen2(), tmp_path)
+    close(base_logits(ours), theirs(input_ids=tokens()).logits)
+    assert ours.lm_head.copies["default"].weight.requires_grad
+
+
+def test_a_failed_save_leaves_the_previous_folder_whole(tmp_path, monkeypatch):
+    model = trained(qwen2(), LoraConfig(r=2))
+    tinylora.save(model, tmp_path, format="peft")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert set(before) == {"adapter_config.json", "adapter_model.safetensors"}
+    trained(model, LoraConfig(r=3), "second")
+    for broken in ("save_file", "json.dumps"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"tinylora.integrations.peft_files.{broken}", lambda *a, **k: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                tinylora.save(model, tmp_path, "second", format="peft")
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def saved(tmp_path, kind="LoRA", config=(), tensors=lambda found: found, **changes):
+    """A folder of PEFT's with its config and its tensors changed."""
+    adapted(kind, **changes).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(config)))
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(tensors(load_file(path)), path, metadata={"format": "pt"})
+    return tmp_path
+
+
+def without_one(found):
+    return {n: t for n, t in found.items() if not n.endswith("layers.0.mlp.up_proj.lora_B.weight")}
+
+
+def with_a_stranger(found):
+    return found | {"base_model.model.model.embed_tokens.weight": torch.zeros(2)}
+
+
+def of_another_shape(found):
+    return {n: t[:, :-1].contiguous() if n.endswith("lora_A.weight") else t for n, t in found.items()}
+
+
+def of_another_model(found):
+    return {n.replace("q_proj", "query"): t for n, t in found.items()}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"use_dora": True}, "use_dora is True, expected nothing here computes that"),
+        ({"bias": "lora_only"}, "bias is 'lora_only', expected 'none'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', expected one that leaves the base"),
+        ({"kind": "TinyLoRA", "save_projection": False}, "save_projection is False, expected True"),
+        ({"kind": "VeRA", "save_projection": False}, "save_projection is False, expected True"),
+        ({"alpha_pattern": {"q_proj": 1}}, "scale some layers by 0.25 and some by 1.5"),
+        ({"config": {"peft_type": "LOKR"}}, "peft_type is 'LOKR', expected one of TINYLORA, LORA"),
+        ({"config": {"r": 3}, "kind": "TinyLoRA"}, "tinylora_A has shape (2, 64), expected (3, 64)"),
+        ({"tensors": without_one}, "has no base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"),
+        ({"tensors": with_a_stranger}, "holds base_model.model.model.embed_tokens.weight, which nothing here can take"),
+        ({"tensors": of_another_shape}, "lora_A.weight has shape (4, 63), expected (None, 64)"),
+        ({"tensors": of_another_model}, "query', expected torch.nn.Linear modules of Qwen2ForCausalLM"),
+    ],
+)
+def test_what_cannot_be_read(settings, message, tmp_path):
+    folder = saved(tmp_path, **settings)
+    model = qwen2()
+    with pytest.raises(ValueError) as error:
+        tinylora.load(model, folder)
+    assert message in str(error.value) and str(tmp_path) in str(error.value)
+    assert torch.equal(base_logits(model), base_logits()) and not hasattr(model, "tinylora")
+
+
+def test_files_that_are_not_whole(tmp_path):
+    saved(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        tinylora.load(qwen2(), tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match="does not exist, expected PEFT's adapter as safetensors"):
+        tinylora.load(qwen2(), tmp_path)
+    path.write_bytes(whole)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read, expected a config of PEFT"):
+        tinylora.load(qwen2(), tmp_path)
+    with pytest.raises(ValueError, match="does not exist, expected an adapter that"):
+        tinylora.load(qwen2(), tmp_path / "nowhere")
+
+
+def test_what_cannot_be_written(tmp_path):
+    model = trained(qwen2(), TinyLoraConfig(n_tie=4))  # ceil(14 / 4): 4, 4, 4, 2; PEFT has 3, 3, 3, 5
+    with pytest.raises(ValueError, match="PEFT's TinyLoRA cannot tie 14 modules") as error:
+        tinylora.save(model, tmp_path, format="peft")
+    assert 'format="lora"' in str(error.value)
+    trained(model, LoraXSConfig(), "xs")
+    with pytest.raises(ValueError, match="PEFT has no lora-xs"):
+        tinylora.save(model, tmp_path, "xs", format="peft")
+    with pytest.raises(ValueError, match="format is 'onnx', expected one of tinylora, peft, lora"):
+        tinylora.save(model, tmp_path, format="onnx")
+    layer = tinylora.Linear.from_linear(torch.nn.Linear(8, 8), LoraConfig())
+    with pytest.raises(ValueError, match="expected a model"):
+        tinylora.save(layer, tmp_path, format="lora")
+    assert not list(tmp_path.iterdir())
+    tinylora.save(model, tmp_path)
+    with pytest.raises(ValueError, match="an adapter in tinylora's format"):
+        tinylora.save(model, tmp_path, format="lora")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected one adapter"):
+        tinylora.load(qwen2(), tmp_path)
+
+
+def test_names_in_use(tmp_path):
+    adapted("TinyLoRA").save_pretrained(tmp_path / "peft")
+    model = tinylora.load(qwen2(), tmp_path / "peft")
+    with pytest.raises(ValueError, match="name is 'default', but the model has an adapter of that name"):
+        tinylora.load(model, tmp_path / "peft")
+    tinylora.save(model, tmp_path / "ours")
+    with pytest.raises(ValueError, match="has an adapter of that name with other factors"):
+        tinylora.load(model, tmp_path / "ours")
+    tinylora.load(model, tmp_path / "ours", "second")
+
+
+def test_pefts_groups():
+    """The formula against PEFT itself, for every tying of a model with 14 modules."""
+    for groups in range(1, 15):
+        model = peft.get_peft_model(qwen2(hidden=16), CONFIGS["TinyLoRA"](r=1, weight_tying=1 - groups / 14))
+        layers = [m for m in model.modules() if hasattr(m, "_tinylora_v_key")]
+        assert [int(m._tinylora_v_key["default"]) for m in layers] == peft_files.peft_groups(14, 1 - groups / 14)
+
+
+def test_shaken_is_shaken():
+    model = adapted("VeRA")
+    before = model(input_ids=tokens()).logits
+    shake(model, seed=9)
+    assert not torch.equal(model(input_ids=tokens()).logits, before)

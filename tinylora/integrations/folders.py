@@ -1,0 +1,256 @@
+"""Adapters converted and merged on folders, without ever holding a model: weights are read a layer at a time.
+
+A model folder is what save_pretrained writes: config.json and safetensors, in one file or in shards with an index.
+What needs a model (which layers there are, how an adapter goes onto them) happens on a skeleton: the model of the
+config without weights, whose layers have the right shapes and no memory behind them.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tinylora.adapters import config_from_dict
+from tinylora.adapters.factor_cache import digest
+from tinylora.integrations import peft_files
+from tinylora.integrations.transformers import meta_model
+from tinylora.nn import checkpoint
+from tinylora.nn.model import adapted_layers, named_numbers
+from tinylora.nn.targets import find_targets, linear_layers
+
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".safetensors")
+BLOCK = 32 << 20  # bytes read, changed and written at a time
+
+
+class Shard:
+    """A safetensors file read piece by piece, not mapped: what is behind is not held in memory.
+
+    places: name -> (dtype as safetensors calls it, shape, offset of the first byte, offset behind the last)
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                (size,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(size))
+            self.start = 8 + size
+            self.places = {
+                n: (t["dtype"], tuple(t["shape"]), *(self.start + o for o in t["data_offsets"]))
+                for n, t in header.items()
+                if n != "__metadata__"
+            }
+        except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read, expected a safetensors file: {error!r}") from None
+        ends = max((end for *_, end in self.places.values()), default=self.start)
+        if path.stat().st_size < ends:
+            raise ValueError(f"{path} is truncated: it has {path.stat().st_size} bytes, expected {ends}")
+
+    def tensor(self, name: str) -> Tensor:
+        dtype, shape, start, end = self.places[name]
+        data = bytearray(end - start)
+        with self.path.open("rb") as file:
+            file.seek(start)
+            file.readinto(data)
+        return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)
+
+
+class ModelFolder:
+    """The weights of a model folder, by name."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        if (self.folder / INDEX).is_file():
+            try:
+                names = sorted(set(json.loads((self.folder / INDEX).read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self.folder / INDEX} cannot be read: {error!r}") from None
+        else:
+            names = [ONE]
+        missing = [n for n in names if not (self.folder / n).is_file()]
+        if missing or not (self.folder / "config.json").is_file():
+            raise ValueError(
+                f"{self.folder} has no {missing[0] if missing else 'config.json'}, expected a model folder with "
+                f"config.json and {ONE}, or shards and {INDEX}"
+            )
+        self.shards = [Shard(self.folder / n) for n in names]
+        self.shard_of = {n: shard for shard in self.shards for n in shard.places}
+
+    def find(self, name: str, shape: tuple[int, ...]) -> Shard:
+        """The shard with this weight. ValueError if it is not there, of another shape, or quantised."""
+        if name not in self.shard_of:
+            raise ValueError(
+                f"{self.folder} has no {name}, expected the weights of its config, untied and by its names"
+            )
+        dtype, found, *_ = self.shard_of[name].places[name]
+        if found != shape or dtype not in DTYPES:
+            raise ValueError(
+                f"{self.folder}: {name} is {dtype} {found}, expected one of {', '.join(DTYPES)} and {shape}"
+            )
+        return self.shard_of[name]
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.find(name, shape).tensor(name)
+
+
+def skeleton(base: ModelFolder) -> nn.Module:
+    """The model of the folder's config with all its linear layers' shapes, and no memory behind any weight."""
+    model = meta_model(base.folder)
+    for name, layer in linear_layers(model).items():
+        stored = base.shard_of.get(f"{name}.weight")
+        dtype = DTYPES.get(stored.places[f"{name}.weight"][0], torch.float32) if stored else torch.float32
+        empty = torch.zeros((), dtype=dtype).expand(layer.weight.shape)
+        layer.weight = nn.Parameter(empty, requires_grad=False)
+    return model
+
+
+def load_onto_skeleton(base: ModelFolder, folder: str | os.PathLike, with_base: bool = True) -> nn.Module:
+    """A skeleton with the adapter from `folder`: ours, or PEFT's. The base's weights are read one after the other.
+
+    with_base: False leaves out what only our own format needs of the base where the adapter is one of PEFT's.
+    ValueError as `tinylora.load`.
+    """
+    model = skeleton(base)
+    if peft_files.is_peft_folder(folder):
+        names = {s.name for s in peft_files.sites(model, folder)}
+        layers = {n: m for n, m in linear_layers(model).items() if n in names}
+        digests = {n: _digests(base, n, layers[n])[1] for n in _bar(layers, "reading weights")} if with_base else None
+        return peft_files.load_peft(model, folder, digests=digests or dict.fromkeys(layers, ("", "")))
+    path = Path(folder) / checkpoint.FILE
+    header, tensors = checkpoint.read(path)
+    config = config_from_dict(header["config"])
+    layers = find_targets(model, config.target_modules)
+    sites = {s.name: s for s in peft_files.sites_of(layers)}
+    digests, frozen = {}, {}
+    for name in _bar(layers, "reading weights"):
+        weight, digests[name] = _digests(base, name, layers[name])
+        if not header["factors"]:
+            frozen[name] = config.frozen(sites[name], weight, digests[name][0])
+    return checkpoint.restore(model, path, header, tensors, "default", digests, frozen or None)
+
+
+def _digests(base: ModelFolder, name: str, layer: nn.Linear) -> tuple[Tensor, tuple[str, str]]:
+    weight = base.tensor(f"{name}.weight", tuple(layer.weight.shape))
+    exact = digest(weight)
+    return weight, (exact, exact if weight.dtype == torch.bfloat16 else digest(weight.bfloat16()))
+
+
+def convert(adapter: str | os.PathLike, out: str | os.PathLike, format: str, base: str | os.PathLike) -> Path:
+    """Write an adapter folder, ours or PEFT's, in another format: "tinylora", "peft" or "lora" (`tinylora.save`).
+
+    The base's weights are read a layer at a time: a 7B model takes less memory than its largest weight in fp32 and
+    the adapter. ValueError if `out` holds anything, and as `tinylora.load` and `tinylora.save`.
+    """
+    _refuse_existing(out)
+    model = load_onto_skeleton(ModelFolder(base), adapter, with_base=format == "tinylora")
+    model.name_or_path = str(base)
+    with _whole_folder(out) as scratch:
+        return Path(out) / peft_files.save(model, scratch, format=format).name
+
+
+def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.PathLike) -> Path:
+    """Write the base model with the adapter in its weights, W + U C D, as a model folder of its own.
+
+    The sum is fp32 and is rounded once to the weight's dtype. Everything else of the folder is copied; file by file
+    and block by block, so that memory holds the adapter and 32 MB of a weight. Returns `out`.
+    ValueError if `out` holds anything, for quantised or tied weights that would change, and as `tinylora.load`.
+    """
+    _refuse_existing(out)
+    source = ModelFolder(base)
+    model = load_onto_skeleton(source, adapter, with_base=False)
+    factors, whole = {}, {}
+    with torch.no_grad():
+        for name, layer in adapted_layers(model).items():
+            down, core, up, mixing = layer.adapters["default"].factors()
+            if mixing is not None:
+                core = torch.einsum("u,uij->ij", core.float(), mixing.float())
+            weight = f"{name}.weight"
+            source.find(weight, tuple(layer.weight.shape))
+            factors[weight] = down.float(), up.float() if core is None else up.float() @ core.float()
+    for name, t in named_numbers(model).items():
+        if name.startswith("saved."):
+            name = name.removeprefix("saved.")
+            source.find(name, tuple(t.shape))
+            whole[name] = t.detach()
+    total = sum(shard.path.stat().st_size for shard in source.shards)
+    with (
+        _whole_folder(out) as scratch,
+        tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        weights = {shard.path.name for shard in source.shards}
+        for path in sorted(source.folder.iterdir()):
+            if path.is_file() and path.name not in weights and path.suffix not in _OTHER_WEIGHTS:
+                shutil.copyfile(path, scratch / path.name)
+        for shard in source.shards:
+            _merge_shard(shard, scratch / shard.path.name, factors, whole, bar)
+    return Path(out)
+
+
+def _merge_shard(shard: Shard, out: Path, factors, whole, bar) -> None:
+    """The same file with other numbers: names, dtypes, shapes and their order are the source's."""
+    with shard.path.open("rb") as source, out.open("wb") as target:
+        target.write(source.read(shard.start))
+        bar.update(shard.start)
+        for name, (dtype, shape, start, end) in sorted(shard.places.items(), key=lambda item: item[1][2]):
+            source.seek(start)
+            target.seek(start)
+            if name in whole:
+                _write(target, whole[name].to(DTYPES[dtype]).contiguous())
+                bar.update(end - start)
+                continue
+            row = (end - start) // shape[0] if name in factors else 1
+            step = max(1, BLOCK // row) * row if row else 1
+            for at in range(start, end, step):
+                data = bytearray(source.read(min(step, end - at)))
+                if name in factors:
+                    down, up = factors[name]
+                    weight = torch.frombuffer(data, dtype=DTYPES[dtype]).view(-1, shape[1])
+                    first = (at - start) // row
+                    # In the wider of fp32 and the weight's own dtype, as Linear.merge has it.
+                    delta = (up[first : first + len(weight)] @ down).to(
+                        torch.promote_types(torch.float32, weight.dtype)
+                    )
+                    _write(target, delta.add_(weight).to(weight.dtype))
+                else:
+                    target.write(data)
+                bar.update(len(data))
+        target.flush()
+        os.fsync(target.fileno())
+
+
+def _write(file, t: Tensor) -> None:
+    file.write(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+
+
+def _refuse_existing(out: str | os.PathLike) -> None:
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists, expected a new folder to write to")
+
+
+@contextlib.contextmanager
+def _whole_folder(out: str | os.PathLike) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when all went well, and is removed otherwise."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}.", suffix=".tmp"))
+    try:
+        os.chmod(scratch, 0o777 & ~checkpoint.umask())
+        yield scratch
+        _refuse_existing(out)
+        os.rename(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _bar(items, what: str):
+    return tqdm(items, desc=what, unit="layer", disable=None)
