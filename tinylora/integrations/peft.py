@@ -8,7 +8,7 @@ factors are read from the layer every time, whatever an optimiser, a load or `.d
 
     PEFT's layer     down      core                             up
     TinyLoRA         A         Σ v_i P_i                        B
-    LoRA             A         scaling · I, none at 1           B
+    LoRA             A         scaling · I, none at 1           B (on a CPU: none, and scaling · B)
     VeRA             A[:, :K]  diag(lambda_d)                   diag(lambda_b) B[:N]
     AdaLoRA          diag(E · scaling / ranknum) A    none      B
 
@@ -227,7 +227,11 @@ def _operator(x, weight, down, core, up, bias, basis, scale, compiling) -> Tenso
         and not interpreting()
     ):
         return eager.infer(x, weight, down, eager.mix(core, basis), up, bias, scale)
-    if scale != 1:
+    if scale != 1 and device.type == "cpu" and not compiling and up.dtype is torch.float32:
+        up = (
+            up * scale
+        )  # N r numbers once, where a core would be three passes over [M, r]; a kernel has the core for free
+    elif scale != 1:
         core = _scaled_identity(down.shape[0], scale, device)
     if torch.is_autocast_enabled(device.type):
         return "autocast"
