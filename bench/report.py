@@ -131,7 +131,14 @@ def model_table(rows: list[Row], op: str = "model") -> str:
 def rollout_table(rows: list[Row]) -> str:
     """Speed and agreement of `python -m bench rollout`."""
     lines = [
-        [r.model, r.M, r.layer, r.provider, f"{r.ratio_to_bare:.2f}" if r.ratio_to_bare else "", r.note]
+        [
+            r.model,
+            r.M,
+            r.layer,
+            r.provider,
+            f"{r.ratio_to_bare:.2f}" if r.ratio_to_bare else "",
+            r.note.replace("|", "\\|"),
+        ]
         for r in rows
         if r.op == "rollout"
     ]
@@ -211,9 +218,10 @@ def plot(rows: list[Row], path: Path) -> None:
             axis.set(title=f"{dtype}, {pass_}", xlabel="M (rows)", ylabel="time / bare linear")
             axis.set_xscale("log", base=2)
             axis.grid(alpha=0.3)
-    axes[0][0].legend()
+    lines, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="lower center", ncols=len(names))
     first = rows[0]
     figure.suptitle(f"{first.device}, torch {first.torch}, {first.date[:10]}")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
