@@ -42,5 +42,5 @@ def test_commands_and_links_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"^make ([a-z-]+)", README, re.M)) <= targets
     assert set(re.findall(r"`make ([a-z-]+)`", README + (ROOT / "CONTRIBUTING.md").read_text())) <= targets
-    for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+    for link in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
         assert (ROOT / link).exists(), link
