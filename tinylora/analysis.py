@@ -148,26 +148,16 @@ def plot(comparisons: Iterable[Comparison], path: str | os.PathLike) -> None:
     """Two panels: effective rank by layer, and learned against forgotten. ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4))
+    figure = Figure(figsize=(10, 4.4))
     ranks, trade = figure.subplots(1, 2)
     for comparison in comparisons:
-        moved = [c.effective_rank for c in comparison.changes]
-        ranks.plot(range(len(moved)), moved, marker=".", label=comparison.name)
-        (point,) = trade.plot(comparison.learned, comparison.forgotten, "o")
-        trade.annotate(
-            comparison.name,
-            (comparison.learned, comparison.forgotten),
-            textcoords="offset points",
-            xytext=(6, 4),
-            color=point.get_color(),
-        )
+        moved = [c.effective_rank or math.nan for c in comparison.changes]  # a layer that stayed has no rank to show
+        (line,) = ranks.plot(range(len(moved)), moved, marker=".", label=comparison.name)
+        trade.plot(comparison.learned, comparison.forgotten, "o", color=line.get_color())
     ranks.set(xlabel="linear layer, in depth order", ylabel="effective rank of ΔW (90 % of its energy)", yscale="log")
-    ranks.grid(alpha=0.3)
-    ranks.legend()
-    trade.set(
-        xlabel="learned: loss on the new domain fell by (nats)", ylabel="forgotten: loss on the old rose by (nats)"
-    )
-    trade.margins(0.25)
-    trade.grid(alpha=0.3)
-    figure.tight_layout()
+    trade.set(xlabel="learned: fall of the new domain's loss (nats)", ylabel="forgotten: rise of the old one's (nats)")
+    for axis in (ranks, trade):
+        axis.grid(alpha=0.3)
+    figure.legend(*ranks.get_legend_handles_labels(), loc="lower center", ncols=6, fontsize="small")
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=120)
