@@ -101,7 +101,7 @@ def _plain(name, linear, f) -> Provider:
 
 
 def _peft(name, linear, f) -> Provider:
-    """PEFT's own layer, made by get_peft_model. Only its start is cut short: the full SVD (18 s at 3584 x 3584, see
+    """PEFT's own layer, made by get_peft_model. Only its start is cut short: the full SVD (seconds at 3584 x 3584, see
     `python -m bench svd`) is replaced by the shared factors, with singular values of one, so that PEFT itself stores
     them as A and B in the dtypes it chooses; P and v are then overwritten in place."""
     import peft

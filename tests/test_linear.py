@@ -144,6 +144,14 @@ def test_merge_is_the_forward_and_unmerge_restores_every_bit(config, dtype):
     assert torch.equal(base.weight, before)
 
 
+def test_merging_into_fp64_keeps_its_digits():
+    base = nn.Linear(32, 24).double()
+    layer = Linear.from_linear(base, tinylora.LoraConfig(r=2))  # its factors are fp32
+    before = base.weight.detach().clone()
+    tinylora.merge(layer)  # up is zero: nothing is added
+    assert torch.equal(base.weight, before)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"linear is a Conv1d, expected a torch.nn.Linear"):
         Linear.from_linear(nn.Conv1d(3, 3, 1), TinyLoraConfig())

@@ -85,6 +85,9 @@ def test_leading_dimensions_and_strides():
     y = adapted_linear(x, *(t.T.contiguous().T for t in transposed), bias)
     torch.testing.assert_close(y, want)
     assert adapted_linear(x[0], *operands[1:]).shape == (20,)
+    mixed, _, P = Problem(24, 20, 32, 3, f32, core="mixed").operands()
+    views = adapted_linear(*mixed, basis=P.permute(2, 1, 0).contiguous().permute(2, 1, 0))
+    torch.testing.assert_close(views, adapted_linear(*mixed, basis=P))
     for lead in ((2, 3, 4), (24, 1), (1, 24)):
         leaf = x.clone().requires_grad_()
         y = adapted_linear(leaf.view(*lead, 32), *operands[1:])

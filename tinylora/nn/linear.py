@@ -81,13 +81,13 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight, self.bias) + low_rank(dropped, down, core, up, basis)
         weight = self.weight
         # The layer's own operands fit each other since `attach`; only x can be wrong, and the full check says how.
-        fits = x.shape[-1] == weight.shape[1] and x.dtype == weight.dtype and x.device == weight.device
+        fits = x.shape[-1:] == weight.shape[1:] and x.dtype == weight.dtype and x.device == weight.device
         call = unchecked if fits else adapted_linear
         return call(x, weight, down, core, up, self.bias, None, basis=basis)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W becomes W + U C D: summed in fp32, rounded once to W's dtype.
+        """W becomes W + U C D: summed in fp32 (fp64 for an fp64 W), rounded once to W's dtype.
 
         The original weight is kept (off the GPU, in host memory), so that `unmerge` restores it bit for bit; the
         merged weight has lost what its dtype cannot hold, for bf16 up to all of a small update.
@@ -96,7 +96,8 @@ class Linear(nn.Linear):
             return
         delta = self.adapters[self.active].factors().delta()
         self._unmerged_weight = self.weight.detach().to("cpu", copy=True)
-        self.weight.copy_(delta.add_(self.weight))
+        wider = torch.promote_types(delta.dtype, self.weight.dtype)  # an fp64 base keeps its digits
+        self.weight.copy_(delta.to(wider).add_(self.weight))
         self.merged = self.active
 
     @torch.no_grad()

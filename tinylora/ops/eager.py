@@ -96,7 +96,7 @@ def mix(core: Tensor | None, basis: Tensor | None) -> Tensor | None:
         return core
     u, r, _ = basis.shape
     if core.dim() == 1 and core.dtype == basis.dtype == torch.float32:
-        return torch.mv(basis.view(u, r * r).t(), core).view(r, r)
+        return torch.mv(basis.reshape(u, r * r).t(), core).view(r, r)
     dtype = rank_dtype(core, basis)
     return (core.to(dtype) @ basis.to(dtype).reshape(u, r * r)).view(*core.shape[:-1], r, r)
 
