@@ -145,7 +145,7 @@ def test_merge_is_the_forward_and_unmerge_restores_every_bit(config, dtype):
 
 
 def test_merging_into_fp64_keeps_its_digits():
-    base = nn.Linear(32, 24).double()
+    base = nn.Linear(32, 24, dtype=torch.float64)
     layer = Linear.from_linear(base, tinylora.LoraConfig(r=2))  # its factors are fp32
     before = base.weight.detach().clone()
     tinylora.merge(layer)  # up is zero: nothing is added
