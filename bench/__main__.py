@@ -1,6 +1,7 @@
 """`python -m bench`: the command line of the benchmark."""
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -12,7 +13,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from bench import analysis, linear, model, peft, providers, report, rollout, rows, shapes, svd, timing
+from bench import (
+    analysis,
+    block,
+    layer,
+    linear,
+    model,
+    peft,
+    providers,
+    report,
+    rollout,
+    roofline,
+    rows,
+    shapes,
+    svd,
+    timing,
+)
 
 DESCRIPTION = """\
 Measures tinylora against the bare frozen layer, PEFT's TinyLoRA, plain code and torch.compile.
@@ -28,6 +44,7 @@ examples:
   python -m bench linear --layers all --budget 1800          every distinct shape, every M
   python -m bench --out bench/results && python -m bench table    renew the results in git and in the README"""
 
+COMMANDS = ("linear", "layer", "svd", "model", "peft", "rollout", "roofline", "analysis", "table")
 MAIN_BUDGET = 150.0
 NOISY = 1.3  # spread of a typical cell from which on a run should not be trusted; 1.1 on a quiet machine
 
@@ -43,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
     common(main)
     main.add_argument("--budget", type=float, default=MAIN_BUDGET, help="seconds for all of it (default %(default)g)")
-    what = main.add_subparsers(dest="what", metavar="linear | svd | model | peft | rollout | analysis | table")
+    what = main.add_subparsers(dest="what", metavar=" | ".join(COMMANDS))
 
     p = what.add_parser("linear", help=linear.__doc__.split(": ", 1)[1], description=linear.__doc__)
     common(p)
@@ -62,6 +79,21 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
     p.add_argument("--u", type=int, default=13, help="length of v (default %(default)s)")
+
+    p = what.add_parser("layer", help=_first(layer), description=layer.__doc__)
+    common(p)
+    p.add_argument("--models", nargs="+", choices=shapes.decoders(), metavar="MODEL")
+    p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
+    p.add_argument("--M", nargs="+", type=int, help=f"rows (default {layer.CPU_ROWS}, on a GPU {layer.CUDA_ROWS})")
+    p.add_argument("--providers", nargs="+", choices=block.PROVIDERS, default=list(block.PROVIDERS))
+    p.add_argument("--budget", type=float, default=80.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
+    p.add_argument("--u", type=int, default=13, help="length of v (default %(default)s)")
+
+    p = what.add_parser("roofline", help=_first(roofline), description=roofline.__doc__)
+    p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=list(layer.CUDA_MODELS), metavar="MODEL")
+    p.add_argument("--M", nargs="+", type=int, default=[1, 16, 128, 512, 2048, 8192])
+    p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
 
     p = what.add_parser("svd", help=svd.__doc__.split(": ", 1)[1], description=svd.__doc__)
     common(p)
@@ -99,6 +131,11 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
+def _first(module) -> str:
+    """What a module's docstring says after the command, its first line."""
+    return module.__doc__.split(": ", 1)[1].splitlines()[0]
+
+
 def plan(args, device: torch.device, budget: float) -> linear.Plan:
     """The plan that the arguments of `linear` describe."""
     cpu = device.type == "cpu"
@@ -120,6 +157,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.what == "table":
         report.write_readme(args.readme, args.results)
         return 0
+    if args.what == "roofline":
+        print(report.roofline_table(args.models, args.r, args.M))
+        return 0
     if args.what == "analysis":
         _set_threads(args.threads)
         analysis.run(args.out, args.pretraining, args.steps)
@@ -131,6 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         _set_threads(args.threads)
     started = time.perf_counter()
     ops = (args.what,) if args.what else ("svd", "model", "linear")
+    ops += ("ceilings",) * ("layer" in ops)
     missed: list[str] = []
     with rows.Results(args.out, ops, device) as results:
         if "svd" in ops:
@@ -141,6 +182,12 @@ def main(argv: list[str] | None = None) -> int:
             _model(results, device, args, started)
         if "rollout" in ops:
             rollout.run(results, args.out, device, args.model, args.batch, args.adapters, args.new, args.budget)
+        if "layer" in ops:
+            cpu = device.type == "cpu"
+            models = args.models or (layer.CPU_MODELS if cpu else layer.CUDA_MODELS)
+            Ms = args.M or (layer.CPU_ROWS if cpu else layer.CUDA_ROWS)
+            chosen = layer.Plan(tuple(models), tuple(args.dtypes), tuple(Ms), tuple(args.providers), args.budget)
+            missed = layer.run(dataclasses.replace(chosen, r=args.r, u=args.u), results, device)
         if "linear" in ops:
             chosen = args if args.what else parser().parse_args(["linear"])
             budget = args.budget if args.what else max(30.0, args.budget - (time.perf_counter() - started))
@@ -181,6 +228,8 @@ def _show(results, missed, seconds) -> None:
     kept = rows.read(results.path)
     ops = {row.op for row in results.rows}
     parts = []
+    if "layer" in ops:
+        parts += [report.layer_table(results.rows)]
     if "linear" in ops:
         parts += [report.linear_table(results.rows)]
     if "svd" in ops:
@@ -198,6 +247,7 @@ def _show(results, missed, seconds) -> None:
     text = "\n\n".join(parts)
     results.path.with_suffix(".md").write_text(text + "\n")
     report.plot(kept, results.path.with_suffix(".png"))
+    report.plot(kept, results.path.with_name(f"{results.path.stem}-layer.png"), "layer", block.PROVIDERS)
     print(f"\n{text}\n")
     noisy = report.noise(results.rows)
     if noisy > NOISY:

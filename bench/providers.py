@@ -18,6 +18,13 @@ BARE, PEFT, PEFT_SAME_DTYPE, PLAIN, COMPILED, OURS = NAMES = (
     "ours",  # tinylora.Linear
 )
 
+# Where a whole block of layers is measured (`bench layer`), also:
+ADDMM, COMPILED_ADDMM, ALONE = (
+    "addmm",  # a careful user's own autograd function: one in-place addmm in each direction
+    "compiled addmm",  # torch.compile of it
+    "ours, no siblings",  # tinylora.apply(..., siblings=False): every layer by itself
+)
+
 
 @dataclass
 class Factors:
@@ -69,6 +76,31 @@ def plain(x, weight, bias, down, up, basis, v) -> Tensor:
     """Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ as one would write it by hand."""
     core = torch.einsum("i,ijk->jk", v, basis).to(x.dtype)
     return F.linear(x, weight, bias) + F.linear(F.linear(F.linear(x, down), core), up)
+
+
+class Addmm(torch.autograd.Function):
+    """Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ for x of [M, K] as a careful user writes it, all in the base's dtype: Y and dX are
+    touched twice, by the frozen matmul and by one addmm in place; z = X Dᵀ is kept, and X is not."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, core, up):
+        z = torch.mm(x, down.t())
+        ctx.save_for_backward(z, weight, down, core, up)
+        return F.linear(x, weight, bias).addmm_(torch.mm(z, core.t()), up.t())
+
+    @staticmethod
+    def backward(ctx, dy):
+        z, weight, down, core, up = ctx.saved_tensors
+        t = torch.mm(dy, up)
+        dx = torch.mm(dy, weight).addmm_(torch.mm(t, core), down)
+        return dx, None, None, None, torch.mm(t.t(), z), None
+
+
+def addmm(x, weight, bias, down, up, basis, v) -> Tensor:
+    """`plain`'s operands and result, by `Addmm`."""
+    core = torch.einsum("i,ijk->jk", v, basis).to(x.dtype)
+    y = Addmm.apply(x.reshape(-1, x.shape[-1]), weight, bias, down, core, up)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def make(name: str, linear: nn.Linear, factors: Factors) -> Provider:

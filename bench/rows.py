@@ -21,7 +21,7 @@ OUT = Path(__file__).parent / "out"  # not in git
 class Row:
     """One measurement. A number that was not measured is None, an empty field in the file."""
 
-    op: str  # linear | svd | model
+    op: str  # linear | layer | host | svd | model | peft | rollout | ceilings | memory
     model: str
     layer: str
     provider: str
@@ -36,6 +36,8 @@ class Row:
     p20_ms: float | None = None
     p80_ms: float | None = None
     ratio_to_bare: float | None = None
+    mode: str = ""  # on a GPU: eager, or captured in a CUDA graph
+    bound_ms: float | None = None  # what the roofline of the same run allows at best
     peak_mb: float | None = None  # CUDA only: allocated above what the layer itself holds
     gb_per_s: float | None = None  # the fewest bytes the bare layer must move, per second
     tflops: float | None = None  # the bare layer's operations, per second
