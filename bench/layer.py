@@ -40,7 +40,7 @@ class Plan:
 def run(plan: Plan, results: Results, device: torch.device) -> list[str]:
     """Measure; rows of ops "layer" and "ceilings" go to `results`. Returns what the budget did not reach, in words."""
     deadline = time.perf_counter() + plan.budget
-    ceilings, rows = roofline.measure(device, plan.dtypes, 0.03 * plan.budget)
+    ceilings, rows = roofline.measure(device, plan.dtypes, 0.05 * plan.budget)
     for row in rows:
         results.add(row)
     modes = (CAPTURED, EAGER) if device.type == "cuda" else (EAGER,)

@@ -138,8 +138,8 @@ def measure(device: torch.device, dtypes: Iterable[str], budget: float) -> tuple
     """The ceilings of this device, now, and rows of op "ceilings" that say how they were found.
 
     Bandwidth is the larger of a copy's (bytes read and written) and of a sum's (read alone: some CPUs write a copy's
-    target twice); a rate is that of a square matmul on random numbers. Each is the p20 of its times: a ceiling is what
-    the device reaches when nothing else runs.
+    target twice); a rate is that of a square matmul on random numbers. Each is by the shortest of its times: a ceiling
+    is what the device reaches when nothing else runs.
     """
     numbers, side = SIZES[device.type]
     source = torch.randn(numbers, device=device)
@@ -159,9 +159,9 @@ def measure(device: torch.device, dtypes: Iterable[str], budget: float) -> tuple
         row = Row("ceilings", "", "", kind, name, dtype=dtype or "fp32", rounds=t.rounds)
         row.p50_ms, row.p20_ms, row.p80_ms = t.p50, t.p20, t.p80
         if name in moved:
-            row.gb_per_s = moved[name] / t.p20 / 1e6
+            row.gb_per_s = moved[name] / t.best / 1e6
         else:
-            row.tflops = operations[dtype] / t.p20 / 1e9
+            row.tflops = operations[dtype] / t.best / 1e9
         rows.append(row)
     ceilings = Ceilings(
         device_name(device),
