@@ -16,6 +16,7 @@ import torch
 from bench import (
     analysis,
     block,
+    host,
     layer,
     linear,
     model,
@@ -44,7 +45,7 @@ examples:
   python -m bench linear --layers all --budget 1800          every distinct shape, every M
   python -m bench --out bench/results && python -m bench table    renew the results in git and in the README"""
 
-COMMANDS = ("linear", "layer", "svd", "model", "peft", "rollout", "roofline", "analysis", "table")
+COMMANDS = ("linear", "layer", "host", "svd", "model", "peft", "rollout", "roofline", "analysis", "table")
 MAIN_BUDGET = 150.0
 NOISY = 1.3  # spread of a typical cell from which on a run should not be trusted; 1.1 on a quiet machine
 
@@ -89,6 +90,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget", type=float, default=80.0, help="seconds of timing (default %(default)g)")
     p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
     p.add_argument("--u", type=int, default=13, help="length of v (default %(default)s)")
+
+    p = what.add_parser("host", help=_first(host), description=host.__doc__)
+    common(p)
+    p.add_argument("--dtype", choices=tuple(linear.DTYPES), default="fp32", help="of the tiny layer (%(default)s)")
+    p.add_argument("--budget", type=float, default=40.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser("roofline", help=_first(roofline), description=roofline.__doc__)
     p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=list(layer.CUDA_MODELS), metavar="MODEL")
@@ -188,6 +194,8 @@ def main(argv: list[str] | None = None) -> int:
             Ms = args.M or (layer.CPU_ROWS if cpu else layer.CUDA_ROWS)
             chosen = layer.Plan(tuple(models), tuple(args.dtypes), tuple(Ms), tuple(args.providers), args.budget)
             missed = layer.run(dataclasses.replace(chosen, r=args.r, u=args.u), results, device)
+        if "host" in ops:
+            host.run(results, device, args.dtype, args.budget)
         if "linear" in ops:
             chosen = args if args.what else parser().parse_args(["linear"])
             budget = args.budget if args.what else max(30.0, args.budget - (time.perf_counter() - started))
@@ -232,6 +240,8 @@ def _show(results, missed, seconds) -> None:
         parts += [report.layer_table(results.rows)]
     if "linear" in ops:
         parts += [report.linear_table(results.rows)]
+    if "host" in ops:
+        parts += ["Microseconds of the host\n\n" + report.host_table(results.rows)]
     if "svd" in ops:
         parts += ["Start-up of one layer\n\n" + report.svd_table(results.rows)]
     if "peft" in ops:

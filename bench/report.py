@@ -121,6 +121,21 @@ def layer_table(rows: list[Row]) -> str:
     return "\n\n".join([text, *below, *sorted(notes)])
 
 
+def host_table(rows: list[Row]) -> str:
+    """Microseconds of the host per call."""
+    found: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    for r in rows:
+        if r.op == "host" and r.p50_ms:
+            found[r.layer, r.M, r.provider, r.dtype][f"{r.pass_}, {r.mode}"] = r
+    columns = list(dict.fromkeys(f"{r.pass_}, {r.mode}" for r in rows if r.op == "host" and r.p50_ms))
+    lines = [
+        [*key, *(f"{cell[c].p50_ms * 1e3:.1f}" if c in cell else "" for c in columns)] for key, cell in found.items()
+    ]
+    text = tabulate(lines, ["layer", "M", "provider", "dtype", *columns], tablefmt="github", disable_numparse=True)
+    notes = [f"{row.mode or row.provider}: {row.note}" for row in rows if row.op == "host" and row.note]
+    return "\n\n".join([text, *notes])
+
+
 def _ceiling(row: Row) -> str:
     return f"{row.gb_per_s:.4g} GB/s" if row.gb_per_s else f"{row.tflops:.4g} TFLOP/s"
 
@@ -205,6 +220,8 @@ def markdown(rows: list[Row]) -> str:
             "The seven linear layers of one transformer block: the roofline's bound, the bare layers, and time over "
             "theirs.\n\n" + layer_table(rows)
         )
+    if "host" in ops:
+        parts.append("Microseconds of the host for one call of a tiny layer.\n\n" + host_table(rows))
     if "svd" in ops:
         parts.append("Start-up of one layer: the truncated SVD.\n\n" + svd_table(rows))
     if "rollout" in ops:

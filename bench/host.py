@@ -1,0 +1,217 @@
+"""`python -m bench host`: microseconds of the host per call of one layer so small that its arithmetic is nothing.
+
+On a CPU that is the whole call; on a GPU the time until the call returns, the device idle before it, and with CUDA
+graphs the replay of a hundred calls divided by a hundred. "hot": calls follow one another. "cold": between two calls
+twice the last cache's bytes are written, as a model's weights go through it between two layers.
+
+Without a GPU also the kernels' path, with their launches stubbed out: all Python from the layer down to Triton's
+launcher, which then does nothing. The driver's own part of a launch is not in it.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from bench import providers as who
+from bench import timing
+from bench.linear import DTYPES
+from bench.providers import Case, Provider
+from bench.rows import Results, Row
+
+HOT, COLD, CAPTURED = "hot", "cold", "captured"
+QUIET, FORWARD, BACKWARD = PASSES = ("forward, no grad", "forward", "backward")
+FUNCTION, OPERATOR, STUBBED = "F.linear", "adapted_linear", "ours, launches stubbed out"
+SIZE = 64  # N and K of the layer, at one row
+# The two ways through the kernels: (M, N, K)
+KERNEL_SHAPES = {"decode": (1, 512, 512), "fused matmul": (256, 512, 512)}
+IN_A_GRAPH = 100
+CPU = torch.device("cpu")
+
+
+def providers(case: Case) -> list[Provider]:
+    """F.linear and the bare layer, PEFT's layer, ours, and the operator under it."""
+    f, linear = case.factors, case.linear
+    made = [Provider(FUNCTION, lambda x: F.linear(x, linear.weight, linear.bias), None)]
+    for name in (who.BARE, who.PEFT, who.OURS):
+        with contextlib.suppress(ImportError):  # a machine without PEFT measures the others
+            made.append(who.make(name, linear, f))
+    return [*made, _operator(OPERATOR, case)]
+
+
+def _operator(name: str, case: Case) -> Provider:
+    from tinylora.ops import adapted_linear
+
+    f, linear, v, basis = case.factors, case.linear, case.factors.v.float().requires_grad_(), case.factors.basis.float()
+
+    def forward(x):
+        return adapted_linear(x, linear.weight, f.down, v, f.up, linear.bias, basis=basis)
+
+    return Provider(name, forward, v)
+
+
+class Calls:
+    """Every provider's call in one pass, and what has to happen between two: `between` is not timed."""
+
+    def __init__(self, providers: list[Provider], x: Tensor, dy: Tensor, pass_: str, flush: Callable[[], None]):
+        self.providers, self.x, self.dy, self.pass_, self.flush = providers, x, dy, pass_, flush
+        self.outputs: dict[str, Tensor] = {}
+
+    def between(self, _: int = 0) -> None:
+        if self.pass_ == BACKWARD:
+            self.outputs = {p.name: p.forward(self.x) for p in self.providers}
+        self.flush()
+        if self.x.is_cuda:
+            torch.cuda.synchronize()
+
+    def call(self, p: Provider) -> Callable[[], object]:
+        x, dy = self.x, self.dy
+        if self.pass_ == BACKWARD:
+            wanted = [x] if p.trains is None else [x, p.trains]
+            return lambda: torch.autograd.grad(self.outputs[p.name], wanted, dy)
+        if self.pass_ == FORWARD:
+            return lambda: p.forward(x)
+
+        def quiet():
+            with torch.no_grad():
+                return p.forward(x)
+
+        return quiet
+
+    def times(self, budget: float) -> dict[str, timing.Times]:
+        calls = {p.name: self.call(p) for p in self.providers}
+        return timing.alternate(calls, self.between, 1, budget, CPU)  # the host's clock, on a GPU, too
+
+
+def flusher(mode: str, device: torch.device) -> Callable[[], None]:
+    """What empties the host's caches between two calls, or nothing."""
+    if mode != COLD:
+        return lambda: None
+    buffer = torch.zeros(2 * timing.last_level_cache(CPU), dtype=torch.int8)
+    return lambda: buffer.add_(1)
+
+
+def run(results: Results, device: torch.device, dtype: str, budget: float) -> None:
+    """Rows of op "host"."""
+    modes = (HOT, COLD)
+    parts = 2 if device.type == "cuda" else 1 + len(KERNEL_SHAPES)
+    case = Case(SIZE, SIZE, True, DTYPES[dtype], device, 2, 13)
+    (x,), (dy,) = case.operands(1, 1)
+    there = providers(case)
+    with tqdm(total=len(modes) * len(PASSES) * parts, desc="host", unit="cell", dynamic_ncols=True) as bar:
+        share = budget / bar.total
+
+        def measure(layer, M, N, K, found, x, dy):
+            for mode in modes:
+                for pass_ in PASSES:
+                    times = Calls(found, x, dy, pass_, flusher(mode, device)).times(share)
+                    for name, t in times.items():
+                        ratio = t.p50 / times[FUNCTION].p50 if FUNCTION in times else None
+                        _add(results, layer, M, N, K, name, pass_, mode, dtype, t, ratio)
+                    bar.update()
+
+        measure("tiny", 1, SIZE, SIZE, there, x, dy)
+        if device.type == "cuda":
+            for pass_ in (QUIET, FORWARD):
+                times = _captured(Calls(there, x, dy, pass_, lambda: None), share)
+                for name, t in times.items():
+                    _add(results, "tiny", 1, SIZE, SIZE, name, pass_, CAPTURED, dtype, t, t.p50 / times[FUNCTION].p50)
+            return
+        results.add(Row("host", "", "tiny", "", "", mode=CAPTURED, note="not measured: CUDA graphs need a GPU"))
+        try:
+            import triton  # noqa: F401
+        except ImportError as error:
+            results.add(Row("host", "", "kernels", STUBBED, "", note=f"not measured: {error}"))
+            return
+        for layer, (M, N, K) in KERNEL_SHAPES.items():
+            case = Case(N, K, True, torch.bfloat16, device, 2, 13)
+            (x,), (dy,) = case.operands(M, 1)
+            ours = who.make(who.OURS, case.linear, case.factors)
+            with launches_stubbed_out():
+                measure(layer, M, N, K, [Provider(STUBBED, ours.forward, ours.trains)], x, dy)
+
+
+def _captured(calls: Calls, budget: float) -> dict[str, timing.Times]:
+    """The host's part of a replay, for one of the calls in the graph."""
+    replays = {}
+    for p in calls.providers:
+        call = calls.call(p)
+        replays[p.name] = timing.captured(lambda call=call: [call() for _ in range(IN_A_GRAPH)]).replay
+    return timing.alternate(replays, calls.between, 1, budget, CPU, each=IN_A_GRAPH)
+
+
+def _add(results, layer, M, N, K, provider, pass_, mode, dtype, t, ratio) -> None:
+    dtype = "bf16" if provider == STUBBED else dtype
+    row = Row("host", "", layer, provider, pass_, M, N, K, 2, 13, dtype, mode=mode, ratio_to_bare=ratio)
+    row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds
+    results.add(row)
+
+
+@contextlib.contextmanager
+def launches_stubbed_out(capability: tuple[int, int] = (9, 0)) -> Iterator[list[str]]:
+    """CPU tensors take the kernels' path as on a card of this capability, and a launch ends where the driver's would
+    begin: nothing is compiled, nothing is computed, results are whatever memory held. Yields the kernels' names.
+
+    Triton's own Python (binding of arguments, their specialisation, its cache) runs as it is.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from tinylora.kernels import decode, gradients, scratch, thin
+    from tinylora.ops import dispatch, fused
+    from tinylora.ops import linear as operator
+
+    launched: list[str] = []
+    jitted: list[JITFunction] = []
+    zeros: dict[torch.device, Tensor] = {}
+
+    def cached_counters(n, device):  # on a card they are allocated once
+        if len(zeros.get(device, ())) < n:
+            zeros[device] = torch.zeros(max(n, 1 << 14), dtype=torch.int32)
+        return zeros[device]
+
+    def compiled(self, key, signature, device, *_):
+        name = self.fn.__name__
+        launch = SimpleNamespace(
+            run=lambda *args: launched.append(name),
+            launch_metadata=lambda *args: None,
+            function=0,
+            packed_metadata=(),
+        )
+        self.device_caches[device][0][key] = launch
+        jitted.append(self)
+        return launch
+
+    def computes(x, weight, down, core, up):
+        factors = tuple(t.dtype for t in (down, up, core) if t is not None)
+        version = dispatch.triton_version()
+        dispatch.route("cuda", weight.dtype, factors, down.shape[0], capability, dispatch.interpreting(), version)
+        return fused
+
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    driver = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: "stub",  # a key of Triton's caches
+        get_current_stream=lambda device=None: 0,
+        get_active_torch_device=lambda: CPU,
+    )
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
+    try:
+        with contextlib.ExitStack() as stack:
+            for module in (decode, thin, gradients, scratch):
+                stack.enter_context(mock.patch.object(module, "counters", cached_counters))
+            stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compiled))
+            stack.enter_context(mock.patch.object(fused, "capability_of", lambda device: capability))
+            stack.enter_context(mock.patch.object(operator, "_computes", computes))
+            yield launched
+    finally:
+        triton.runtime.driver._active = before
+        for function in jitted:
+            function.device_caches.pop("stub", None)
