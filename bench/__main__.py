@@ -1,7 +1,7 @@
 """`python -m bench`: the command line of the benchmark."""
 
 import argparse
-import dataclasses
+import contextlib
 import os
 import sys
 import time
@@ -16,10 +16,13 @@ import torch
 from bench import (
     analysis,
     block,
+    gpu,
     host,
     layer,
     linear,
+    memory,
     model,
+    parts,
     peft,
     providers,
     report,
@@ -45,7 +48,8 @@ examples:
   python -m bench linear --layers all --budget 1800          every distinct shape, every M
   python -m bench --out bench/results && python -m bench table    renew the results in git and in the README"""
 
-COMMANDS = ("linear", "layer", "host", "svd", "model", "peft", "rollout", "roofline", "analysis", "table")
+COMMANDS = ("linear", "layer", "host", "memory", "svd", "model", "peft", "rollout", "analysis")
+COMMANDS += ("parts", "roofline", "gpu", "table")
 MAIN_BUDGET = 150.0
 NOISY = 1.3  # spread of a typical cell from which on a run should not be trusted; 1.1 on a quiet machine
 
@@ -95,6 +99,27 @@ def parser() -> argparse.ArgumentParser:
     common(p)
     p.add_argument("--dtype", choices=tuple(linear.DTYPES), default="fp32", help="of the tiny layer (%(default)s)")
     p.add_argument("--budget", type=float, default=40.0, help="seconds of timing (default %(default)g)")
+
+    p = what.add_parser("memory", help=_first(memory), description=memory.__doc__)
+    common(p)
+    p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=["Qwen2.5-0.5B"], metavar="MODEL")
+    p.add_argument("--dtype", choices=tuple(linear.DTYPES), default="bf16", help="(default %(default)s)")
+    p.add_argument("--M", nargs="+", type=int, default=[1024], help="rows (default 1024)")
+
+    p = what.add_parser("parts", help=_first(parts), description=parts.__doc__)
+    common(p)
+    p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=list(layer.CUDA_MODELS), metavar="MODEL")
+    p.add_argument("--budget", type=float, default=330.0, help="seconds of timing (default %(default)g)")
+    p.add_argument(
+        "--stubbed", action="store_true", help="on a CPU, launches stubbed out: runs the code, measures nothing"
+    )
+
+    p = what.add_parser("gpu", help=_first(gpu), description=gpu.__doc__)
+    p.add_argument("--stage", nargs="+", choices=gpu.NAMES, default=[], metavar="STAGE", help=", ".join(gpu.NAMES))
+    p.add_argument("--dry-run", action="store_true", help="on the CPU, small: proves that every stage runs")
+    p.add_argument(
+        "--out", type=Path, help="folder for all of it (default bench/out/gpu; a dry run's: a temporary one)"
+    )
 
     p = what.add_parser("roofline", help=_first(roofline), description=roofline.__doc__)
     p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=list(layer.CUDA_MODELS), metavar="MODEL")
@@ -166,6 +191,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.what == "roofline":
         print(report.roofline_table(args.models, args.r, args.M))
         return 0
+    if args.what == "gpu":
+        if not args.dry_run and not torch.cuda.is_available():
+            print("There is no CUDA device: nothing is measured. --dry-run takes the CPU.", file=sys.stderr)
+            return 2
+        return gpu.run(args.out, tuple(args.stage), args.dry_run, COMMANDS)
     if args.what == "analysis":
         _set_threads(args.threads)
         analysis.run(args.out, args.pretraining, args.steps)
@@ -177,9 +207,13 @@ def main(argv: list[str] | None = None) -> int:
         _set_threads(args.threads)
     started = time.perf_counter()
     ops = (args.what,) if args.what else ("svd", "model", "linear")
-    ops += ("ceilings",) * ("layer" in ops)
+    ops += ("ceilings",) * (args.what in ("layer", "parts"))
+    if args.what == "layer":
+        cpu = device.type == "cpu"
+        args.models = args.models or (layer.CPU_MODELS if cpu else layer.CUDA_MODELS)
+        args.M = args.M or (layer.CPU_ROWS if cpu else layer.CUDA_ROWS)
     missed: list[str] = []
-    with rows.Results(args.out, ops, device) as results:
+    with rows.Results(args.out, ops, device, _replaced(args)) as results:
         if "svd" in ops:
             svd.run(results, device, **({"model": args.model} if args.what else {"budget": args.budget / 2}))
         if "peft" in ops:
@@ -189,11 +223,12 @@ def main(argv: list[str] | None = None) -> int:
         if "rollout" in ops:
             rollout.run(results, args.out, device, args.model, args.batch, args.adapters, args.new, args.budget)
         if "layer" in ops:
-            cpu = device.type == "cpu"
-            models = args.models or (layer.CPU_MODELS if cpu else layer.CUDA_MODELS)
-            Ms = args.M or (layer.CPU_ROWS if cpu else layer.CUDA_ROWS)
-            chosen = layer.Plan(tuple(models), tuple(args.dtypes), tuple(Ms), tuple(args.providers), args.budget)
-            missed = layer.run(dataclasses.replace(chosen, r=args.r, u=args.u), results, device)
+            what = (tuple(t) for t in (args.models, args.dtypes, args.M, args.providers))
+            missed = layer.run(layer.Plan(*what, args.budget, args.r, args.u), results, device)
+        if "memory" in ops:
+            memory.run(results, device, tuple(args.models), args.dtype, tuple(args.M))
+        if "parts" in ops:
+            _parts(results, device, args)
         if "host" in ops:
             host.run(results, device, args.dtype, args.budget)
         if "linear" in ops:
@@ -203,10 +238,27 @@ def main(argv: list[str] | None = None) -> int:
     _show(results, missed, time.perf_counter() - started)
     # Others may fail for the machine's reasons (torch.compile without a C++ compiler); we may not, and nobody be wrong.
     bad = (
-        r.note.startswith("wrong") or (r.note.startswith("failed") and r.provider == providers.OURS)
+        r.note.startswith("wrong") or (r.note.startswith("failed") and r.provider.startswith(providers.OURS))
         for r in results.rows
     )
     return 1 if any(bad) else 0
+
+
+def _replaced(args):
+    """Which rows of its ops a command replaces: those of the models and Ms that it measures."""
+    models, Ms = getattr(args, "models", None), getattr(args, "M", None)
+    return lambda row: (not models or row.model in (*models, "")) and (not Ms or row.M in (*Ms, None))
+
+
+def _parts(results, device, args) -> None:
+    if device.type == "cpu" and not args.stubbed:
+        results.add(rows.Row("parts", "", "", "", "", note="not measured: the kernels run on NVIDIA GPUs"))
+        return
+    _, ceilings = roofline.measure(device, ("bf16", "fp32"), 0.05 * args.budget)
+    for row in ceilings:
+        results.add(row)
+    with host.launches_stubbed_out() if args.stubbed else contextlib.nullcontext():
+        parts.run(results, device, tuple(args.models), args.budget, check=not args.stubbed)
 
 
 def _set_threads(wanted: int | None) -> None:
@@ -235,26 +287,30 @@ def _show(results, missed, seconds) -> None:
     """Tables on stdout and as markdown, the plot, and where all of it is."""
     kept = rows.read(results.path)
     ops = {row.op for row in results.rows}
-    parts = []
+    shown = []
     if "layer" in ops:
-        parts += [report.layer_table(results.rows)]
+        shown += [report.layer_table(results.rows)]
     if "linear" in ops:
-        parts += [report.linear_table(results.rows)]
+        shown += [report.linear_table(results.rows)]
+    if "memory" in ops:
+        shown += ["Memory of one block\n\n" + report.memory_table(results.rows)]
+    if "parts" in ops:
+        shown += ["The kernels one by one\n\n" + report.parts_table(results.rows)]
     if "host" in ops:
-        parts += ["Microseconds of the host\n\n" + report.host_table(results.rows)]
+        shown += ["Microseconds of the host\n\n" + report.host_table(results.rows)]
     if "svd" in ops:
-        parts += ["Start-up of one layer\n\n" + report.svd_table(results.rows)]
+        shown += ["Start-up of one layer\n\n" + report.svd_table(results.rows)]
     if "peft" in ops:
-        parts += [f"{peft.MODEL}, adapted by PEFT\n\n" + report.model_table(results.rows, "peft")]
-        parts += ["\n".join(peft.bars(results.rows))]
+        shown += [f"{peft.MODEL}, adapted by PEFT\n\n" + report.model_table(results.rows, "peft")]
+        shown += ["\n".join(peft.bars(results.rows))]
     if "model" in ops:
-        parts += ["A whole model\n\n" + report.model_table(results.rows)]
+        shown += ["A whole model\n\n" + report.model_table(results.rows)]
     if "rollout" in ops:
-        parts += ["Rollouts\n\n" + report.rollout_table(results.rows)]
+        shown += ["Rollouts\n\n" + report.rollout_table(results.rows)]
     if report.barred(results.rows):
         title = f"Geometric means over the shapes of Qwen2.5 at M >= {report.BAR_ROWS}"
-        parts += [f"{title}\n\n{report.means_table(results.rows)}", "\n".join(report.bars(results.rows))]
-    text = "\n\n".join(parts)
+        shown += [f"{title}\n\n{report.means_table(results.rows)}", "\n".join(report.bars(results.rows))]
+    text = "\n\n".join(shown)
     results.path.with_suffix(".md").write_text(text + "\n")
     report.plot(kept, results.path.with_suffix(".png"))
     report.plot(kept, results.path.with_name(f"{results.path.stem}-layer.png"), "layer", block.PROVIDERS)

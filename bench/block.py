@@ -130,17 +130,17 @@ def _bare(name, case, block):
 
 def _peft(name, case, block):
     """PEFT's own layers, as in `providers._peft`: its SVDs are cut short and its numbers overwritten in place."""
-    import peft
+    from peft import TinyLoraConfig, get_peft_model  # an ImportError, too, where PEFT is too old to have it
 
     first = case.factors[NAMES[0]]
-    config = peft.TinyLoraConfig(r=first.down.shape[0], u=first.v.shape[0], target_modules=list(NAMES))
+    config = TinyLoraConfig(r=first.down.shape[0], u=first.v.shape[0], target_modules=list(NAMES))
 
     def svd(W, **_):
         r = config.r
         return W.new_zeros(W.shape[0], r), W.new_zeros(r), W.new_zeros(r, W.shape[1])
 
     with mock.patch("torch.linalg.svd", svd):
-        model = peft.get_peft_model(block, config, autocast_adapter_dtype=name == who.PEFT)
+        model = get_peft_model(block, config, autocast_adapter_dtype=name == who.PEFT)
     vs = []
     with torch.no_grad():
         for projection in NAMES:

@@ -136,13 +136,13 @@ def _peft(name, linear, f) -> Provider:
     """PEFT's own layer, made by get_peft_model. Only its start is cut short: the full SVD (seconds at 3584 x 3584, see
     `python -m bench svd`) is replaced by the shared factors, with singular values of one, so that PEFT itself stores
     them as A and B in the dtypes it chooses; P and v are then overwritten in place."""
-    import peft
+    from peft import TinyLoraConfig, get_peft_model  # an ImportError, too, where PEFT is too old to have it
 
-    config = peft.TinyLoraConfig(r=f.down.shape[0], u=f.v.shape[0], target_modules=["proj"])
+    config = TinyLoraConfig(r=f.down.shape[0], u=f.v.shape[0], target_modules=["proj"])
     shared = f.up.float(), f.up.new_ones(f.down.shape[0], dtype=torch.float32), f.down.float()
     with mock.patch("torch.linalg.svd", lambda *_, **__: shared):
         model = nn.ModuleDict({"proj": linear})
-        model = peft.get_peft_model(model, config, autocast_adapter_dtype=name == PEFT)
+        model = get_peft_model(model, config, autocast_adapter_dtype=name == PEFT)
     layer = model.base_model.model["proj"]
     (v,) = (p for p in model.parameters() if p.requires_grad)
     with torch.no_grad():

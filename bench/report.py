@@ -121,6 +121,31 @@ def layer_table(rows: list[Row]) -> str:
     return "\n\n".join([text, *below, *sorted(notes)])
 
 
+def parts_table(rows: list[Row]) -> str:
+    """The kernels one by one, against the library's bare matmul."""
+    lines = [[r.model, r.layer, f"{r.N} x {r.K}", r.M, r.pass_, r.provider, *_part(r)] for r in rows if r.op == "parts"]
+    headers = ["model", "layer", "N x K", "M", "part", "provider", "us", "GB/s", "TFLOP/s", "over F.linear"]
+    found = [f"{r.pass_} {_ceiling(r)}" for r in rows if r.op == "ceilings"]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True) + "\n\nCeilings: " + ", ".join(found)
+
+
+def _part(row: Row) -> list[str]:
+    if not row.p50_ms:
+        return [row.note]
+    ratio = f"{row.ratio_to_bare:.3f}" if row.ratio_to_bare else ""
+    return [f"{row.p50_ms * 1e3:.2f}", f"{row.gb_per_s:.0f}", f"{row.tflops:.1f}", row.note or ratio]
+
+
+def memory_table(rows: list[Row]) -> str:
+    """What a block keeps and the peak, in MB."""
+    lines = [
+        [r.model, r.dtype, r.M, r.provider, r.pass_, r.note if r.peak_mb is None else f"{r.peak_mb:.3f}"]
+        for r in rows
+        if r.op == "memory"
+    ]
+    return tabulate(lines, ["model", "dtype", "M", "provider", "what", "MiB"], tablefmt="github", disable_numparse=True)
+
+
 def host_table(rows: list[Row]) -> str:
     """Microseconds of the host per call."""
     found: dict[tuple, dict[str, Row]] = defaultdict(dict)
@@ -220,6 +245,10 @@ def markdown(rows: list[Row]) -> str:
             "The seven linear layers of one transformer block: the roofline's bound, the bare layers, and time over "
             "theirs.\n\n" + layer_table(rows)
         )
+    if "memory" in ops:
+        parts.append("Memory of one block beside its weights, in MiB.\n\n" + memory_table(rows))
+    if "parts" in ops:
+        parts.append("The kernels one by one (r = 2, bf16).\n\n" + parts_table(rows))
     if "host" in ops:
         parts.append("Microseconds of the host for one call of a tiny layer.\n\n" + host_table(rows))
     if "svd" in ops:

@@ -144,7 +144,7 @@ def agreement(model: str, out: Path, device, batch: int, new: int) -> dict[str, 
 
     def measure(name, sampler, trainer=None):
         sequences, sampled = rolled_out(sampler, tokens, new)
-        differences[name] = (sampled - log_probabilities(trainer or sampler, sequences, length)).abs().flatten()
+        differences[name] = (sampled - log_probabilities(trainer or sampler, sequences, length)).abs().flatten().cpu()
 
     with tqdm(total=4, desc=f"agreement {model}", unit="model", leave=False) as bar:
         measure(who.BARE, build(model, device))
