@@ -80,13 +80,13 @@ STAGES = (
     Stage(
         "layer",
         "the seven layers of a block, many rows",
-        ("layer", "--models", *BIG, "--dtypes", "bf16", "--M", "128", "1024", "8192", "--budget", "330"),
+        ("layer", "--models", *BIG, "--dtypes", "bf16", "--M", "128", "1024", "8192", "--budget", "390"),
         dry=(*SMALL, "--models", "Qwen2.5-0.5B", "--M", "8", "--providers", "bare", "addmm", "ours, no siblings"),
     ),
     Stage(
         "decode",
         "the same, few rows, eager and captured",
-        ("layer", "--models", *BIG, "--dtypes", "bf16", "--M", "1", "8", "16", "32", "--budget", "270"),
+        ("layer", "--models", *BIG, "--dtypes", "bf16", "--M", "1", "8", "16", "32", "--budget", "390"),
         dry=(*SMALL, "--models", "Qwen2.5-0.5B", "--M", "1", "--providers", "bare", "addmm", "ours, no siblings"),
     ),
     Stage("host", "microseconds of the host per call", ("host", "--dtype", "bf16", "--budget", "60"), dry=SMALL),

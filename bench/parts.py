@@ -22,6 +22,7 @@ from bench.rows import Results, Row
 MATMUL, THIN, DECODE = "fused matmul", "thin pass", "decode"
 LIBRARY, OURS, AS_U, AS_UT = "F.linear", "ours", "ours, U as [N, r]", "ours, U as [r, N]"
 ROWS = {MATMUL: (512, 2048, 8192), THIN: (512, 8192), DECODE: (1, 8, 16)}
+PASSES = {MATMUL: ("Y", "dX"), THIN: ("z",), DECODE: ("Y",)}
 R = 2
 
 
@@ -44,22 +45,22 @@ class Cell:
 def run(results: Results, device: torch.device, models: tuple[str, ...], budget: float, check: bool = True) -> None:
     """Rows of op "parts". `check` is off where launches are stubbed out, and numbers mean nothing."""
     cells = [
-        (model, part, layer, M)
+        (model, part, pass_, layer, M)
         for part, Ms in ROWS.items()
         for model in models
         for layer in shapes.layers(model)
         for M in Ms
+        for pass_ in PASSES[part]
     ]
     with tqdm(total=len(cells), desc="parts", unit="cell", dynamic_ncols=True) as bar:
-        for model, part, layer, M in cells:
+        for model, part, pass_, layer, M in cells:
             bar.set_postfix_str(f"{part} {layer.N} x {layer.K}, M = {M}")
             make = {MATMUL: _matmul, THIN: _thin, DECODE: _decode}[part]
-            for pass_ in ("X", "dX") if part == MATMUL else ("forward",):
-                N, K = (layer.K, layer.N) if pass_ == "dX" else (layer.N, layer.K)
-                buffers = timing.buffers_past_cache(2 * (N * K + M * (N + K)), device)
-                cell = make(M, N, K, pass_ == "dX", buffers, device)
-                where = (model, layer.name, f"{part}, {pass_}", M, N, K)
-                _measure(results, cell, where, buffers, budget / len(cells), device, check)
+            N, K = (layer.K, layer.N) if pass_ == "dX" else (layer.N, layer.K)
+            buffers = timing.buffers_past_cache(2 * (N * K + M * (N + K)), device)
+            cell = make(M, N, K, pass_ == "dX", buffers, device)
+            where = (model, layer.name, f"{part}, {pass_}", M, N, K)
+            _measure(results, cell, where, buffers, budget / len(cells), device, check)
             bar.update()
 
 
