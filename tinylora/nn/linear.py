@@ -33,6 +33,7 @@ class Linear(nn.Linear):
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
         self.merged: str | None = None
+        self.siblings = None  # the group it computes in (nn/siblings.py), while its parent runs
         self._unmerged_weight: Tensor | None = None
 
     @classmethod
@@ -69,6 +70,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None or self.merged is not None:
             return F.linear(x, self.weight, self.bias)
+        siblings = self.siblings
+        if siblings is not None and siblings.running:
+            y = siblings.output(self, x)
+            if y is not None:
+                return y
         adapter = self.adapters._modules[self.active]
         down, core, up, basis = adapter.factors()
         rows = adapter.shared.rows
@@ -111,6 +117,17 @@ class Linear(nn.Linear):
     def add(self, name: str, adapter: Adapter) -> None:
         self.adapters[name] = adapter
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.siblings is not None:
+            self.siblings.share()  # .to gave every layer a storage of its own
+        return self
+
+    def __getstate__(self):
+        return {**self.__dict__, "siblings": None}  # a copied parent gives its copies a group of their own
+
     def extra_repr(self) -> str:
         state = f", active={self.active}" if self.active else ""
+        if self.siblings is not None:
+            state += f", one of {len(self.siblings.layers)} siblings"
         return super().extra_repr() + state + (f", merged={self.merged}" if self.merged else "")

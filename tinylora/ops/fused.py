@@ -169,3 +169,11 @@ def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice
     if need_bias:
         dbias = dy.sum(0)
     return dx, dweight, ddown, dcore, dup, dbias
+
+
+def backward_of_parts(dys, z, weight, down, core, up, adapter_ids, basis, need_x, need_core):
+    """(dX, dC or dv) of layers that share x, for dY whole or in parts; weight is all of theirs."""
+    dy = dys[0] if len(dys) == 1 else torch.cat(list(dys), -1)
+    need = (need_x, False, False, need_core, False, False)
+    dx, _, _, dcore, _, _ = backward(dy, None, z, weight, down, core, up, adapter_ids, basis, need)
+    return dx, dcore
