@@ -409,7 +409,7 @@ def test_frozen_factors_that_somebody_changes_or_replaces():
         for m in (model, alone):
             adapter = m.model.layers[0].mlp.up_proj.adapters["default"]
             for name, t in adapter.named_buffers():
-                new = torch.randn(t.shape, generator=torch.Generator().manual_seed(replaced))
+                new = torch.randn(t.shape, generator=torch.Generator().manual_seed(int(replaced)))
                 setattr(adapter, name, new) if replaced else t.copy_(new)
         torch.testing.assert_close(model(tokens()).logits, alone(tokens()).logits, rtol=1e-4, atol=1e-5)
 
