@@ -17,7 +17,9 @@ from tinylora.nn.targets import find_modules_to_save, find_targets, sites_of
 STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
 
 
-def apply(model: nn.Module, config: AdapterConfig, name: str = "default") -> nn.Module:
+def apply(
+    model: nn.Module, config: AdapterConfig, name: str = "default", *, batch_invariant: bool = False
+) -> nn.Module:
     """Put an adapter on a model, in place, and make it the active one. Returns the model.
 
     Every target (`config.target_modules`) becomes a `tinylora.Linear` around its own weight; everything but the
@@ -25,9 +27,14 @@ def apply(model: nn.Module, config: AdapterConfig, name: str = "default") -> nn.
     shows a progress bar and is cached on disk (~/.cache/tinylora), so that it happens once for a checkpoint.
 
     Several adapters can live on a model under different names; `tinylora.activate` switches.
+    batch_invariant: sets `Linear.batch_invariant` on every adapted layer, for rollouts whose log-probabilities must be
+    the training forward's; what else of the model depends on the batch stays so (attention, the head).
     ValueError: nothing to adapt, a name in use or with a dot, a merged model, weights not loaded yet.
     """
     attach(model, find_targets(model, config.target_modules), config, name)
+    if batch_invariant:
+        for layer in adapted_layers(model).values():
+            layer.batch_invariant = True
     return model
 
 
