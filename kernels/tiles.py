@@ -267,7 +267,7 @@ def pinned(
     if capability is None:
         return Choice(_small(Gemm(128, 128, 64, 8, 4, descriptors, 1)), thin, None, why)
     if dtype == torch.float32:
-        return Choice(Gemm(32, 64, 16, 4, 2, rank=16), thin, None, why)
+        return Choice(Gemm(16, 64, 16, 4, 2, rank=16), thin, None, why)
     if descriptors and chip.bulk_copies:
         main = Gemm(128, 128, 64, 8, 4, True, chip.sms, 2, rank=chip.rank_in_registers)
     elif descriptors and chip.shared > 150000:
