@@ -18,20 +18,34 @@ from tinylora.nn.targets import find_modules_to_save, find_targets, sites_of
 STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
 
 
-def apply(model: nn.Module, config: AdapterConfig, name: str = "default", *, siblings: bool = True) -> nn.Module:
+def apply(
+    model: nn.Module,
+    config: AdapterConfig,
+    name: str = "default",
+    *,
+    siblings: bool = True,
+    batch_invariant: bool = False,
+) -> nn.Module:
     """Put an adapter on a model, in place, and make it the active one. Returns the model.
 
     Every target (`config.target_modules`) becomes a `tinylora.Linear` around its own weight; everything but the
     adapter is frozen. The model's outputs are unchanged until the adapter is trained. Decomposing the weights
     shows a progress bar and is cached on disk (~/.cache/tinylora), so that it happens once for a checkpoint.
 
+    Several adapters can live on a model under different names; `tinylora.activate` switches.
+
     siblings: layers that receive one tensor (q, k, v; gate, up) run as one operator and keep their weights in one
     storage, where the adapter's core alone trains (TinyLoRA, LoRA-XS). Same names, same results up to rounding.
+    batch_invariant: sets `Linear.batch_invariant` on every adapted layer, for rollouts whose log-probabilities must be
+    the training forward's; what else of the model depends on the batch stays so (attention, the head). Siblings
+    then compute alone.
 
-    Several adapters can live on a model under different names; `tinylora.activate` switches.
     ValueError: nothing to adapt, a name in use or with a dot, a merged model, weights not loaded yet.
     """
     attach(model, find_targets(model, config.target_modules), config, name, siblings=siblings)
+    if batch_invariant:
+        for layer in adapted_layers(model).values():
+            layer.batch_invariant = True
     return model
 
 

@@ -158,7 +158,7 @@ class Siblings:
         if wide is None or x.shape[-1:] != weight.shape[1:] or x.device != weight.device:
             return None
         for layer in self.layers:
-            if layer.active != name or layer.merged is not None:
+            if layer.active != name or layer.merged is not None or layer.batch_invariant:
                 return None
         adapters = [layer.adapters._modules[name] for layer in self.layers]
         if first.training and any(a.dropout for a in adapters):

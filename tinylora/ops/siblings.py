@@ -69,11 +69,11 @@ def _forward(x, weights, down, core, up, biases, adapter_ids, basis) -> tuple[Te
         if biases:
             bias = joined(biases)
             bias = torch.cat(list(biases)) if bias is None else bias
-        return linear._forward(x, weight, down, core, up, bias, adapter_ids, basis)
+        return linear._forward(x, weight, down, core, up, bias, adapter_ids, basis, False)
     ys = []
     for i, (weight, up_i) in enumerate(zip(weights, up.split([w.shape[0] for w in weights]), strict=True)):
         bias = biases[i] if biases else None
-        y, z = linear._forward(x, weight, down, core, up_i, bias, adapter_ids, basis)
+        y, z = linear._forward(x, weight, down, core, up_i, bias, adapter_ids, basis, False)
         ys.append(y)
     return torch.cat(ys, -1), z
 
