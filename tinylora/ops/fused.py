@@ -4,6 +4,8 @@ Both directions are one function, `_linear`: dX = dY W + ((dY U) C) D is the ope
 """
 
 from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -63,14 +65,23 @@ def _linear(
     up: Tensor,
     bias: Tensor | None,
     choice: tiles.Choice | None = None,
+    pin: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(Y, z) with Y = X Wᵀ + s Uᵀ + b, z = X Dᵀ in fp32, s = z Cᵀ; w, down and up may be transposed views."""
+    """(Y, z) with Y = X Wᵀ + s Uᵀ + b, z = X Dᵀ in fp32, s = z Cᵀ; w, down and up may be transposed views.
+
+    choice: forces what `tiles.choose` would decide. pin: one choice for every M, and for every layout of x.
+    """
     (M, K), N, r = x.shape, w.shape[0], down.shape[0]
     z = torch.empty(M, r, dtype=torch.float32, device=x.device)
     if M == 0:
         return x.new_empty(0, N), z
     precision = _precision()
-    if choice is None:
+    if pin:
+        # A view of x that bulk copies refuse must not take another path than its rows do elsewhere.
+        if x.stride() != (K, 1) or x.data_ptr() % 16:
+            x = x.clone(memory_format=torch.contiguous_format)
+        choice = tiles.pinned(N, K, r, x.dtype, _capability(x.device), fits_descriptors(x, w))
+    elif choice is None:
         choice = tiles.choose(M, N, K, r, x.dtype, _capability(x.device), fits_descriptors(x, w))
     s = None
     if choice.thin is not None:
@@ -97,17 +108,18 @@ def forward(
     adapter_ids: Tensor | None,
     basis: Tensor | None,
     choice: tiles.Choice | None = None,
+    pin: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(Y, z) for x of [M, K]. `choice` forces what `tiles.choose` would decide."""
+    """(Y, z) for x of [M, K]; `choice` and `pin` as in `_linear`."""
     if adapter_ids is not None and adapter_ids.device.type == "cpu":
         eager.check_ids(adapter_ids, core.shape[0])
     if x.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
         wide = (None if t is None else t.float() for t in (x, weight, down, core, up, bias))
-        y, z = forward(*wide, adapter_ids, None if basis is None else basis.float(), choice)
+        y, z = forward(*wide, adapter_ids, None if basis is None else basis.float(), choice, pin)
         return y.to(x.dtype), z
     with _current(x.device):
         core, basis = _mixed_inside(core, basis)
-        return _linear(x, weight, down, Core(core, basis, adapter_ids), up, bias, choice)
+        return _linear(x, weight, down, Core(core, basis, adapter_ids), up, bias, choice, pin)
 
 
 def backward(
@@ -122,6 +134,7 @@ def backward(
     basis: Tensor | None,
     need: tuple[bool, bool, bool, bool, bool, bool],
     choice: tiles.Choice | None = None,
+    pin: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (x, weight, down, core, up, bias), None where `need` is False; `eager.backward`'s formulas.
 
@@ -130,14 +143,14 @@ def backward(
     """
     if dy.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
         wide = (None if t is None else t.float() for t in (dy, x, z, weight, down, core, up))
-        grads = backward(*wide, adapter_ids, None if basis is None else basis.float(), need, choice)
+        grads = backward(*wide, adapter_ids, None if basis is None else basis.float(), need, choice, pin)
         like = (dy, weight, down, core, up, dy)
         return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
     with _current(dy.device):
-        return _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice)
+        return _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice, pin)
 
 
-def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice):
+def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice, pin):
     need_x, need_weight, need_down, need_core, need_up, need_bias = need
     (M, N), r = dy.shape, down.shape[0]
     dx = dweight = ddown = dcore = dup = dbias = None
@@ -148,7 +161,7 @@ def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice
     if dy.stride(1) != 1 or 0 in dy.stride():  # a gradient that autograd broadcast
         dy = dy.contiguous()
     if need_x:
-        dx, t = _linear(dy, weight.T, up.T, theirs, down.T, None, choice)
+        dx, t = _linear(dy, weight.T, up.T, theirs, down.T, None, choice, pin)
     elif need_down or need_core:
         tile = tiles.thin_tile(M, N, r, dy.dtype, _capability(dy.device))
         t, _ = thin(dy, up.T, theirs, tile, _precision(), want_s=False)
@@ -169,3 +182,15 @@ def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice
     if need_bias:
         dbias = dy.sum(0)
     return dx, dweight, ddown, dcore, dup, dbias
+
+
+def backward_of_parts(dys, z, weight, down, core, up, adapter_ids, basis, need_x, need_core):
+    """(dX, dC or dv) of layers that share x, for dY whole or in parts; weight is all of theirs."""
+    dy = dys[0] if len(dys) == 1 else torch.cat(list(dys), -1)
+    need = (need_x, False, False, need_core, False, False)
+    dx, _, _, dcore, _, _ = backward(dy, None, z, weight, down, core, up, adapter_ids, basis, need)
+    return dx, dcore
+
+
+# The same two functions with rows that do not depend on each other (`batch_invariant=True`).
+invariant = SimpleNamespace(forward=partial(forward, pin=True), backward=partial(backward, pin=True))
