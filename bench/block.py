@@ -5,7 +5,6 @@ from outside, as do the gradients of the seven outputs. Norms, rotations, attent
 alike, cost nothing here; what autograd does between siblings (adding up their dX) does, as in a model.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
@@ -155,28 +154,19 @@ def _peft(name, case, block):
     return model.base_model.model, vs
 
 
-def knows_siblings() -> bool:
-    import tinylora
-
-    return "siblings" in inspect.signature(tinylora.apply).parameters
-
-
 def _ours(name, case, block):
     """What users get from `tinylora.apply`; its SVD gives the shared factors, and P and v are overwritten in place."""
     import tinylora
 
     first = case.factors[NAMES[0]]
     config = tinylora.TinyLoraConfig(r=first.down.shape[0], u=first.v.shape[0], target_modules=list(NAMES))
-    options = {"siblings": name == who.OURS} if knows_siblings() else {}
-    if not options and name == who.OURS:
-        raise ImportError("this tinylora.apply knows no siblings")
 
     def svd(weight, r, path, *_):
         f = case.factors[path.rsplit(".", 1)[-1]]
         return f.up.float(), f.up.new_ones(r, dtype=torch.float32), f.down.float()
 
     with mock.patch("tinylora.adapters.lora_xs.cached_svd", svd):
-        tinylora.apply(block, config, **options)
+        tinylora.apply(block, config, siblings=name == who.OURS)
     vs = []
     with torch.no_grad():
         for projection in NAMES:

@@ -81,13 +81,13 @@ STAGES = (
         "layer",
         "the seven layers of a block, many rows",
         ("layer", "--models", *BIG, "--dtypes", "bf16", "--M", "128", "1024", "8192", "--budget", "390"),
-        dry=(*SMALL, "--models", "Qwen2.5-0.5B", "--M", "8", "--providers", "bare", "addmm", "ours, no siblings"),
+        dry=(*SMALL, "--models", "Qwen2.5-0.5B", "--M", "8", "--providers", "bare", "addmm", "ours"),
     ),
     Stage(
         "decode",
         "the same, few rows, eager and captured",
         ("layer", "--models", *BIG, "--dtypes", "bf16", "--M", "1", "8", "16", "32", "--budget", "390"),
-        dry=(*SMALL, "--models", "Qwen2.5-0.5B", "--M", "1", "--providers", "bare", "addmm", "ours, no siblings"),
+        dry=(*SMALL, "--models", "Qwen2.5-0.5B", "--M", "1", "--providers", "bare", "addmm", "ours"),
     ),
     Stage("host", "microseconds of the host per call", ("host", "--dtype", "bf16", "--budget", "60"), dry=SMALL),
     Stage(

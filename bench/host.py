@@ -10,6 +10,7 @@ launcher, which then does nothing. The driver's own part of a launch is not in i
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest import mock
 
@@ -18,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from bench import block, shapes, timing
 from bench import providers as who
-from bench import timing
 from bench.linear import DTYPES
-from bench.providers import Case, Provider
+from bench.providers import Case
 from bench.rows import Results, Row
 
 HOT, COLD, CAPTURED = "hot", "cold", "captured"
@@ -34,52 +35,68 @@ IN_A_GRAPH = 100
 CPU = torch.device("cpu")
 
 
-def providers(case: Case) -> list[Provider]:
+@dataclass
+class Host:
+    """One way to call. forward: the inputs -> one output or several; trains: what trains beside the inputs."""
+
+    name: str
+    forward: Callable[..., Tensor | tuple[Tensor, ...]]
+    trains: list[Tensor]
+
+
+def one_layer(case: Case) -> list[Host]:
     """F.linear and the bare layer, PEFT's layer, ours, and the operator under it."""
-    f, linear = case.factors, case.linear
-    made = [Provider(FUNCTION, lambda x: F.linear(x, linear.weight, linear.bias), None)]
-    for name in (who.BARE, who.PEFT, who.OURS):
-        with contextlib.suppress(ImportError):  # a machine without PEFT measures the others
-            made.append(who.make(name, linear, f))
-    return [*made, _operator(OPERATOR, case)]
-
-
-def _operator(name: str, case: Case) -> Provider:
     from tinylora.ops import adapted_linear
 
-    f, linear, v, basis = case.factors, case.linear, case.factors.v.float().requires_grad_(), case.factors.basis.float()
+    f, linear = case.factors, case.linear
+    made = [Host(FUNCTION, lambda x: F.linear(x, linear.weight, linear.bias), [])]
+    for name in (who.BARE, who.PEFT, who.OURS):
+        with contextlib.suppress(ImportError):  # a machine without PEFT measures the others
+            p = who.make(name, linear, f)
+            made.append(Host(name, p.forward, [] if p.trains is None else [p.trains]))
+    v, basis = f.v.float().requires_grad_(), f.basis.float()
 
-    def forward(x):
+    def operator(x):
         return adapted_linear(x, linear.weight, f.down, v, f.up, linear.bias, basis=basis)
 
-    return Provider(name, forward, v)
+    return [*made, Host(OPERATOR, operator, [v])]
+
+
+def seven_layers(case: block.Case) -> list[Host]:
+    """A block as in `bench layer`: what siblings cost and spare the host."""
+    made = []
+    for name in (who.BARE, who.PEFT, who.ALONE, who.OURS):
+        with contextlib.suppress(ImportError):
+            ((forward, trains),) = case.provider(name).copies
+            made.append(Host(name, forward, trains))
+    return made
 
 
 class Calls:
     """Every provider's call in one pass, and what has to happen between two: `between` is not timed."""
 
-    def __init__(self, providers: list[Provider], x: Tensor, dy: Tensor, pass_: str, flush: Callable[[], None]):
-        self.providers, self.x, self.dy, self.pass_, self.flush = providers, x, dy, pass_, flush
-        self.outputs: dict[str, Tensor] = {}
+    def __init__(self, providers: list[Host], xs: list[Tensor], dys: list[Tensor], pass_: str, flush: Callable):
+        self.providers, self.xs, self.dys, self.pass_, self.flush = providers, xs, dys, pass_, flush
+        self.outputs: dict[str, Tensor | tuple[Tensor, ...]] = {}
 
     def between(self, _: int = 0) -> None:
         if self.pass_ == BACKWARD:
-            self.outputs = {p.name: p.forward(self.x) for p in self.providers}
+            self.outputs = {p.name: p.forward(*self.xs) for p in self.providers}
         self.flush()
-        if self.x.is_cuda:
+        if self.xs[0].is_cuda:
             torch.cuda.synchronize()
 
-    def call(self, p: Provider) -> Callable[[], object]:
-        x, dy = self.x, self.dy
+    def call(self, p: Host) -> Callable[[], object]:
+        xs, dys = self.xs, self.dys
         if self.pass_ == BACKWARD:
-            wanted = [x] if p.trains is None else [x, p.trains]
-            return lambda: torch.autograd.grad(self.outputs[p.name], wanted, dy)
+            wanted = [*xs, *p.trains]
+            return lambda: torch.autograd.grad(self.outputs[p.name], wanted, dys)
         if self.pass_ == FORWARD:
-            return lambda: p.forward(x)
+            return lambda: p.forward(*xs)
 
         def quiet():
             with torch.no_grad():
-                return p.forward(x)
+                return p.forward(*xs)
 
         return quiet
 
@@ -88,7 +105,7 @@ class Calls:
         return timing.alternate(calls, self.between, 1, budget, CPU)  # the host's clock, on a GPU, too
 
 
-def flusher(mode: str, device: torch.device) -> Callable[[], None]:
+def flusher(mode: str) -> Callable[[], None]:
     """What empties the host's caches between two calls, or nothing."""
     if mode != COLD:
         return lambda: None
@@ -98,31 +115,39 @@ def flusher(mode: str, device: torch.device) -> Callable[[], None]:
 
 def run(results: Results, device: torch.device, dtype: str, budget: float) -> None:
     """Rows of op "host"."""
-    modes = (HOT, COLD)
-    parts = 2 if device.type == "cuda" else 1 + len(KERNEL_SHAPES)
+    cuda = device.type == "cuda"
     case = Case(SIZE, SIZE, True, DTYPES[dtype], device, 2, 13)
     (x,), (dy,) = case.operands(1, 1)
-    there = providers(case)
-    with tqdm(total=len(modes) * len(PASSES) * parts, desc="host", unit="cell", dynamic_ncols=True) as bar:
-        share = budget / bar.total
+    shape = dict.fromkeys((name for group in shapes.SIBLINGS for name in group), (SIZE, SIZE, False))
+    seven = block.Case(shape, DTYPES[dtype], device, 2, 13, lambda size: 1)
+    (xs,), (dys,) = seven.operands(1)
+    measured = [("layer", one_layer(case), [x], [dy]), ("block of seven", seven_layers(seven), xs, dys)]
+    total = len(measured) * len(PASSES) * (3 if cuda else 2) + (0 if cuda else 2 * len(PASSES) * len(KERNEL_SHAPES))
+    with tqdm(total=total, desc="host", unit="cell", dynamic_ncols=True) as bar:
 
-        def measure(layer, M, N, K, found, x, dy):
+        def measure(layer, size, found, xs, dys, kind=dtype, modes=(HOT, COLD)):
             for mode in modes:
                 for pass_ in PASSES:
-                    times = Calls(found, x, dy, pass_, flusher(mode, device)).times(share)
+                    calls = Calls(found, xs, dys, pass_, flusher(mode))
+                    if mode != CAPTURED:
+                        times = calls.times(budget / total)
+                    elif pass_ != BACKWARD:  # whose graph would be of another forward
+                        times = _captured(calls, budget / total)
+                    else:
+                        times = {}
                     for name, t in times.items():
-                        ratio = t.p50 / times[FUNCTION].p50 if FUNCTION in times else None
-                        _add(results, layer, M, N, K, name, pass_, mode, dtype, t, ratio)
+                        row = Row("host", "", layer, name, pass_, *size, 2, 13, kind, mode=mode, rounds=t.rounds)
+                        row.p50_ms, row.p20_ms, row.p80_ms = t.p50, t.p20, t.p80
+                        base = times.get(FUNCTION) or times.get(who.BARE)
+                        row.ratio_to_bare = t.p50 / base.p50 if base else None
+                        results.add(row)
                     bar.update()
 
-        measure("tiny", 1, SIZE, SIZE, there, x, dy)
-        if device.type == "cuda":
-            for pass_ in (QUIET, FORWARD):
-                times = _captured(Calls(there, x, dy, pass_, lambda: None), share)
-                for name, t in times.items():
-                    _add(results, "tiny", 1, SIZE, SIZE, name, pass_, CAPTURED, dtype, t, t.p50 / times[FUNCTION].p50)
+        for layer, found, xs, dys in measured:
+            measure(layer, (1, SIZE, SIZE), found, xs, dys, modes=(HOT, COLD, CAPTURED) if cuda else (HOT, COLD))
+        if cuda:
             return
-        results.add(Row("host", "", "tiny", "", "", mode=CAPTURED, note="not measured: CUDA graphs need a GPU"))
+        results.add(Row("host", "", "layer", "", "", mode=CAPTURED, note="not measured: CUDA graphs need a GPU"))
         try:
             import triton  # noqa: F401
         except ImportError as error:
@@ -133,7 +158,7 @@ def run(results: Results, device: torch.device, dtype: str, budget: float) -> No
             (x,), (dy,) = case.operands(M, 1)
             ours = who.make(who.OURS, case.linear, case.factors)
             with launches_stubbed_out():
-                measure(layer, M, N, K, [Provider(STUBBED, ours.forward, ours.trains)], x, dy)
+                measure(layer, (M, N, K), [Host(STUBBED, ours.forward, [ours.trains])], [x], [dy], "bf16")
 
 
 def _captured(calls: Calls, budget: float) -> dict[str, timing.Times]:
@@ -143,13 +168,6 @@ def _captured(calls: Calls, budget: float) -> dict[str, timing.Times]:
         call = calls.call(p)
         replays[p.name] = timing.captured(lambda call=call: [call() for _ in range(IN_A_GRAPH)]).replay
     return timing.alternate(replays, calls.between, 1, budget, CPU, each=IN_A_GRAPH)
-
-
-def _add(results, layer, M, N, K, provider, pass_, mode, dtype, t, ratio) -> None:
-    dtype = "bf16" if provider == STUBBED else dtype
-    row = Row("host", "", layer, provider, pass_, M, N, K, 2, 13, dtype, mode=mode, ratio_to_bare=ratio)
-    row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds
-    results.add(row)
 
 
 @contextlib.contextmanager
@@ -188,11 +206,11 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0)) -> Iterator[list[
         jitted.append(self)
         return launch
 
-    def computes(x, weight, down, core, up):
+    def computes(x, weight, down, core, up, batch_invariant):
         factors = tuple(t.dtype for t in (down, up, core) if t is not None)
         version = dispatch.triton_version()
         dispatch.route("cuda", weight.dtype, factors, down.shape[0], capability, dispatch.interpreting(), version)
-        return fused
+        return fused.invariant if batch_invariant else fused
 
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
     driver = SimpleNamespace(

@@ -20,9 +20,14 @@ def test_host_from_the_command_line(tmp_path, monkeypatch, capsys):
     (path,) = tmp_path.glob("*.csv")
     found = {(r.layer, r.provider, r.pass_, r.mode): r for r in rows.read(path) if r.p50_ms}
     everybody = (host.FUNCTION, providers.BARE, providers.PEFT, providers.OURS, host.OPERATOR)
+    seven = (providers.BARE, providers.PEFT, providers.ALONE, providers.OURS)
     assert set(found) == {
         (layer, provider, pass_, mode)
-        for layer, there in [("tiny", everybody), *((name, [host.STUBBED]) for name in host.KERNEL_SHAPES)]
+        for layer, there in [
+            ("layer", everybody),
+            ("block of seven", seven),
+            *((name, [host.STUBBED]) for name in host.KERNEL_SHAPES),
+        ]
         for provider in there
         for pass_ in host.PASSES
         for mode in (host.HOT, host.COLD)

@@ -13,8 +13,7 @@ SHAPE = {"q_proj": (32, 32, True), "k_proj": (8, 32, True), "v_proj": (8, 32, Tr
 SHAPE |= {"gate_proj": (48, 32, False), "up_proj": (48, 32, False), "down_proj": (32, 48, False)}
 
 # Not the compiled one, which is the same function: a run of `bench layer` compiles and checks it.
-LEFT_OUT = {providers.COMPILED_ADDMM} | (set() if block.knows_siblings() else {providers.OURS})
-CHOSEN = [name for name in block.PROVIDERS if name not in LEFT_OUT]
+CHOSEN = [name for name in block.PROVIDERS if name != providers.COMPILED_ADDMM]
 
 
 @pytest.fixture
@@ -55,6 +54,17 @@ def test_providers_share_the_weights_and_have_seven_v_each():
     assert peft.copies[0][0].projection("q_proj").tinylora_A["default"].dtype == torch.float32
 
 
+def test_siblings_run_together_in_ours_and_nowhere_else():
+    case, _ = gate_of(torch.bfloat16)
+    (together, _), (alone, _) = (case.provider(name).copies[0] for name in (providers.OURS, providers.ALONE))
+    groups = [together.projection(name).siblings for name in block.NAMES]
+    assert [None if g is None else len(g.layers) for g in groups] == [3, 3, 3, None, 2, 2, None]
+    assert all(alone.projection(name).siblings is None for name in block.NAMES)
+    # Moving the group's weights together must not have moved the others'.
+    assert alone.projection("q_proj").weight.data_ptr() == case.weights[0]["q_proj"].data_ptr()
+    assert together.projection("q_proj").weight.data_ptr() != case.weights[0]["q_proj"].data_ptr()
+
+
 @pytest.mark.parametrize("name", block.NAMES)
 @pytest.mark.parametrize("fault", ["y", "dx", "dv"])
 def test_the_gate_sees_one_wrong_layer(name, fault):
@@ -91,7 +101,7 @@ def test_a_provider_that_trains_less_is_refused():
 
 def test_layer_from_the_command_line(small, tmp_path, capsys):
     pytest.importorskip("peft")
-    command = ["layer", "--M", "1", "16", "--budget", "1", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
+    command = ["layer", "--M", "1", "16", "--budget", "60", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
     assert main([*command, "--providers", *CHOSEN]) == 0
     (path,) = tmp_path.glob("*.csv")
     found = [r for r in rows.read(path) if r.op == "layer" and r.p50_ms]
