@@ -64,3 +64,20 @@ def test_stubbed_launches_are_those_of_a_card(M, forward, backward):
     assert triton.runtime.driver._active is driver
     with torch.no_grad():
         assert torch.equal(ours.forward(x), want)
+
+
+@pytest.mark.parametrize("M", [1, 256])
+def test_a_second_call_decides_nothing_anew(M):
+    """The tiles of a shape are looked up, not chosen, from its second call on: forward and backward."""
+    pytest.importorskip("triton")
+    from tinylora.kernels import tiles
+
+    case = Case(512, 512, True, torch.bfloat16, CPU, 2, 13)
+    (x,), (dy,) = case.operands(M, 1)
+    ours = providers.make(providers.OURS, case.linear, case.factors)
+    with host.launches_stubbed_out():
+        for _ in range(2):
+            asked = [f.cache_info().misses for f in (tiles.choose, tiles.thin_tile, tiles.core_gradient_tile)]
+            torch.autograd.grad(ours.forward(x), [x, ours.trains], dy)
+    assert [f.cache_info().misses for f in (tiles.choose, tiles.thin_tile, tiles.core_gradient_tile)] == asked
+    assert tiles.choose.cache_info().hits > 0

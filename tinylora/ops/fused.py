@@ -26,8 +26,8 @@ MIXED_RANK = 32
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    """The card's, or None in the interpreter."""
-    return None if interpreting() else capability_of(device)
+    """The card's, or None in the interpreter, whose tensors are a CPU's: others need not read the environment."""
+    return None if device.type == "cpu" and interpreting() else capability_of(device)
 
 
 def _current(device: torch.device):
@@ -82,7 +82,8 @@ def _linear(
             x = x.clone(memory_format=torch.contiguous_format)
         choice = tiles.pinned(N, K, r, x.dtype, _capability(x.device), fits_descriptors(x, w))
     elif choice is None:
-        choice = tiles.choose(M, N, K, r, x.dtype, _capability(x.device), fits_descriptors(x, w))
+        bulk = M > tiles.DECODE_ROWS and fits_descriptors(x, w)  # decode does not ask
+        choice = tiles.choose(M, N, K, r, x.dtype, _capability(x.device), bulk)
     s = None
     if choice.thin is not None:
         z, s = thin(x, down, core, choice.thin, precision, want_s=True)
@@ -113,7 +114,7 @@ def forward(
     """(Y, z) for x of [M, K]; `choice` and `pin` as in `_linear`."""
     if adapter_ids is not None and adapter_ids.device.type == "cpu":
         eager.check_ids(adapter_ids, core.shape[0])
-    if x.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
+    if x.is_cpu and x.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
         wide = (None if t is None else t.float() for t in (x, weight, down, core, up, bias))
         y, z = forward(*wide, adapter_ids, None if basis is None else basis.float(), choice, pin)
         return y.to(x.dtype), z
@@ -141,7 +142,7 @@ def backward(
     dX with t comes from one call of the forward's kernels; dC reads t and z alone; dD reads X once and dU reads
     dY once, and only where they are needed. dW and db are the library's.
     """
-    if dy.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
+    if dy.is_cpu and dy.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
         wide = (None if t is None else t.float() for t in (dy, x, z, weight, down, core, up))
         grads = backward(*wide, adapter_ids, None if basis is None else basis.float(), need, choice, pin)
         like = (dy, weight, down, core, up, dy)
@@ -157,7 +158,7 @@ def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice
     values, own_basis = _mixed_inside(core, basis)
     ours = Core(values, own_basis, adapter_ids)
     theirs = Core(values, own_basis, adapter_ids, transposed=True)
-    small = interpreting()
+    small = dy.is_cpu and interpreting()
     if dy.stride(1) != 1 or 0 in dy.stride():  # a gradient that autograd broadcast
         dy = dy.contiguous()
     if need_x:
