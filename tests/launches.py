@@ -25,6 +25,10 @@ CASES = [
     (512, 3580, 3580, 2, {}),  # rows of 7160 bytes: no bulk copies
     (1024, 512, 512, 2, {"x_stride": 517}),  # the fused matmul through pointers, K small
     (8192, 3584, 3584, 2, {"dtype": f32, **ALL}),
+    (8192, 4608, 3584, 6, {"parts": (3584, 512, 512)}),  # siblings: dX from three gradients side by side
+    (8192, 37888, 3584, 4, {"parts": (18944, 18944)}),  # the library multiplies each, one thin pass over both
+    (1000, 3000, 512, 6, {"parts": (1500, 1500)}),  # no whole steps of K
+    (512, 3580, 3580, 6, {"parts": (3000, 290, 290)}),  # through pointers
     (1, 3584, 3584, 2, {}),  # decode, inline
     (1, 18944, 3584, 2, {}),  # decode without a split of K
     (16, 3584, 3584, 8, {"core": "rows", "u": 13, "factors": f32}),
@@ -84,8 +88,10 @@ def covering(capability) -> list[tuple]:
     return cases
 
 
-def run(M, N, K, r, dtype=bf16, factors=None, core="dense", u=0, adapters=3, x_stride=None, need=("x",), pin=False):
-    """Forward and backward of one layer on the meta device."""
+def run(
+    M, N, K, r, dtype=bf16, factors=None, core="dense", u=0, adapters=3, x_stride=None, need=("x",), pin=False, parts=()
+):
+    """Forward and backward of one layer on the meta device; parts: of siblings, whose gradients come side by side."""
     factors = factors or dtype
 
     def empty(*shape, dtype=dtype):
@@ -98,6 +104,10 @@ def run(M, N, K, r, dtype=bf16, factors=None, core="dense", u=0, adapters=3, x_s
     x = empty(M, x_stride or K)[:, :K]
     weight, down, up, bias = empty(N, K), empty(r, K, dtype=factors), empty(N, r, dtype=factors), empty(N)
     y, z = fused.forward(x, weight, down, c, up, bias, ids, basis, pin=pin)
+    if parts:
+        dys = [empty(M, n) for n in parts]
+        fused.backward_of_parts(dys, z, weight, down, c, up, ids, basis, True, c is not None)
+        return
     need = tuple(n in need and (n != "core" or c is not None) for n in NAMES)
     if any(need):
         fused.backward(torch.empty_like(y), x, z, weight, down, c, up, ids, basis, need, pin=pin)
