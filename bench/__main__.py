@@ -91,14 +91,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
     p.add_argument("--M", nargs="+", type=int, help=f"rows (default {layer.CPU_ROWS}, on a GPU {layer.CUDA_ROWS})")
     p.add_argument("--providers", nargs="+", choices=block.PROVIDERS, default=list(block.PROVIDERS))
-    p.add_argument("--budget", type=float, default=80.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--budget", type=float, default=110.0, help="seconds of timing (default %(default)g)")
     p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
     p.add_argument("--u", type=int, default=13, help="length of v (default %(default)s)")
 
     p = what.add_parser("host", help=_first(host), description=host.__doc__)
     common(p)
     p.add_argument("--dtype", choices=tuple(linear.DTYPES), default="fp32", help="of the tiny layer (%(default)s)")
-    p.add_argument("--budget", type=float, default=40.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--budget", type=float, default=60.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser("memory", help=_first(memory), description=memory.__doc__)
     common(p)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from bench import block, shapes, timing
+from bench import block, timing
 from bench import providers as who
 from bench.linear import DTYPES
 from bench.providers import Case
@@ -27,10 +27,11 @@ from bench.rows import Results, Row
 
 HOT, COLD, CAPTURED = "hot", "cold", "captured"
 QUIET, FORWARD, BACKWARD = PASSES = ("forward, no grad", "forward", "backward")
-FUNCTION, OPERATOR, STUBBED = "F.linear", "adapted_linear", "ours, launches stubbed out"
+FUNCTION, OPERATOR, STUBBED = "F.linear", "adapted_linear", "launches stubbed out"
 SIZE = 64  # N and K of the layer, at one row
-# The two ways through the kernels: (M, N, K)
-KERNEL_SHAPES = {"decode": (1, 512, 512), "fused matmul": (256, 512, 512)}
+# The two ways through the kernels, by rows; the layers' N and K are of a size that decides for the fused matmul.
+KERNEL_ROWS = {"decode": 1, "fused matmul": 256}
+KERNEL_SIZE = 512
 IN_A_GRAPH = 100
 CPU = torch.device("cpu")
 
@@ -62,10 +63,10 @@ def one_layer(case: Case) -> list[Host]:
     return [*made, Host(OPERATOR, operator, [v])]
 
 
-def seven_layers(case: block.Case) -> list[Host]:
+def seven_layers(case: block.Case, names: tuple[str, ...]) -> list[Host]:
     """A block as in `bench layer`: what siblings cost and spare the host."""
     made = []
-    for name in (who.BARE, who.PEFT, who.ALONE, who.OURS):
+    for name in names:
         with contextlib.suppress(ImportError):
             ((forward, trains),) = case.provider(name).copies
             made.append(Host(name, forward, trains))
@@ -118,11 +119,11 @@ def run(results: Results, device: torch.device, dtype: str, budget: float) -> No
     cuda = device.type == "cuda"
     case = Case(SIZE, SIZE, True, DTYPES[dtype], device, 2, 13)
     (x,), (dy,) = case.operands(1, 1)
-    shape = dict.fromkeys((name for group in shapes.SIBLINGS for name in group), (SIZE, SIZE, False))
-    seven = block.Case(shape, DTYPES[dtype], device, 2, 13, lambda size: 1)
+    seven = _seven(SIZE, DTYPES[dtype], device)
     (xs,), (dys,) = seven.operands(1)
-    measured = [("layer", one_layer(case), [x], [dy]), ("block of seven", seven_layers(seven), xs, dys)]
-    total = len(measured) * len(PASSES) * (3 if cuda else 2) + (0 if cuda else 2 * len(PASSES) * len(KERNEL_SHAPES))
+    everybody = seven_layers(seven, (who.BARE, who.PEFT, who.ALONE, who.OURS))
+    measured = [("layer", one_layer(case), [x], [dy]), ("block of seven", everybody, xs, dys)]
+    total = len(PASSES) * 2 * (3 if cuda else 2 + 2 * len(KERNEL_ROWS))
     with tqdm(total=total, desc="host", unit="cell", dynamic_ncols=True) as bar:
 
         def measure(layer, size, found, xs, dys, kind=dtype, modes=(HOT, COLD)):
@@ -153,12 +154,23 @@ def run(results: Results, device: torch.device, dtype: str, budget: float) -> No
         except ImportError as error:
             results.add(Row("host", "", "kernels", STUBBED, "", note=f"not measured: {error}"))
             return
-        for layer, (M, N, K) in KERNEL_SHAPES.items():
-            case = Case(N, K, True, torch.bfloat16, device, 2, 13)
-            (x,), (dy,) = case.operands(M, 1)
+        size = (KERNEL_SIZE, KERNEL_SIZE)
+        for way, M in KERNEL_ROWS.items():
+            case, seven = Case(*size, True, torch.bfloat16, device, 2, 13), _seven(KERNEL_SIZE, torch.bfloat16, device)
             ours = who.make(who.OURS, case.linear, case.factors)
+            one = [Host(f"ours, {STUBBED}", ours.forward, [ours.trains])]
+            several = seven_layers(seven, (who.ALONE, who.OURS))
+            several = [Host(f"{p.name}, {STUBBED}", p.forward, p.trains) for p in several]
             with launches_stubbed_out():
-                measure(layer, (M, N, K), [Host(STUBBED, ours.forward, [ours.trains])], [x], [dy], "bf16")
+                measure(f"layer, {way}", (M, *size), one, *case.operands(M, 1), "bf16")
+                (xs,), (dys,) = seven.operands(M)
+                measure(f"block of seven, {way}", (M, *size), several, xs, dys, "bf16")
+
+
+def _seven(size: int, dtype: torch.dtype, device: torch.device) -> block.Case:
+    """Seven layers of [size, size]."""
+    shape = dict.fromkeys(block.NAMES, (size, size, False))
+    return block.Case(shape, dtype, device, 2, 13, lambda size: 1)
 
 
 def _captured(calls: Calls, budget: float) -> dict[str, timing.Times]:
@@ -182,7 +194,7 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0)) -> Iterator[list[
     from triton.runtime.jit import JITFunction
 
     from tinylora.kernels import decode, gradients, scratch, thin
-    from tinylora.ops import dispatch, fused
+    from tinylora.ops import dispatch, fused, siblings
     from tinylora.ops import linear as operator
 
     launched: list[str] = []
@@ -228,6 +240,9 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0)) -> Iterator[list[
             stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compiled))
             stack.enter_context(mock.patch.object(fused, "capability_of", lambda device: capability))
             stack.enter_context(mock.patch.object(operator, "_computes", computes))
+            # The backward of siblings asks by itself.
+            stack.enter_context(mock.patch.object(siblings, "interpreting", lambda: True))
+            stack.enter_context(mock.patch.object(siblings, "route_of", lambda *_: (dispatch.KERNELS, "")))
             yield launched
     finally:
         triton.runtime.driver._active = before

@@ -32,7 +32,7 @@ class Plan:
     dtypes: tuple[str, ...]
     rows: tuple[int, ...]
     providers: tuple[str, ...] = block.PROVIDERS
-    budget: float = 80.0
+    budget: float = 110.0
     r: int = 2
     u: int = 13
 

@@ -21,12 +21,14 @@ def test_host_from_the_command_line(tmp_path, monkeypatch, capsys):
     found = {(r.layer, r.provider, r.pass_, r.mode): r for r in rows.read(path) if r.p50_ms}
     everybody = (host.FUNCTION, providers.BARE, providers.PEFT, providers.OURS, host.OPERATOR)
     seven = (providers.BARE, providers.PEFT, providers.ALONE, providers.OURS)
+    stubbed = [f"{name}, {host.STUBBED}" for name in (providers.ALONE, providers.OURS)]
     assert set(found) == {
         (layer, provider, pass_, mode)
         for layer, there in [
             ("layer", everybody),
             ("block of seven", seven),
-            *((name, [host.STUBBED]) for name in host.KERNEL_SHAPES),
+            *((f"layer, {way}", [f"ours, {host.STUBBED}"]) for way in host.KERNEL_ROWS),
+            *((f"block of seven, {way}", stubbed) for way in host.KERNEL_ROWS),
         ]
         for provider in there
         for pass_ in host.PASSES
@@ -81,3 +83,17 @@ def test_a_second_call_decides_nothing_anew(M):
             torch.autograd.grad(ours.forward(x), [x, ours.trains], dy)
     assert [f.cache_info().misses for f in (tiles.choose, tiles.thin_tile, tiles.core_gradient_tile)] == asked
     assert tiles.choose.cache_info().hits > 0
+
+
+def test_siblings_spare_launches():
+    pytest.importorskip("triton")
+    case = host._seven(512, torch.bfloat16, CPU)
+    for M, alone, together in ((1, (7, 14), (4, 8)), (256, (14, 21), (8, 12))):
+        (xs,), (dys,) = case.operands(M)
+        for name, want in ((providers.ALONE, alone), (providers.OURS, together)):
+            (ours,) = host.seven_layers(case, (name,))
+            with host.launches_stubbed_out() as launched:
+                ys = ours.forward(*xs)
+                forward = len(launched)
+                torch.autograd.grad(ys, [*xs, *ours.trains], dys)
+            assert (forward, len(launched) - forward) == want, (M, name)
