@@ -6,6 +6,9 @@ the rows are in <out>/<gpu>.csv as they are measured. A second call goes on wher
 the named ones, again if need be. Nothing is installed: python3 with torch, triton, tqdm and tabulate is enough, and
 what needs PEFT, transformers, pytest or matplotlib says so in its rows or its log.
 
+A machine that is lent for minutes: `python3 -m bench gpu --stage linear; tar czf $OUT/gpu.tgz -C bench/out gpu` in each
+call, and bench/out carried to the next.
+
 A dry run does all of it on the CPU, with small models and launches stubbed out, into a folder for throwing away.
 """
 
@@ -13,6 +16,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,13 +42,19 @@ BIG = ("Qwen2.5-7B", "Qwen2.5-1.5B")
 
 @dataclass(frozen=True)
 class Stage:
-    """bench: arguments of `python -m bench`; tests: of pytest, on tests/test_gpu.py; dry: what a dry run appends."""
+    """One command.
+
+    bench: arguments of `python -m bench`; tests: of pytest's -k, on tests/test_gpu.py
+    dry:   what a dry run appends; None: the command has a dry run of its own, and none here
+    keep:  a folder of this checkout that the command writes to, of which <out> gets a copy
+    """
 
     name: str
     what: str
     bench: tuple[str, ...] = ()
     tests: str = ""
-    dry: tuple[str, ...] = ()
+    dry: tuple[str, ...] | None = ()
+    keep: str = ""
 
     def arguments(self, out: Path, dry: bool) -> list[str]:
         """For `python -m`."""
@@ -54,7 +64,7 @@ class Stage:
             quiet = ["-q", "-p", "no:cacheprovider"]
             return ["pytest", "-m", "gpu", *quiet, *several, str(ROOT / "tests/test_gpu.py"), "-k", self.tests]
         command, *rest = (str(out / word[1:]) if word[0] == "@" else word for word in self.bench)
-        place = [] if command == "table" else ["--out", str(out)]
+        place = [] if command == "table" or self.keep else ["--out", str(out)]
         return ["bench", command, *rest, *place, *(self.dry if dry else ())]
 
 
@@ -70,7 +80,8 @@ STAGES = (
         ("parts", "--models", *BIG, "--budget", "330"),
         dry=(*SMALL, "--stubbed", "--models", "Qwen2.5-0.5B"),
     ),
-    Stage("tune", "the table of tiles", ("tune", "--minutes", "7")),
+    # Its table is used from then on; it goes on where it stopped, so name this stage until no cell is left.
+    Stage("tune", "the table of launch shapes", ("tune", "--minutes", "7"), dry=None, keep="kernels/tables"),
     Stage(
         "linear",
         "one layer, every shape",
@@ -143,6 +154,9 @@ def run(out: Path | None, names: tuple[str, ...], dry: bool, known: tuple[str, .
         if stage.bench and stage.bench[0] not in known:
             lines.append([stage.name, f"left out: there is no `python -m bench {stage.bench[0]}`", "", ""])
             continue
+        if dry and stage.dry is None:
+            lines.append([stage.name, "left out: the command has a dry run of its own", "", ""])
+            continue
         if not names and before.get("status") == FINISHED:
             lines.append([stage.name, f"{FINISHED} before, at {before['commit']}", f"{before['seconds']:.0f}", ""])
             continue
@@ -157,6 +171,8 @@ def run(out: Path | None, names: tuple[str, ...], dry: bool, known: tuple[str, .
             if stage.name == "table" and not (out / TABLE).exists():
                 (out / TABLE).write_text(f"{report.BEGIN}\n{report.END}\n")
             rc = _here(entry["arguments"], log) if dry else _process(entry["arguments"], log, limit)
+        if stage.keep and (ROOT / stage.keep).is_dir():
+            shutil.copytree(ROOT / stage.keep, out / Path(stage.keep).name, dirs_exist_ok=True)
         entry |= {"status": LATE if rc is None else FAILED if rc else FINISHED, "rc": rc}
         entry["seconds"] = round(time.perf_counter() - started, 1)
         write(out, state)

@@ -23,7 +23,8 @@ def test_a_dry_run_of_every_stage(tmp_path, capsys):
         torch.set_num_threads(threads)
     printed = capsys.readouterr().out
     assert done == 0, printed + (tmp_path / gpu.LOG).read_text()
-    there = [stage.name for stage in gpu.STAGES if not stage.bench or stage.bench[0] in COMMANDS]
+    there = [s.name for s in gpu.STAGES if s.dry is not None]
+    assert [s.name for s in gpu.STAGES if s.name not in there] == ["tune"]  # which has a dry run of its own
     assert statuses(tmp_path) == dict.fromkeys(there, gpu.FINISHED)
     assert "nothing in it is a measurement of a GPU" in printed and gpu.read(tmp_path)["dry_run"] is True
     (path,) = tmp_path.glob("*.csv")
@@ -41,7 +42,8 @@ def test_a_dry_run_of_every_stage(tmp_path, capsys):
 class Fake:
     """A stage of `python -m timeit`, which runs a statement without importing torch."""
 
-    bench = tests = what = ""
+    bench = tests = what = keep = ""
+    dry = ()
 
     def __init__(self, name, statement):
         self.name, self.statement = name, statement
@@ -68,6 +70,16 @@ def test_stages_that_fail_or_hang_leave_the_others_alone(tmp_path, monkeypatch, 
     assert "the good one ran" in capsys.readouterr().out  # it was named
     assert (tmp_path / gpu.LOG).read_text().count("=== good") == 2
     assert not (tmp_path / "survived").exists()
+
+
+def test_what_a_stage_writes_elsewhere_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    stage = Fake("tune", "open('tables/sm_90.json', 'w').write('[]')")
+    stage.keep = "tables"
+    (tmp_path / "tables").mkdir()
+    monkeypatch.setattr(gpu, "STAGES", (stage,))
+    assert gpu.run(tmp_path / "out", (), False, ()) == 0
+    assert (tmp_path / "out/tables/sm_90.json").read_text() == "[]"
 
 
 def test_a_dry_run_and_measurements_do_not_mix(tmp_path):
