@@ -115,6 +115,11 @@ def layer_table(rows: list[Row]) -> str:
         lines.append([*line, f"{pair[0]:.2f}" if pair else ""])
     headers = ["model", "dtype", "M", "pass", "bound ms", "bare ms", *names, "ours / PEFT"]
     text = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    many = [cell for key, cell in cells(rows, "layer").items() if key[3] >= BAR_ROWS]
+    pairs = ((name, over(many, who.OURS, name)) for name in (who.BARE, *names) if name != who.OURS)
+    means = [f"{name} {geometric_mean(found):.2f} ({len(found)} cells)" for name, found in pairs if found]
+    if means:
+        text += f"\n\nAt M ≥ {BAR_ROWS}, geometric means of the time of ours over: " + ", ".join(means)
     notes = {f"{row.mode or row.provider}: {row.note}" for row in rows if row.op == "layer" and row.M is None}
     found = [f"{r.pass_} {_ceiling(r)}" for r in rows if r.op == "ceilings"]
     below = ["The bound is the roofline of: " + ", ".join(found)] if found else []

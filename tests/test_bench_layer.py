@@ -111,6 +111,7 @@ def test_layer_from_the_command_line(small, tmp_path, capsys):
     ceilings = [r for r in rows.read(path) if r.op == "ceilings"]
     assert {r.pass_ for r in ceilings} == {"copy", "read", "matmul bf16", "matmul fp32"}
     printed = capsys.readouterr().out
+    assert "At M ≥ 16" in printed and "addmm" in printed.split("At M ≥ 16")[1].splitlines()[0]
     assert "ours / PEFT" in printed and "captured: not measured: CUDA graphs need a GPU" in printed
     assert "The seven linear layers of one transformer block" in report.markdown(rows.read(path))
 
