@@ -108,7 +108,7 @@ def test_the_recipe_runs_from_end_to_end_and_eval_scores_it(tiny, tmp_path, caps
 
 
 def test_kill_9_in_the_middle_and_resume_give_the_curve_of_an_uninterrupted_run(tiny, tmp_path, capsys):
-    steps = 14  # three steps are an epoch: the kill comes in the second, where TRL by itself would repeat the first
+    steps = 12  # three steps are an epoch: the kill comes in the second, where TRL by itself would repeat the first
     command = [sys.executable, "-m", "tinylora.cli", "train", "grpo", *flags(tiny, tmp_path / "killed", steps)]
     with (tmp_path / "output").open("w") as output:
         process = subprocess.Popen(
@@ -121,6 +121,8 @@ def test_kill_9_in_the_middle_and_resume_give_the_curve_of_an_uninterrupted_run(
     done = len(log(tmp_path / "killed"))
     assert 5 <= done < steps and not (tmp_path / "killed" / "adapter").exists()
     assert last_checkpoint(tmp_path / "killed") is not None
+    with (tmp_path / "killed" / "log.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # a line that was being written
 
     assert train(tiny, tmp_path / "killed", steps, resume=True) == 0
     assert "resumed from checkpoint-" in capsys.readouterr().out
@@ -161,7 +163,6 @@ def stopped_after(monkeypatch, steps):
     [
         ("sft", {}),
         ("grpo", {"adapter": "adalora", "n_tie": None}),
-        ("grpo", {"adapter": "lora", "r": 2, "n_tie": None}),
         ("sft", {"adapter": "tied-lora", "r": 2, "n_tie": None}),
     ],
 )
@@ -195,6 +196,7 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
 
     fails("does not exist, expected the folder of a run to resume", resume=True)
     fails("a step takes 16", batch_size=64)
+    fails("steps is 0, expected at least 1", steps=0)
     fails("expected a multiple of num_generations, 4", batch_size=18, micro_batch_size=6)
     fails("expected a multiple of micro_batch_size, 5", micro_batch_size=5)
     fails("reward is 'kind', expected one of strict, lenient", reward="kind")
@@ -210,6 +212,7 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     fails("holds a run already (run.json), expected another folder, or --resume")
     fails("seed is 4, but the run in", resume=True, seed=4)
+    fails("expected no --recipe", resume=True, recipe="gsm8k-13")
     fails("a run of 'grpo', expected 'sft'", command="sft", resume=True)
     changed = tmp_path / "changed"
     shutil.copytree(tiny / "data", changed)
@@ -218,6 +221,9 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
     (tmp_path / "run" / "run.json").write_text(json.dumps(moved))
     (changed / "train.jsonl").write_text("\n".join((changed / "train.jsonl").read_text().splitlines()[::-1]))
     fails("has other problems than when", resume=True, data=changed)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails("expected one process", resume=True)
+    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setitem(sys.modules, "trl", None)
     fails('pip install "tinylora[rl]"')
 

@@ -120,7 +120,11 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def check(command: str, settings: dict[str, Any], problems: int) -> None:
-    """ValueError unless batch, groups and data fit each other."""
+    """ValueError unless batch, groups and data fit each other, and the run is one process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, expected one process: batch_size counts one's")
+    if settings.get("steps") is not None and settings["steps"] < 1:
+        raise ValueError(f"steps is {settings['steps']}, expected at least 1")
     batch, micro = settings["batch_size"], _micro(settings)
     if batch < 1 or micro < 1 or batch % micro:
         raise ValueError(f"batch_size is {batch}, expected a multiple of micro_batch_size, {micro}")
