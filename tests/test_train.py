@@ -222,7 +222,7 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
     (changed / "train.jsonl").write_text("\n".join((changed / "train.jsonl").read_text().splitlines()[::-1]))
     fails("has other problems than when", resume=True, data=changed)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    fails("expected one process", resume=True)
+    fails("expected one process", resume=True, data=changed)
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setitem(sys.modules, "trl", None)
     fails('pip install "tinylora[rl]"')
