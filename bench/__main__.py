@@ -90,6 +90,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", choices=shapes.models(), default="Qwen2.5-0.5B", help="(default %(default)s)")
     p.add_argument("--batch", type=int, default=8, help="sequences (default %(default)s)")
     p.add_argument("--adapters", type=int, nargs="+", default=[1, 8], help="different ones in a batch (default 1 8)")
+    p.add_argument(
+        "--blocks", type=int, help="of the model's transformer blocks only so many, the first (default: all)"
+    )
+    p.add_argument(
+        "--questions", nargs="+", choices=rollout.QUESTIONS, default=list(rollout.QUESTIONS), help="(default: both)"
+    )
     p.add_argument("--new", type=int, default=8, help="tokens generated after each prompt (default %(default)s)")
     p.add_argument("--budget", type=float, default=120.0, help="seconds of timing (default %(default)g)")
 
@@ -140,7 +146,10 @@ def main(argv: list[str] | None = None) -> int:
         if "model" in ops:
             _model(results, device, args, started)
         if "rollout" in ops:
-            rollout.run(results, args.out, device, args.model, args.batch, args.adapters, args.new, args.budget)
+            rollout.run(
+                results, args.out, device, args.model, args.batch, args.adapters, args.new, args.budget, args.blocks,
+                tuple(args.questions),
+            )  # fmt: skip
         if "linear" in ops:
             chosen = args if args.what else parser().parse_args(["linear"])
             budget = args.budget if args.what else max(30.0, args.budget - (time.perf_counter() - started))

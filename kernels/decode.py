@@ -201,4 +201,5 @@ def decode(
         BLOCK_K=tile.k,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )

@@ -150,5 +150,6 @@ def thin(x: Tensor, down: Tensor, core: Core, tile: Thin, precision: str, want_s
         BLOCK_K=tile.k,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )
     return z, s

@@ -18,6 +18,11 @@ DECODE_ROWS = 128
 DECODE_ROWS_FP32 = 16
 
 
+# A bound of its own ends ptxas's aim at an occupancy, for which it parks a few words outside the loop in fp32 kernels
+# and in the long one, although nothing runs short: only one program of those fits an SM anyway.
+ALL_REGISTERS = 255
+
+
 def pad(n: int, least: int = 16) -> int:
     """The power of two that holds n, at least 16: a tensor core's shortest side."""
     return max(least, 1 << (n - 1).bit_length())
@@ -35,6 +40,7 @@ class Gemm:
 
     descriptors, programs: bulk copies, by that many programs that walk over all tiles
     subtiles: in how many column blocks a tile is stored; rank: how much of the padded rank one dot takes
+    registers: an upper bound for a thread, None for the compiler's own
     """
 
     m: int
@@ -47,6 +53,7 @@ class Gemm:
     subtiles: int = 1
     group: int = 8
     rank: int = 32
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Thin:
     width: int
     warps: int = 4
     stages: int = 4
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class Decode:
     split: int
     warps: int = 4
     stages: int = 4
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -150,12 +159,12 @@ def _gemms(chip: Card, descriptors: bool, width: int) -> list[tuple[Gemm, float]
     """Candidates with the share of the peak that a full wave of them reaches."""
     if descriptors:
         rank = chip.rank_in_registers
-        tall = () if width > 32 else ((Gemm(256, 128, 64, 8, 4, True, chip.sms, 4, rank=rank), 1.0),)
-        return [
-            (Gemm(128, 256, 64, 8, 4, True, chip.sms, 4, rank=rank), 1.0),
-            *tall,
-            (Gemm(128, 128, 64, 8, 4, True, chip.sms, 2, rank=rank), 0.9),
-        ]
+
+        def bulk(m: int, n: int) -> Gemm:
+            return Gemm(m, n, 64, 8, 4, True, chip.sms, 4 if m * n > 128 * 128 else 2, 8, rank, ALL_REGISTERS)
+
+        tall = () if width > 32 else ((bulk(256, 128), 1.0),)
+        return [(bulk(128, 256), 1.0), *tall, (bulk(128, 128), 0.9)]
     if chip.shared > 150000:
         wide = () if width > 64 else ((Gemm(128, 256, 32, 8, 4), 1.0),)
         return [*wide, (Gemm(128, 128, 64, 8, 3), 0.9), (Gemm(64, 128, 64, 4, 3), 0.75)]
@@ -187,9 +196,10 @@ def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int,
     if dtype == torch.float32:  # ieee dots hold a whole step of both operands in registers
         m, k = (16 if M <= 16 or width > 64 else 32), (32 if width <= 32 else 16)
     else:
-        m, k = (16 if M <= 16 else 64 if width <= 64 else 32), (128 if width <= 64 and K % 8 == 0 else 64)
+        m = 16 if M <= 16 else 64 if width <= 64 else 32
+        k = 128 if width <= 64 and K % 8 == 0 else 32 if width > 64 and K % 8 else 64
     split = max(1, min(2 * chip.sms // max(1, -(-M // m)), K // (4 * k), 32))
-    return Thin(m, k, split, width, stages=3)
+    return Thin(m, k, split, width, stages=3, registers=ALL_REGISTERS if dtype == torch.float32 else None)
 
 
 def decode_tile(M: int, N: int, K: int, dtype: torch.dtype, chip: Card) -> Decode:
@@ -199,7 +209,8 @@ def decode_tile(M: int, N: int, K: int, dtype: torch.dtype, chip: Card) -> Decod
     stages = 4 if chip.shared > 150000 and dtype != torch.float32 else 3
     blocks = -(-N // 64)
     split = max(1, min(2 * chip.sms // blocks, K // (4 * k), 16))
-    return Decode(m, 64, k, split, 8 if m > 64 and not chip.bulk_copies else 4, stages)
+    registers = ALL_REGISTERS if dtype == torch.float32 else None
+    return Decode(m, 64, k, split, 8 if m > 64 and not chip.bulk_copies else 4, stages, registers)
 
 
 def choose(
@@ -236,9 +247,8 @@ def choose(
         return Choice(_small(main), thin, None, "Triton's interpreter: the fused matmul in small tiles")
     expand = Gemm(64, 64, 16, 4, 1)
     if dtype == torch.float32:
-        expand = Gemm(
-            32, 64, 16, 4, 1, rank=16
-        )  # ieee dots multiply outside the tensor cores, all operands in registers
+        # ieee dots multiply outside the tensor cores, all operands in registers
+        expand = Gemm(32, 64, 16, 4, 1, rank=16, registers=ALL_REGISTERS)
         return Choice(None, thin, expand, "fp32: the library's matmul is the faster one, the low-rank part is added")
     saved = chip.expand_cost / K
     lost = POINTER_SLACK if chip.bulk_copies and not bulk else chip.slack
@@ -267,9 +277,9 @@ def pinned(
     if capability is None:
         return Choice(_small(Gemm(128, 128, 64, 8, 4, descriptors, 1)), thin, None, why)
     if dtype == torch.float32:
-        return Choice(Gemm(16, 64, 16, 4, 2, rank=16), thin, None, why)
+        return Choice(Gemm(16, 64, 16, 4, 2, rank=16, registers=ALL_REGISTERS), thin, None, why)
     if descriptors and chip.bulk_copies:
-        main = Gemm(128, 128, 64, 8, 4, True, chip.sms, 2, rank=chip.rank_in_registers)
+        main = Gemm(128, 128, 64, 8, 4, True, chip.sms, 2, rank=chip.rank_in_registers, registers=ALL_REGISTERS)
     elif descriptors and chip.shared > 150000:
         main = Gemm(128, 128, 64, 8, 3)
     else:

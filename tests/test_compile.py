@@ -35,11 +35,8 @@ def test_every_launch(capability):
 
 def nothing_spills_and_everything_fits(capability, launches):
     limit = tiles.card(capability).shared
-    # For 10.0 ptxas aims at an occupancy, and in corners (fp32, nothing divisible) parks a few words outside the loop.
-    allowed = 32 if capability[0] == 10 else 0
-    spilled = [(launch.stack, launch.registers, key(launch)) for launch in launches if launch.stack > allowed]
+    spilled = [(launch.stack, launch.registers, key(launch)) for launch in launches if launch.stack]
     assert not spilled, spilled
-    assert all(launch.registers < 255 for launch in launches if launch.stack)
     assert max(launch.shared for launch in launches) <= limit
 
 
