@@ -18,7 +18,7 @@ from .tiles import Thin, period
 
 @triton.jit
 def store_rank_rows(
-    z, z_tile, s, core, basis, ids, m, M,
+    z, z_tile, s, core, basis, ids, m, M, adapters,
     R: tl.constexpr, U: tl.constexpr, CORE: tl.constexpr, TRANSPOSED: tl.constexpr,
     STORE_S: tl.constexpr, WIDTH: tl.constexpr, PERIOD: tl.constexpr,
 ):  # fmt: skip
@@ -32,7 +32,7 @@ def store_rank_rows(
     inside = m[:, None] < M
     tl.store(z + row * R + ranks[None, :], z_tile, mask=inside & (ranks[None, :] < R))  # [BLOCK_M, WIDTH]
     if STORE_S:
-        s_tile = apply_core(z_tile, core, basis, ids, m, M, CORE, TRANSPOSED, R, U, WIDTH)  # [BLOCK_M, WIDTH]
+        s_tile = apply_core(z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, WIDTH)  # [BLOCK_M, WIDTH]
         high = s_tile.to(s.dtype.element_ty)
         at = s + row * WIDTH + ranks[None, :]
         tl.store(at, high, mask=inside & (ranks[None, :] < PERIOD))
@@ -41,7 +41,7 @@ def store_rank_rows(
             tl.store(at + PERIOD, low, mask=inside & (ranks[None, :] < WIDTH - PERIOD))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "adapters"])
 def thin_kernel(
     x,
     down,
@@ -53,6 +53,7 @@ def thin_kernel(
     planes,
     arrived,
     M,
+    adapters,
     K,
     stride_xm,
     stride_xk,
@@ -108,11 +109,11 @@ def thin_kernel(
             for j in range(slices):
                 z_tile += tl.load(planes + j * plane + at, mask=one, other=0.0, cache_modifier=".cg")
             store_rank_rows(
-                z, z_tile, s, core, basis, ids, m, M, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
+                z, z_tile, s, core, basis, ids, m, M, adapters, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
             )  # fmt: skip
     else:
         store_rank_rows(
-            z, z_tile, s, core, basis, ids, m, M, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
+            z, z_tile, s, core, basis, ids, m, M, adapters, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
         )  # fmt: skip
 
 
@@ -133,6 +134,7 @@ def thin(x: Tensor, down: Tensor, core: Core, tile: Thin, precision: str, want_s
         planes,
         counters(blocks, x.device) if tile.split > 1 else z,
         M,
+        core.adapters,
         K,
         *x.stride(),
         *down.stride(),
