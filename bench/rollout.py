@@ -225,9 +225,9 @@ def agreement(model: str, out: Path, device, batch: int, new: int, blocks: int |
     return differences
 
 
-def operations(model: str, device, batch: int, length: int, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
-    """{operation: (token positions of `batch` sequences of `length` tokens whose results differ, positions)}: one step
-    of generation ([batch] rows) against the whole sequences ([batch * length] rows)."""
+def operations(model: str, device, batch: int, length: int, dtype: torch.dtype) -> dict[str, list[int]]:
+    """{operation: how many of the batch * length tokens differ from a forward over all of them}, first where `batch`
+    tokens are computed together, as in a step of generation, then where each is computed alone."""
     c = shapes.config(model)
     g = torch.Generator().manual_seed(0)
 
@@ -242,15 +242,20 @@ def operations(model: str, device, batch: int, length: int, dtype: torch.dtype) 
     found = {}
 
     def compare(name, step, whole):
-        """step(t): [batch, ...] of position t; whole: [batch, length, ...]."""
-        differ = sum(int((step(t) != whole[:, t]).flatten(1).any(1).sum()) for t in range(length))
-        found[name] = differ, batch * length
+        """step(b, t): position t of sequences b, [sequences, ...]; whole: [batch, length, ...]."""
+        found[name] = [
+            sum(int((step(b, t) != whole[b, t]).flatten(1).any(1).sum()) for t in range(length) for b in sequences)
+            for sequences in ([slice(0, batch)], [slice(b, b + 1) for b in range(batch)])
+        ]
 
     def rowwise(name, function, *operands):
-        compare(name, lambda t: function(*(o[:, t : t + 1] for o in operands))[:, 0], function(*operands))
+        def step(b, t):
+            return function(*(o[b, t : t + 1].contiguous() for o in operands))[:, 0]
+
+        compare(name, step, function(*operands))
 
     linears = [(layer.name, layer.N, layer.K) for layer in shapes.layers(model)]
-    for name, N, K in [*linears, ("a head of 16384", 16384, c["hidden_size"])]:
+    for name, N, K in [*linears, ("the head, up to 16384", min(16384, c["vocab_size"]), c["hidden_size"])]:
         weight, down, upper = normal(N, K, scale=K**-0.5), normal(R, K, scale=K**-0.5), normal(N, R)
         x = normal(batch, length, K)
         rowwise(f"{name}, F.linear", lambda x, w=weight: F.linear(x, w), x)
@@ -262,9 +267,9 @@ def operations(model: str, device, batch: int, length: int, dtype: torch.dtype) 
                 x,
             )
 
-    def attended(t, function):
+    def attended(b, t, function):
         """Position t as a step of generation sees it: the last query of t + 1."""
-        return function(q[:, :, t : t + 1], *(o[:, :, : t + 1] for o in (k, v)), False)[:, 0]
+        return function(q[b, :, t : t + 1], *(o[b, :, : t + 1].contiguous() for o in (k, v)), False)[:, 0]
 
     def sdpa(query, key, value, causal):
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True).transpose(1, 2)
@@ -273,7 +278,7 @@ def operations(model: str, device, batch: int, length: int, dtype: torch.dtype) 
         return query_by_query(None, query, key, value, None, None)[0]
 
     for name, function in (("attention, sdpa", sdpa), ("attention, query by query", alone)):
-        compare(name, lambda t, f=function: attended(t, f), function(q, k, v, True))
+        compare(name, lambda b, t, f=function: attended(b, t, f), function(q, k, v, True))
     rowwise("RMSNorm", lambda x: F.rms_norm(x.float(), x.shape[-1:]).to(dtype), hidden)
     rowwise("silu(gate) * up", lambda a, b: F.silu(a) * b, gate, up)
     rowwise("log_softmax, fp32", lambda x: x.log_softmax(-1), vocabulary)
@@ -317,8 +322,11 @@ def run(
         speed(model, results, device, batch, adapters, new, budget, blocks)
     if OPERATIONS in questions:
         for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-            for name, (differ, total) in operations(model, device, batch, 8 + new, dtype).items():
-                note = f"{differ} of {total} tokens differ between {batch} rows and {total}"
+            total = batch * (8 + new)
+            for name, (step, alone) in operations(model, device, batch, 8 + new, dtype).items():
+                note = (
+                    f"{step} of {total} tokens differ between {batch} rows and {total}, {alone} between 1 and {total}"
+                )
                 results.add(Row("rollout", model, "operation", name, "bits", batch, None, None, R, U, short, note=note))
     if AGREEMENT in questions:
         for name, d in agreement(model, out, device, batch, new, blocks).items():

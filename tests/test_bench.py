@@ -319,6 +319,10 @@ def test_rollout_measures_speed_and_agreement(tmp_path, monkeypatch):
     # Random models agree to a few digits by themselves; equal they are where nothing depends on the rows.
     assert "largest 0 over" in agreed[rollout.INVARIANT].note
     assert "largest 0 over" not in agreed["merged"].note
+    bits = [row for row in rows.read(results.path) if row.layer == "operation"]
+    independent = [row for row in bits if "batch_invariant" in row.provider or "query by query" in row.provider]
+    assert len(bits) == 46 and len(independent) == 14
+    assert all(row.note.startswith("0 of 44 tokens differ between 4 rows and 44, 0 between 1") for row in independent)
 
 
 def test_analysis_trains_and_compares(tmp_path, monkeypatch, capsys):
