@@ -33,7 +33,7 @@ from tinylora.adapters.svd import truncated_svd
 from tinylora.ops import adapted_linear
 
 MERGED = "merged"
-INVARIANT = f"{who.OURS}, batch_invariant"
+INVARIANT = who.INVARIANT
 # What of a transformer depends on how many rows are computed together; norms, rotations, the embedding and softmax
 # treat every row by itself already.
 LINEARS, ATTENTION, HEAD = PARTS = ("linears", "attention", "head")
@@ -92,15 +92,19 @@ def peft(base: nn.Module) -> nn.Module:
 
 
 def query_by_query(module, query, key, value, attention_mask, scaling, **_):
-    """Causal attention [B, heads, queries, d] -> [B, queries, heads, d] with every query in a call of its own, against
-    the keys up to itself: the same call whether it is the last of a sequence or in the middle. No padding."""
-    before = key.shape[2] - query.shape[2]
-    rows = []
-    for i in range(query.shape[2]):
-        keys, values = (t[:, :, : before + i + 1].contiguous() for t in (key, value))
-        own = query[:, :, i : i + 1].contiguous()
-        rows.append(F.scaled_dot_product_attention(own, keys, values, scale=scaling, enable_gqa=True))
-    return torch.cat(rows, 2).transpose(1, 2).contiguous(), None
+    """Causal attention [B, heads, queries, d] -> [B, queries, heads, d] with every query of every sequence in a call of
+    its own, against the keys up to itself: the same call wherever it stands, and in any company. No padding."""
+    batch, heads, queries, _ = query.shape
+    before = key.shape[2] - queries
+    attended = query.new_empty(batch, queries, heads, value.shape[-1])
+    for b in range(batch):
+        for i in range(queries):
+            own, keys, values = (t[b : b + 1, :, at].contiguous() for t, at in (
+                (query, slice(i, i + 1)), (key, slice(before + i + 1)), (value, slice(before + i + 1))
+            ))  # fmt: skip
+            one = F.scaled_dot_product_attention(own, keys, values, scale=scaling, enable_gqa=True)
+            attended[b, i] = one[0, :, 0]
+    return attended, None
 
 
 def invariant(base: nn.Module, model: str, parts: tuple[str, ...] = PARTS) -> nn.Module:
