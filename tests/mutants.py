@@ -39,6 +39,7 @@ FUSED, INVARIANT = "tinylora/ops/fused.py", "tinylora/ops/invariant.py"
 FIRST = {
     BLOCKS: (
         "every_split_of_k_in_decode",
+        "an_id_out_of_range_reads_nothing_and_gives_nan",
         "rank_r_arrives_in_y_with_more_bits_than_bf16_has",
         "the_thin_pass_keeps_the_core_in_fp32",
         "bitwise_repeatable_and_the_counters_return_to_zero",
