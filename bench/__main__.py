@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from bench import analysis, linear, model, peft, providers, report, rollout, rows, shapes, svd, timing
+from bench import analysis, linear, model, peft, providers, report, rollout, rows, shapes, svd, timing, tune
 
 DESCRIPTION = """\
 Measures tinylora against the bare frozen layer, PEFT's TinyLoRA, plain code and torch.compile.
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
     common(main)
     main.add_argument("--budget", type=float, default=MAIN_BUDGET, help="seconds for all of it (default %(default)g)")
-    what = main.add_subparsers(dest="what", metavar="linear | svd | model | peft | rollout | analysis | table")
+    what = main.add_subparsers(dest="what", metavar="linear | svd | model | peft | rollout | analysis | tune | table")
 
     p = what.add_parser("linear", help=linear.__doc__.split(": ", 1)[1], description=linear.__doc__)
     common(p)
@@ -51,7 +51,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
     p.add_argument("--M", nargs="+", type=int, help=f"rows (default {linear.CPU_ROWS}, on a GPU {linear.CUDA_ROWS})")
     p.add_argument("--passes", nargs="+", choices=linear.PASSES, default=list(linear.PASSES))
-    p.add_argument("--providers", nargs="+", choices=providers.NAMES, default=list(providers.NAMES))
+    p.add_argument(
+        "--providers", nargs="+", choices=(*providers.NAMES, providers.INVARIANT), default=list(providers.NAMES),
+        metavar="PROVIDER", help=f"(default: {', '.join(providers.NAMES)}; there is also '{providers.INVARIANT}')",
+    )  # fmt: skip
     p.add_argument("--budget", type=float, default=100.0, help="seconds (default %(default)g); min. 5 rounds a cell")
     p.add_argument(
         "--layers",
@@ -90,8 +93,23 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", choices=shapes.models(), default="Qwen2.5-0.5B", help="(default %(default)s)")
     p.add_argument("--batch", type=int, default=8, help="sequences (default %(default)s)")
     p.add_argument("--adapters", type=int, nargs="+", default=[1, 8], help="different ones in a batch (default 1 8)")
+    p.add_argument(
+        "--blocks", type=int, help="of the model's transformer blocks only so many, the first (default: all)"
+    )
+    p.add_argument(
+        "--questions", nargs="+", choices=rollout.QUESTIONS, default=list(rollout.QUESTIONS), help="(default: both)"
+    )
     p.add_argument("--new", type=int, default=8, help="tokens generated after each prompt (default %(default)s)")
     p.add_argument("--budget", type=float, default=120.0, help="seconds of timing (default %(default)g)")
+
+    p = what.add_parser("tune", help=tune.__doc__.split(": ", 1)[1].split(".")[0], description=tune.__doc__)
+    p.add_argument("--out", type=Path, default=rows.ROOT / "kernels" / "tables", help="(default kernels/tables)")
+    p.add_argument("--models", nargs="+", choices=shapes.models(), default=["Qwen2.5-7B"], metavar="MODEL")
+    p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16"])
+    p.add_argument("--r", nargs="+", type=int, default=[2], help="ranks (default 2, which stands for 1 to 8)")
+    p.add_argument("--M", nargs="+", type=int, help="buckets of rows (default: all)")
+    p.add_argument("--minutes", type=float, default=25.0, help="time limit; run again to go on (default %(default)g)")
+    p.add_argument("--dry-run", action="store_true", help="in Triton's interpreter, with tiny sizes; needs --out")
 
     p = what.add_parser("table", help="rewrite the results in README.md from bench/results/*.csv")
     p.add_argument("--readme", type=Path, default=rows.ROOT / "README.md")
@@ -120,6 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.what == "table":
         report.write_readme(args.readme, args.results)
         return 0
+    if args.what == "tune":
+        return _tune(args)
     if args.what == "analysis":
         _set_threads(args.threads)
         analysis.run(args.out, args.pretraining, args.steps)
@@ -140,7 +160,10 @@ def main(argv: list[str] | None = None) -> int:
         if "model" in ops:
             _model(results, device, args, started)
         if "rollout" in ops:
-            rollout.run(results, args.out, device, args.model, args.batch, args.adapters, args.new, args.budget)
+            rollout.run(
+                results, args.out, device, args.model, args.batch, args.adapters, args.new, args.budget, args.blocks,
+                tuple(args.questions),
+            )  # fmt: skip
         if "linear" in ops:
             chosen = args if args.what else parser().parse_args(["linear"])
             budget = args.budget if args.what else max(30.0, args.budget - (time.perf_counter() - started))
@@ -152,6 +175,23 @@ def main(argv: list[str] | None = None) -> int:
         for r in results.rows
     )
     return 1 if any(bad) else 0
+
+
+def _tune(args) -> int:
+    if args.dry_run:
+        if args.out == rows.ROOT / "kernels" / "tables":
+            print("tune: --dry-run measures nothing that belongs into kernels/tables: give --out", file=sys.stderr)
+            return 2
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    elif not torch.cuda.is_available():
+        print(
+            "tune: there is no GPU to measure; --dry-run --out FOLDER goes through all steps on a CPU", file=sys.stderr
+        )
+        return 2
+    device = torch.device("cpu" if args.dry_run else "cuda")
+    seconds = 0.0 if args.dry_run else 2.0
+    tune.run(args.out, device, args.models, args.dtypes, args.r, args.M, args.minutes, seconds, args.dry_run)
+    return 0
 
 
 def _set_threads(wanted: int | None) -> None:

@@ -18,6 +18,8 @@ BARE, PEFT, PEFT_SAME_DTYPE, PLAIN, COMPILED, OURS = NAMES = (
     "ours",  # tinylora.Linear
 )
 
+INVARIANT = f"{OURS}, batch_invariant"  # the same layer with rows that do not depend on each other; on request alone
+
 
 @dataclass
 class Factors:
@@ -79,9 +81,9 @@ def make(name: str, linear: nn.Linear, factors: Factors) -> Provider:
         return _peft(name, linear, factors)
     if name in (PLAIN, COMPILED):
         return _plain(name, linear, factors)
-    if name == OURS:
+    if name in (OURS, INVARIANT):
         return _ours(name, linear, factors)
-    raise ValueError(f"provider {name!r} is unknown, expected one of {', '.join(NAMES)}")
+    raise ValueError(f"provider {name!r} is unknown, expected one of {', '.join((*NAMES, INVARIANT))}")
 
 
 def _plain(name, linear, f) -> Provider:
@@ -128,6 +130,7 @@ def _ours(name, linear, f) -> Provider:
     config = tinylora.TinyLoraConfig(r=f.down.shape[0], u=f.v.shape[0])
     with mock.patch("tinylora.adapters.lora_xs.cached_svd", lambda *_: shared):
         layer = tinylora.Linear.from_linear(linear, config)
+    layer.batch_invariant = name == INVARIANT
     (v,) = tinylora.adapter_parameters(layer)
     with torch.no_grad():
         v.copy_(f.v)

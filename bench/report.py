@@ -83,18 +83,19 @@ def bars(rows: list[Row]) -> list[str]:
 def linear_table(rows: list[Row]) -> str:
     """Every cell on a line: the bare layer's milliseconds, and everybody's time over it."""
     found = cells(rows)
+    names = [*who.NAMES[1:], *(who.INVARIANT for cell in list(found.values())[:1] if who.INVARIANT in cell)]
     lines = []
     for (model, layer, dtype, M, pass_), cell in found.items():
         bare = cell.get(who.BARE)
         shape = next(iter(cell.values()))
         line = [model, layer, f"{shape.N} x {shape.K}", dtype, M, pass_, f"{bare.p50_ms:.3f}" if bare else ""]
-        for name in who.NAMES[1:]:
+        for name in names:
             row = cell.get(name)
             line.append(
                 "" if row is None else row.note or f"{row.ratio_to_bare:.2f}" if row.ratio_to_bare else row.note
             )
         lines.append(line)
-    headers = ["model", "layer", "N x K", "dtype", "M", "pass", "bare ms", *who.NAMES[1:]]
+    headers = ["model", "layer", "N x K", "dtype", "M", "pass", "bare ms", *names]
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 

@@ -84,9 +84,9 @@ def _linear(
         # A view of x that bulk copies refuse must not take another path than its rows do elsewhere.
         if x.stride() != (K, 1) or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)
-        choice = tiles.pinned(N, K, r, dtype, _capability(device), fits_descriptors(x, w))
+        choice = tiles.pinned(N, K, r, dtype, _capability(device), fits_descriptors(x, w), w.stride(1) != 1)
     elif choice is None:
-        choice = tiles.choose(M, N, K, r, dtype, _capability(device), fits_descriptors(x, w))
+        choice = tiles.choose(M, N, K, r, dtype, _capability(device), fits_descriptors(x, w), w.stride(1) != 1)
     s = None
     if choice.thin is not None:
         z, s = thin(x, down, core, choice.thin, precision, want_s=True)
