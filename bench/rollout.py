@@ -202,7 +202,7 @@ def agreement(model: str, out: Path, device, batch: int, new: int, blocks: int |
 
     def measure(name, sampler, trainer=None):
         sequences, sampled = rolled_out(sampler, tokens, new)
-        differences[name] = (sampled - log_probabilities(trainer or sampler, sequences, length)).abs().flatten()
+        differences[name] = (sampled - log_probabilities(trainer or sampler, sequences, length)).abs().flatten().cpu()
 
     def fresh() -> nn.Module:
         return build(model, device, blocks)

@@ -7,10 +7,13 @@ on a card stands in tables/sm_<capability>.json and comes first; the model serve
 
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
+
+# A model asks the same few questions at every call: the answers are remembered.
+remembered = lru_cache(maxsize=4096)
 
 # The largest rank the kernels take. Above it the adapter is no longer small against the layer.
 MAX_RANK = 128
@@ -191,6 +194,7 @@ def gemm_tile(M: int, N: int, chip: Card, descriptors: bool, width: int, aligned
     return min(_gemms(chip, descriptors, width), key=waves)[0]
 
 
+@remembered
 def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Thin:
     """Enough programs to fill the card: K is cut where M alone gives too few, but never below four steps."""
     width = pad(r)
@@ -217,6 +221,7 @@ def decode_tile(M: int, N: int, K: int, dtype: torch.dtype, chip: Card) -> Decod
     return Decode(m, 64, k, split, 8 if m > 64 and not chip.bulk_copies else 4, stages, registers)
 
 
+@remembered
 def choose(
     M: int,
     N: int,
@@ -286,6 +291,7 @@ def default(
 PINNED_ROWS = 1024
 
 
+@remembered
 def pinned(
     N: int,
     K: int,
@@ -329,6 +335,7 @@ def pinned_default(
     return Choice(main, thin, None, why)
 
 
+@remembered
 def core_gradient_tile(M: int, r: int, adapters: int, dtype: torch.dtype, small: bool = False) -> CoreGradient:
     """512 rows a program; with many adapters fewer slices, since each adapter has programs of its own."""
     side = min(pad(r), 32)
@@ -338,6 +345,7 @@ def core_gradient_tile(M: int, r: int, adapters: int, dtype: torch.dtype, small:
     return CoreGradient(64, side, rows, "ieee" if side == 16 or dtype == torch.float32 else "tf32x3")
 
 
+@remembered
 def factor_gradient_tile(M: int, C: int, r: int, small: bool = False) -> FactorGradient:
     """64 columns a program, and enough slices of the rows to fill a card: one choice for all cards."""
     width = pad(r)
