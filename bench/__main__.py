@@ -207,6 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.what == "table":
         report.write_readme(args.readme, args.results)
         return 0
+    if args.what == "tune":
+        return _tune(args)
     if args.what == "roofline":
         print(report.roofline_table(args.models, args.r, args.M))
         return 0
@@ -215,8 +217,6 @@ def main(argv: list[str] | None = None) -> int:
             print("There is no CUDA device: nothing is measured. --dry-run takes the CPU.", file=sys.stderr)
             return 2
         return gpu.run(args.out, tuple(args.stage), args.dry_run, COMMANDS)
-    if args.what == "tune":
-        return _tune(args)
     if args.what == "analysis":
         _set_threads(args.threads)
         analysis.run(args.out, args.pretraining, args.steps)
@@ -268,23 +268,6 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if any(bad) else 0
 
 
-def _replaced(args):
-    """Which rows of its ops a command replaces: those of the models and Ms that it measures."""
-    models, Ms = getattr(args, "models", None), getattr(args, "M", None)
-    return lambda row: (not models or row.model in (*models, "")) and (not Ms or row.M in (*Ms, None))
-
-
-def _parts(results, device, args) -> None:
-    if device.type == "cpu" and not args.stubbed:
-        results.add(rows.Row("parts", "", "", "", "", note="not measured: the kernels run on NVIDIA GPUs"))
-        return
-    _, ceilings = roofline.measure(device, ("bf16", "fp32"), 0.05 * args.budget)
-    for row in ceilings:
-        results.add(row)
-    with host.launches_stubbed_out() if args.stubbed else contextlib.nullcontext():
-        parts.run(results, device, tuple(args.models), args.budget, check=not args.stubbed)
-
-
 def _tune(args) -> int:
     if args.dry_run:
         if args.out == rows.ROOT / "kernels" / "tables":
@@ -300,6 +283,26 @@ def _tune(args) -> int:
     seconds = 0.0 if args.dry_run else 2.0
     tune.run(args.out, device, args.models, args.dtypes, args.r, args.M, args.minutes, seconds, args.dry_run)
     return 0
+
+
+def _replaced(args):
+    """Which rows of its ops a command replaces: those of the models, Ms and questions that it measures."""
+    if args.what == "rollout":
+        passes = {rollout.SPEED: "generate", rollout.AGREEMENT: "log p", rollout.OPERATIONS: "bits"}
+        return lambda row: row.pass_ in [passes[question] for question in args.questions]
+    models, Ms = getattr(args, "models", None), getattr(args, "M", None)
+    return lambda row: (not models or row.model in (*models, "")) and (not Ms or row.M in (*Ms, None))
+
+
+def _parts(results, device, args) -> None:
+    if device.type == "cpu" and not args.stubbed:
+        results.add(rows.Row("parts", "", "", "", "", note="not measured: the kernels run on NVIDIA GPUs"))
+        return
+    _, ceilings = roofline.measure(device, ("bf16", "fp32"), 0.05 * args.budget)
+    for row in ceilings:
+        results.add(row)
+    with host.launches_stubbed_out() if args.stubbed else contextlib.nullcontext():
+        parts.run(results, device, tuple(args.models), args.budget, check=not args.stubbed)
 
 
 def _set_threads(wanted: int | None) -> None:

@@ -70,6 +70,8 @@ class Stage:
 
 CPU = ("--device", "cpu", "--threads", "1")
 SMALL = (*CPU, "--budget", "0.1")
+ROLLOUT = ("rollout", "--model", "Qwen2.5-1.5B")
+FEW = ("--model", "Qwen2.5-0.5B", "--batch", "2", "--adapters", "2", "--new", "2")
 STAGES = (
     Stage("numbers", "the kernels against fp64, compiled, past 2^31 elements", tests="numbers or compile or offsets"),
     Stage("repeat", "the same bits on every run, CUDA graphs, streams", tests="repeatable or graph or streams"),
@@ -109,22 +111,15 @@ STAGES = (
     ),
     Stage(
         "rollout",
-        "tokens per second with adapters in place, and agreement with training",
-        (
-            "rollout",
-            "--model",
-            "Qwen2.5-1.5B",
-            "--batch",
-            "64",
-            "--adapters",
-            "1",
-            "64",
-            "--new",
-            "32",
-            "--budget",
-            "90",
-        ),
-        dry=(*SMALL, "--model", "Qwen2.5-0.5B", "--batch", "2", "--adapters", "2", "--new", "2"),
+        "tokens per second with adapters in place",
+        (*ROLLOUT, "--questions", "speed", "--batch", "64", "--adapters", "64", "--new", "32", "--budget", "90"),
+        dry=(*SMALL, *FEW),
+    ),
+    Stage(
+        "agreement",
+        "log-probabilities of rollouts against training, and what makes them differ",
+        (*ROLLOUT, "--questions", "agreement", "operations", "--batch", "8", "--new", "16", "--blocks", "8"),
+        dry=(*CPU, *FEW, "--blocks", "1"),
     ),
     Stage("table", f"all of it as {TABLE}", ("table", "--results", "@", "--readme", f"@{TABLE}")),
 )

@@ -126,6 +126,23 @@ def test_a_good_table_passes_and_is_used(tmp_path, monkeypatch):
         tiles.forget()
 
 
+@needs_compiler
+@pytest.mark.parametrize("M", [1, 16, 2048])
+def test_the_operator_asks_the_table_at_any_number_of_rows(M, monkeypatch):
+    """A table holds entries for operands that bulk copies take, decode's too: the operator must say that its are."""
+    from tinylora.ops import fused
+
+    choose, asked = tiles.choose, []
+    monkeypatch.setattr(tiles, "choose", lambda *sizes: asked.append(sizes) or choose(*sizes))
+
+    def empty(*shape):
+        return torch.empty(*shape, dtype=bf16, device="meta")
+
+    with lanes.compiler(H200, only_count=True):
+        fused.forward(empty(M, 3584), empty(512, 3584), empty(2, 3584), None, empty(512, 2), None, None, None)
+    assert asked == [(M, 512, 3584, 2, bf16, H200, True, False)]
+
+
 def change(path, edit):
     """Edit the first entry of a table and, to keep them in agreement, its rows."""
     written = json.loads(path.read_text())
