@@ -1,4 +1,4 @@
-"""`tinylora`: what runs here and why, how many numbers an adapter trains, adapters converted and merged."""
+"""`tinylora`: what runs here and why, how many numbers an adapter trains; convert, merge, train and score adapters."""
 
 import argparse
 import platform
@@ -9,6 +9,7 @@ import torch
 from tabulate import tabulate
 
 import tinylora
+from tinylora import cli_train
 from tinylora.adapters import AdaLoraConfig, LoraConfig, LoraXSConfig, TiedLoraConfig, TinyLoraConfig, VeraConfig
 from tinylora.adapters.factor_cache import cache_folder
 from tinylora.adapters.tying import TYINGS
@@ -77,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--adapter", required=True, help="a folder that tinylora.save or PEFT's save_pretrained wrote")
     merge.add_argument("--out", required=True, help="a new folder")
     merge.set_defaults(run=_merge)
+
+    cli_train.add(commands)
     return parser
 
 

@@ -34,3 +34,38 @@ def meta_model(config: str | os.PathLike) -> nn.Module:
         build = transformers.AutoModel.from_config
     with torch.device("meta"):
         return build(settings)
+
+
+def load_model(name: str | os.PathLike, dtype: str):
+    """(model, tokenizer) of a causal language model from a folder or the Hub, on the GPU where there is one.
+
+    dtype: of the weights, "bfloat16", "float16" or "float32". ValueError if there is no such model or it has no
+    tokenizer, ImportError without transformers.
+    """
+    import torch
+
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("loading a model needs transformers: pip install tinylora[transformers]") from error
+
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype is {dtype!r}, expected bfloat16, float16 or float32")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"model is {str(name)!r}, expected a model folder with a tokenizer, or a name on the Hub: {reason}"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model {str(name)!r} has a tokenizer without an end of text, expected an eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def as_prompt(tokenizer, text: str):
+    """The text as a user's turn where the tokenizer has a chat template (TRL's form), and as it is where not."""
+    return text if tokenizer.chat_template is None else [{"role": "user", "content": text}]

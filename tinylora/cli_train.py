@@ -1,0 +1,162 @@
+"""`tinylora train` and `tinylora eval`: a run in a folder, and what a model and an adapter score."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from tinylora import recipes
+from tinylora.adapters import CONFIGS
+from tinylora.integrations import evaluate, training
+from tinylora.integrations.peft_files import load
+from tinylora.integrations.problems import load_problems
+from tinylora.integrations.transformers import load_model
+from tinylora.nn.checkpoint import write_whole
+from tinylora.tasks import gsm8k
+
+# Flags that stand for a value of the recipe, by its name there. The value's own default is the recipe's.
+_COMMON = {
+    "model": (str, "model", "a model folder, or a name on the Hub"),
+    "data": (str, "data", "GSM8K: a folder, a .jsonl file, or a name on the Hub"),
+    "steps": (int, "steps", "optimiser steps"),
+    "seed": (int, "seed", "of the adapter, the order of the data and the sampling"),
+    "dtype": (str, "dtype", "of the frozen base: bfloat16, float16 or float32; v is fp32"),
+    "batch-size": (int, "batch_size", "sequences in a step: for GRPO prompts times group size"),
+    "micro-batch-size": (int, "micro_batch_size", "sequences in one forward and backward, at most"),
+    "save-every": (int, "save_every", "steps between checkpoints"),
+    "r": (int, "adapter.r", "rank"),
+    "u": (int, "adapter.u", "TinyLoRA: length of each v"),
+    "n-tie": (int, "adapter.n_tie", "TinyLoRA: modules to a v"),
+}
+_OF = {
+    "grpo": {
+        "lr": (float, "grpo.learning_rate", "learning rate"),
+        "epochs": (float, "grpo.num_train_epochs", "passes over the data"),
+        "group-size": (int, "grpo.num_generations", "completions of each prompt"),
+        "max-completion-length": (int, "grpo.max_completion_length", "tokens"),
+        "reward": (str, "reward", f"which scorer rewards: {' or '.join(gsm8k.SCORERS)}; both are logged"),
+    },
+    "sft": {
+        "lr": (float, "sft.learning_rate", "learning rate"),
+        "epochs": (float, "sft.num_train_epochs", "passes over the data"),
+        "max-length": (int, "sft.max_length", "tokens of a problem with its solution; what is longer is cut"),
+    },
+}
+_HELP = {
+    "grpo": "reinforcement learning: sampled answers, rewarded if right (TRL's GRPOTrainer)",
+    "sft": "supervised fine-tuning on the data's own solutions (TRL's SFTTrainer)",
+}
+
+
+def add(commands) -> None:
+    """Add `train` and `eval` to the subparsers of `tinylora`."""
+    train = commands.add_parser("train", help="train an adapter: grpo or sft")
+    kinds = train.add_subparsers(required=True, metavar="method")
+    for command, about in _HELP.items():
+        _add_training(kinds, command, about)
+    _add_eval(commands)
+
+
+def _add_training(kinds, command: str, about: str) -> None:
+    parser = kinds.add_parser(
+        command,
+        help=about,
+        description=f"{about}. What no flag says is the recipe's. A run killed at any moment goes on with --resume "
+        "and gives the curve of one that was not. The result is OUT/adapter, the log OUT/log.jsonl.",
+    )
+    parser.add_argument("--out", required=True, help="the run's folder")
+    parser.add_argument("--recipe", default=recipes.DEFAULT, help=f"{', '.join(recipes.names())}, or a JSON file")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT, with its own settings")
+    parser.add_argument("--adapter", dest="adapter.kind", choices=CONFIGS, help="default: the recipe's")
+    values = recipes.load(recipes.DEFAULT)
+    for flag, (kind, name, what) in (_COMMON | _OF[command]).items():
+        default = f"{recipes.DEFAULT}: {_get(values, name)}" if name != "steps" else "the recipe's epochs"
+        parser.add_argument(
+            f"--{flag}", dest=name, type=kind, metavar=kind.__name__.upper(), help=f"{what} ({default})"
+        )
+    parser.set_defaults(run=_train, command=command)
+
+
+def _train(options: argparse.Namespace) -> None:
+    flags = {name for _, name, _ in (_COMMON | _OF[options.command]).values()} | {"adapter.kind"}
+    asked = {n: v for n, v in vars(options).items() if n in flags and v is not None}
+    for name in ("model", "data"):  # a run may be resumed from elsewhere
+        if name in asked and Path(asked[name]).exists():
+            asked[name] = str(Path(asked[name]).resolve())
+    if options.resume:
+        settings = training.resumed(options.command, options.out, asked)
+    else:
+        settings = recipes.load(options.recipe)
+        if asked.get("adapter.kind", settings["adapter"]["kind"]) != settings["adapter"]["kind"]:
+            settings["adapter"] = {}  # another adapter's own defaults: the recipe's are not meant for it
+        for name, value in asked.items():
+            section, _, key = name.rpartition(".")
+            (settings[section] if section else settings)[key] = value
+    folder = training.run(options.command, settings, options.out, options.resume)
+    print(f"{folder}: score it with tinylora eval --model {settings['model']} --adapter {folder}")
+
+
+def _add_eval(commands) -> None:
+    values = recipes.load(recipes.DEFAULT)
+    parser = commands.add_parser(
+        "eval",
+        help="what a model scores on GSM8K, with an adapter or without: pass@1, strict and lenient",
+        description="pass@1 on GSM8K by both scorers, with 95 % confidence intervals (Wilson): one greedy completion "
+        "a problem. strict counts the right number behind ####, as the prompt asks for; lenient counts it anywhere.",
+    )
+    parser.add_argument("--model", help=f"a model folder, or a name on the Hub ({values['model']})")
+    parser.add_argument("--adapter", help="a folder that tinylora.save, a run or PEFT's save_pretrained wrote")
+    parser.add_argument("--data", help=f"a folder, a .jsonl file, or a name on the Hub ({values['data']})")
+    parser.add_argument("--split", help=f"({values['eval']['split']})")
+    parser.add_argument("--scorer", choices=("both", *gsm8k.SCORERS), default="both", help="which to print")
+    parser.add_argument("--limit", type=int, help="the first so many problems alone")
+    parser.add_argument("--batch-size", type=int, help=f"problems at once ({values['eval']['batch_size']})")
+    parser.add_argument("--max-completion-length", type=int, help=f"({values['eval']['max_completion_length']})")
+    parser.add_argument("--dtype", help=f"of the base: bfloat16, float16 or float32 ({values['dtype']})")
+    parser.add_argument("--recipe", default=recipes.DEFAULT, help="where the prompt and the defaults are from")
+    parser.add_argument("--out", help="a JSON file for the scores, the settings and every completion")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    settings = recipes.load(options.recipe)
+    settings |= {n: getattr(options, n) for n in ("model", "data", "dtype") if getattr(options, n) is not None}
+    own = ("split", "batch_size", "max_completion_length")
+    settings["eval"] |= {n: getattr(options, n) for n in own if getattr(options, n) is not None}
+    for name in ("limit", "batch_size", "max_completion_length"):
+        value = options.limit if name == "limit" else settings["eval"][name]
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
+    if options.out and Path(options.out).exists():
+        raise ValueError(f"{options.out} exists, expected a new file to write to")
+    problems = load_problems(settings["data"], settings["eval"]["split"])[: options.limit]
+    model, tokenizer = load_model(settings["model"], settings["dtype"])
+    if options.adapter:
+        load(model, options.adapter)
+    found = evaluate.evaluate(
+        model,
+        tokenizer,
+        problems,
+        instruction=settings["instruction"],
+        max_completion_length=settings["eval"]["max_completion_length"],
+        batch_size=settings["eval"]["batch_size"],
+    )
+    rows = [
+        (name, f"{s['correct']} of {found['problems']}", f"{s['pass@1']:.1%}", f"{s['low']:.1%} to {s['high']:.1%}")
+        for name, s in found["scores"].items()
+        if options.scorer in ("both", name)
+    ]
+    print(tabulate(rows, ("scorer", "correct", "pass@1", "95 % interval"), disable_numparse=True))
+    if options.out:
+        what = {"model": settings["model"], "adapter": options.adapter, "data": settings["data"]} | settings["eval"]
+        what |= {"dtype": settings["dtype"], "instruction": settings["instruction"], "versions": training.versions()}
+        text = json.dumps(what | found, indent=1, ensure_ascii=False) + "\n"
+        print(write_whole(Path(options.out), lambda path: Path(path).write_text(text, encoding="utf-8")))
+
+
+def _get(values: dict[str, Any], name: str) -> Any:
+    for part in name.split("."):
+        values = values[part]
+    return values

@@ -1,0 +1,82 @@
+"""A model's answers to GSM8K's problems, scored strictly and leniently."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from tinylora.integrations.transformers import as_prompt
+from tinylora.tasks import gsm8k
+from tinylora.tasks.gsm8k import Problem
+from tinylora.tasks.intervals import wilson
+
+
+@torch.no_grad()
+def complete(model: nn.Module, tokenizer, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[str]:
+    """The model's greedy completion of every prompt, in their order: one `generate` a batch, longest prompts first.
+
+    Each prompt is a user's turn of the chat template where there is one. Nothing of the model's own generation
+    settings acts but its end-of-text tokens: Qwen2.5's would penalise repetition, even in a greedy search.
+    """
+    ids = []
+    for text in prompts:
+        turn = as_prompt(tokenizer, text)
+        if not isinstance(turn, str):
+            text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        # a chat template writes its own special tokens
+        ids.append(tokenizer(text, add_special_tokens=isinstance(turn, str))["input_ids"])
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}
+    completions = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(ids[i]))
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    with tqdm(total=len(prompts), desc="generating", unit="problem", disable=None) as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            width = max(len(ids[i]) for i in batch)
+            rows = [[tokenizer.pad_token_id] * (width - len(ids[i])) + ids[i] for i in batch]
+            mask = [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch]
+            out = model.generate(
+                input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device),
+                max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
+                eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+            for i, tokens in zip(batch, out[:, width:].tolist(), strict=True):
+                end = next((k for k, t in enumerate(tokens) if t in ends), len(tokens))
+                completions[i] = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+            bar.update(len(batch))
+    model.train(was_training)
+    return completions
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer,
+    problems: Sequence[Problem],
+    *,
+    instruction: str,
+    max_completion_length: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """pass@1 by each scorer, with Wilson's 95 % interval, and every completion.
+
+    One greedy completion a problem. {"problems": n, "scores": {scorer: {"correct", "pass@1", "low", "high"}},
+    "completions": [{"question", "final", "completion", scorer: bool, ...}]}.
+    """
+    prompts = [gsm8k.prompt(p.question, instruction) for p in problems]
+    texts = complete(model, tokenizer, prompts, max_new_tokens=max_completion_length, batch_size=batch_size)
+    records = [
+        {"question": p.question, "final": p.final, "completion": text}
+        | {name: score(text, p.final) for name, score in gsm8k.SCORERS.items()}
+        for p, text in zip(problems, texts, strict=True)
+    ]
+    scores = {}
+    for name in gsm8k.SCORERS:
+        correct = sum(record[name] for record in records)
+        low, high = wilson(correct, len(records))
+        scores[name] = {"correct": correct, "pass@1": correct / len(records), "low": low, "high": high}
+    return {"problems": len(records), "scores": scores, "completions": records}

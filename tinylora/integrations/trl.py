@@ -1,0 +1,220 @@
+"""TRL's trainers on adapted models: `GRPOTrainer` and `SFTTrainer` as they are, and what they do not know of ours.
+
+`adapter_trainer(GRPOTrainer)` is GRPOTrainer with six differences, none of which touches its algorithm:
+
+    checkpoints   hold the adapter alone (26 bytes of numbers, where TRL would write the model), and are resumed from it
+    reference     with beta > 0 it is the same model with the adapter off; TRL would load the base a second time
+    data order    a run resumed in a later epoch goes on with that epoch's order; TRL starts again with the first one's
+    lm_head       an adapter there is refused: TRL multiplies by lm_head.weight itself, and would never train it
+    use_vllm      refused: TRL would send vLLM the base's weights, and roll out a model without the adapter
+    sync_ref_model refused: there is no second model to synchronise
+
+Rollouts run the adapted layers, unmerged, in `model.generate`: the base's weights are never written.
+A model that PEFT adapted passes through: TRL knows those, and only the data order is ours.
+"""
+
+import functools
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tinylora.nn import checkpoint
+from tinylora.nn.linear import Linear
+from tinylora.nn.model import adapted_layers, adapter_names, disabled, saved_modules
+from tinylora.nn.saved_module import SavedModule
+
+RUNNING = "running.safetensors"
+_STATE, _OPTIMIZER, _SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
+
+
+@functools.cache
+def adapter_trainer(trainer: type) -> type:
+    """A subclass of TRL's `GRPOTrainer` or `SFTTrainer` (or of transformers' `Trainer`) for models with our adapters.
+
+        Trainer = adapter_trainer(trl.GRPOTrainer)
+        Trainer(model=tinylora.apply(model, config), args=..., reward_funcs=..., train_dataset=...).train()
+
+    Everything else is the trainer's own: arguments, callbacks, logs. ValueError on construction for an adapter on
+    lm_head, use_vllm or sync_ref_model (see above).
+    """
+
+    class AdapterTrainer(trainer):
+        def __init__(self, model, *args, **kwargs):
+            ours = isinstance(model, nn.Module) and bool(adapter_names(model))
+            config = kwargs.get("args") or next((a for a in args if hasattr(a, "output_dir")), None)
+            beta = getattr(config, "beta", 0.0) if ours and _has_reference(trainer) else 0.0
+            if ours:
+                _refuse(model, config)
+            if beta:
+                config.beta = 0.0  # while it builds, for with another one it loads the base model a second time
+            try:
+                super().__init__(model, *args, **kwargs)
+            finally:
+                if beta:
+                    config.beta = beta
+            if beta:
+                self.beta, self.ref_model = beta, functools.partial(_run_disabled, self.model)
+
+        def _save(self, output_dir=None, state_dict=None):
+            if not adapter_names(self.model):
+                return super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                save_adapter(self.model, output_dir or self.args.output_dir)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+            if not adapter_names(self.model):
+                return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_adapter(self.model, resume_from_checkpoint)
+
+        def _load_best_model(self):
+            if not adapter_names(self.model):
+                return super()._load_best_model()
+            load_adapter(self.model, self.state.best_model_checkpoint)
+
+        def _get_train_sampler(self, *args, **kwargs):
+            sampler = super()._get_train_sampler(*args, **kwargs)
+            return _InEpoch(sampler, self) if _continues_its_generator(sampler) else sampler
+
+    AdapterTrainer.__name__ = AdapterTrainer.__qualname__ = trainer.__name__
+    AdapterTrainer.__doc__ = trainer.__doc__
+    return AdapterTrainer
+
+
+def _has_reference(trainer: type) -> bool:
+    from trl import GRPOTrainer
+
+    return issubclass(trainer, GRPOTrainer)
+
+
+def _refuse(model: nn.Module, config) -> None:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if isinstance(head, Linear | SavedModule):
+        raise ValueError(
+            "lm_head has an adapter or is in modules_to_save, expected neither: TRL's trainers multiply by "
+            "lm_head.weight themselves, and nothing there would train"
+        )
+    if getattr(config, "use_vllm", False):
+        raise ValueError(
+            "use_vllm is True, expected False for a model with our adapter: TRL would send vLLM the base's weights, "
+            "and roll out a model without the adapter. Unmerged rollouts are generate's, or continuous batching's"
+        )
+    if getattr(config, "sync_ref_model", False):
+        raise ValueError("sync_ref_model is True, expected False: the reference is this model with its adapter off")
+
+
+def _run_disabled(model: nn.Module, **inputs):
+    """What GRPO's loss asks of its reference model: the base's log-probabilities."""
+    with disabled(model):
+        return model(**inputs)
+
+
+def _continues_its_generator(sampler) -> bool:
+    """Whether this is TRL's RepeatSampler, whose order of the second epoch depends on having drawn the first one's."""
+    from trl.trainer.utils import RepeatSampler
+
+    return isinstance(sampler, RepeatSampler) and sampler.shuffle
+
+
+class _InEpoch(torch.utils.data.Sampler):
+    """TRL's RepeatSampler, whose order is that of the epoch the trainer is in, resumed or not."""
+
+    def __init__(self, sampler, trainer):
+        self.sampler, self.trainer = sampler, trainer
+        self.generator = sampler.generator  # accelerate looks for it
+
+    def __iter__(self):
+        generator = self.sampler.generator.manual_seed(self.sampler.seed)
+        for _ in range(int((self.trainer.state.epoch or 0) + 1e-6)):
+            torch.randperm(self.sampler.num_samples, generator=generator)
+        return iter(self.sampler)
+
+    def __len__(self):
+        return len(self.sampler)
+
+
+def trained_adapter(model: nn.Module) -> str:
+    """The name of the adapter that runs and trains. ValueError if none is active."""
+    names = {m.active for m in (*adapted_layers(model).values(), *saved_modules(model).values())} - {None}
+    if len(names) != 1:
+        raise ValueError(f"{type(model).__name__} has the active adapters {sorted(names)}, expected one to train")
+    return names.pop()
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Write the adapter that trains into a checkpoint: `tinylora.save`, and what training alone needs of it."""
+    name = trained_adapter(model)
+    running = {n: t.detach().cpu().contiguous() for n, t in _running(model, name).items()}
+    if running:
+        checkpoint.write_whole(Path(folder) / RUNNING, lambda path: save_file(running, path))
+    checkpoint.save(model, folder, name)
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Read it back onto the model that wrote it. ValueError as `tinylora.load`."""
+    name = trained_adapter(model)
+    checkpoint.load(model, folder, name)
+    running = _running(model, name)
+    if running:
+        path = Path(folder) / RUNNING
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist, expected the averages that this adapter's training needs")
+        found = load_file(path)
+        with torch.no_grad():
+            for n, t in running.items():
+                t.copy_(found[n])
+
+
+def _running(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """State that changes in training and that no adapter's file holds: AdaLoRA's averages of importance."""
+    found = {}
+    for site, layer in adapted_layers(model).items():
+        if name in layer.adapters:
+            adapter = layer.adapters[name]
+            made_anew = {*adapter.from_weight, *adapter.shared.config.local(adapter.site)}
+            lasting = adapter.state_dict(keep_vars=True)
+            found |= {f"{site}.{n}": t for n, t in adapter.named_buffers() if n not in made_anew and n not in lasting}
+    return found
+
+
+def last_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The newest checkpoint in a run's folder that is whole, None if there is none.
+
+    One that was being written when the process died is passed over, and said so on stderr: every file is opened, and
+    the trainer's state, which is written last, has to be that of its step.
+    """
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if path.is_dir() and number.isdecimal():
+            found.append((int(number), path))
+    for step, path in sorted(found, reverse=True):
+        reason = _incomplete(path, step)
+        if reason is None:
+            return path
+        print(f"{path} is not whole and is passed over: {reason}", file=sys.stderr)
+    return None
+
+
+def _incomplete(path: Path, step: int) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is."""
+    try:
+        if json.loads((path / _STATE).read_text())["global_step"] != step:
+            return f"{_STATE} is of another step"
+        if (path / "adapter_config.json").exists():  # PEFT's
+            load_file(path / "adapter_model.safetensors")
+        else:
+            checkpoint.read(path / checkpoint.FILE)
+        for name in (_OPTIMIZER, _SCHEDULER, *(p.name for p in path.glob("rng_state*.pth"))):
+            damaged = zipfile.ZipFile(path / name).testzip()  # torch.save writes zip files: nothing is unpickled here
+            if damaged is not None:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
