@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from bench import analysis, linear, model, peft, providers, report, rollout, rows, shapes, svd, timing
+from bench import analysis, demo, linear, model, peft, providers, report, rollout, rows, shapes, svd, timing
 
 DESCRIPTION = """\
 Measures tinylora against the bare frozen layer, PEFT's TinyLoRA, plain code and torch.compile.
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
     common(main)
     main.add_argument("--budget", type=float, default=MAIN_BUDGET, help="seconds for all of it (default %(default)g)")
-    what = main.add_subparsers(dest="what", metavar="linear | svd | model | peft | rollout | analysis | table")
+    what = main.add_subparsers(dest="what", metavar="linear | svd | model | peft | rollout | analysis | demo | table")
 
     p = what.add_parser("linear", help=linear.__doc__.split(": ", 1)[1], description=linear.__doc__)
     common(p)
@@ -85,6 +85,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--pretraining", type=int, default=500, help="steps on prose (default %(default)s)")
     p.add_argument("--steps", type=int, default=150, help="steps on code, for every rate (default %(default)s)")
 
+    p = what.add_parser("demo", help=demo.__doc__.split(": ", 1)[1].splitlines()[0], description=demo.__doc__)
+    p.add_argument("--out", type=Path, default=rows.OUT, help="its folder demo/ takes the results (default bench/out)")
+    part = p.add_mutually_exclusive_group()
+    for flag, about in demo.MINUTES.items():
+        part.add_argument(f"--{flag}", dest="part", action="store_const", const=flag, help=about)
+    p.set_defaults(part="demo")
+
     p = what.add_parser("rollout", help=rollout.__doc__.split(": ", 1)[1].splitlines()[0], description=rollout.__doc__)
     common(p)
     p.add_argument("--model", choices=shapes.models(), default="Qwen2.5-0.5B", help="(default %(default)s)")
@@ -119,6 +126,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.what == "table":
         report.write_readme(args.readme, args.results)
+        return 0
+    if args.what == "demo":
+        demo.run(args.out, args.part)
         return 0
     if args.what == "analysis":
         _set_threads(args.threads)

@@ -11,8 +11,8 @@ import datetime
 import hashlib
 import logging
 import multiprocessing
-import os
 import random
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -119,6 +119,7 @@ RATES = {
     "ES": (0.02, 0.05, 0.1, 0.2),
 }
 SWEEP_U, SWEEP_TIE, SWEEP_RATES, SWEEP_SEEDS = (1, 4, 13, 52), (1, 2, 4, ALL), (0.005, 0.02, 0.05), (0, 1)
+SWEEP_STEPS = 60
 
 
 # --- one training, in a worker ---------------------------------------------------------------------------------------
@@ -135,16 +136,18 @@ def adapt(model: nn.Module, run: Run) -> nn.Module:
 
 def train_with_trl(model: nn.Module, words, run: Run, pairs: Sequence[addition.Pair], after_step) -> None:
     """GRPO or SFT by TRL's trainers, as they are. after_step(number) is called after every step."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+    disable_progress_bars()  # theirs; ours is for the whole
 
     class AfterStep(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             after_step(state.global_step)
 
     common = {
-        "output_dir": os.devnull,  # nothing is saved
+        "output_dir": tempfile.gettempdir(),  # nothing is written
         "save_strategy": "no",
         "logging_strategy": "no",
         "report_to": [],
@@ -183,7 +186,7 @@ def train_with_evolution(model: nn.Module, words, run: Run, pairs: Sequence[addi
     rng = random.Random(run.seed)
     for step in range(1, run.steps + 1):
         chosen = rng.sample(pairs, PROMPTS)
-        es.step([addition.prompt(p) for p in chosen], [addition.answer(p) for p in chosen])
+        es.step(words([addition.prompt(p) for p in chosen]).input_ids, [addition.answer(p) for p in chosen])
         after_step(step)
 
 
@@ -451,12 +454,12 @@ def table(rows: list[dict]) -> str:
 
 
 CAPTION = f"""\
-Exact answers on {len(addition.split()["test"])} pairs that no training saw; mean (and range) over {len(SEEDS)} seeds, of one base model. \
-The standard error of one accuracy is at most 1.6 points.
-What the effect depends on: the demonstrations. On clean ones SFT with the same 13 numbers does what GRPO does; the
-noisy ones begin with {NOISE} random letters, which the base never saw in its training, so that SFT's first loss is
-far higher than on anybody's real demonstrations. Most of what 13 numbers gain is a choice among ways of answering that
-the base has already. A mechanism in a toy, not a replication of the paper's result on GSM8K."""
+Exact answers on {len(addition.split()["test"])} pairs that no training saw; mean (and range) over {len(SEEDS)} seeds,
+on one base model. One accuracy has a standard error of at most 1.6 points.
+What the effect depends on: the demonstrations. On clean ones SFT with the same 13 numbers does about what GRPO does.
+The noisy ones begin with {NOISE} random letters, which the base never saw, so that SFT's first loss is far higher than
+on anybody's real demonstrations. Most of what 13 numbers gain is a choice among ways of answering that the base has
+already. It is the paper's mechanism in a toy, and no replication of its result on GSM8K."""
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -492,6 +495,149 @@ def plot(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def run_evolution(folder: Path) -> None:
+    """ES against GRPO, 13 numbers, by seconds and by texts generated, on the test pairs."""
+    runs = [replace(run, seed=s) for s in SEEDS for run in DEMO if run.adapter == "TinyLoRA" and run.method in DUEL]
+    rows = carry_out(folder, "evolution", [replace(r, steps=r.steps * 3 // 2) for r in runs], test=True, every=5)
+    plot_evolution(rows, folder / "evolution.png")
+    text = evolution_table(rows)
+    (folder / "evolution.md").write_text(text + "\n")
+    print(f"\n{text}\n\n{folder / 'evolution'} (.csv, .md, .png)")
+
+
+DUEL = ("GRPO", "ES")
+MARKS = (0.4, 0.5, 0.6, 0.7)  # greedy accuracy, and what it takes to get there
+
+
+def evolution_table(rows: list[dict]) -> str:
+    """What each seed took to a greedy accuracy: CPU seconds and texts; "-" where it did not get there."""
+    lines = []
+    for run, group in _grouped(rows, "seed").items():
+        of_seed = _grouped(group).values()
+        for mark in MARKS:
+            reached = [next((r for r in curve if float(r["test_greedy"]) >= mark), None) for curve in of_seed]
+            cells = [
+                ", ".join("-" if r is None else f"{float(r[column]):,.{digits}f}" for r in reached)
+                for column, digits in (("cpu_s", 1), ("completions", 0))
+            ]
+            lines.append([run.method, f"{mark:.0%}", *cells])
+        ends = [
+            ", ".join(_percent(curve[-1][column]) for curve in of_seed) for column in ("test_greedy", "test_sampled")
+        ]
+        lines.append([run.method, "at the end", f"greedy {ends[0]} %", f"T = 1 {ends[1]} %"])
+    headers = ["method", "greedy accuracy", f"CPU seconds, seeds {SEEDS}", "texts generated"]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def plot_evolution(rows: list[dict], path: Path) -> None:
+    plt = _pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(10.5, 7), sharey="row")
+    for i, (column, what) in enumerate((("test_greedy", "greedy"), ("test_sampled", "sampled at T = 1"))):
+        for axis, x, label in zip(
+            axes[i], ("cpu_s", "completions"), ("CPU seconds of training", "texts generated"), strict=True
+        ):
+            for run, curve in _grouped(rows).items():
+                color = f"C{3 * (run.method == 'ES')}"
+                values = [[float(row[c]) for row in curve] for c in (x, column)]
+                axis.plot(*values, color, label=run.method if run.seed == SEEDS[0] else None, alpha=0.8)
+            axis.set(xlabel=label)
+            axis.grid(alpha=0.3)
+        axes[i][0].set_ylabel(f"exact answers, {what}")
+    axes[0][0].legend(loc="lower right")
+    figure.suptitle(f"13 numbers, {len(SEEDS)} seeds: GRPO (with gradients) and evolution strategies (without)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def run_sweep(folder: Path) -> None:
+    """GRPO over u and n_tie. The rate of each cell is the best of SWEEP_RATES on the validation pairs."""
+    runs = [
+        Run("GRPO", "", **tiny(u=u, n_tie=n_tie), lr=lr, steps=SWEEP_STEPS, seed=seed)
+        for n_tie in SWEEP_TIE
+        for u in SWEEP_U
+        for lr in SWEEP_RATES
+        for seed in SWEEP_SEEDS
+    ]
+    rows = carry_out(folder, "sweep", [Run("base", steps=PRETRAINING), *runs], test=True)
+    plot_sweep(rows, folder / "sweep.png")
+    text = sweep_table(rows)
+    (folder / "sweep.md").write_text(text + "\n")
+    print(f"\n{text}\n\n{folder / 'sweep'} (.csv, .md, .png)")
+
+
+def chosen(rows: list[dict]) -> dict[Run, list[dict]]:
+    """By cell (u, n_tie), the rows of the rate that did best on the validation pairs."""
+    cells: dict[Run, list[dict]] = {}
+    for run, group in _grouped([r for r in rows if r["method"] == "GRPO"], "seed").items():
+        cell = replace(run, lr=None)
+        if cell not in cells or sum(map(_validation, group)) > sum(map(_validation, cells[cell])):
+            cells[cell] = group
+    return cells
+
+
+def sweep_table(rows: list[dict]) -> str:
+    cells = chosen(rows)
+    lines = []
+    for n_tie in SWEEP_TIE:
+        line = ["all" if n_tie == ALL else n_tie]
+        for u in SWEEP_U:
+            group = next(g for run, g in cells.items() if (run.u, run.n_tie) == (u, n_tie))
+            mean, sampled = (sum(float(r[c]) for r in group) / len(group) for c in ("test_greedy", "test_sampled"))
+            line.append(f"{_percent(mean)} / {_percent(sampled)} ({int(group[0]['trained'])})")
+        lines.append(line)
+    base = next(r for r in rows if r["method"] == "base")
+    head = f"Base: {_percent(base['test_greedy'])} / {_percent(base['test_sampled'])}. "
+    head += "Greedy / T = 1 accuracy in %, mean of two seeds (trained parameters):\n\n"
+    return head + tabulate(lines, ["n_tie", *(f"u={u}" for u in SWEEP_U)], tablefmt="github", disable_numparse=True)
+
+
+def plot_sweep(rows: list[dict], path: Path) -> None:
+    """Accuracy against trained parameters, a line for each n_tie, as Figure 8 of arXiv 2602.04118."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
+    base = next(r for r in rows if r["method"] == "base")
+    cells = chosen(rows)
+    for axis, column, title in zip(
+        axes, ("test_greedy", "test_sampled"), ("greedy answers", "sampled at T = 1"), strict=True
+    ):
+        for color, n_tie in enumerate(SWEEP_TIE):
+            groups = sorted((g for run, g in cells.items() if run.n_tie == n_tie), key=lambda g: int(g[0]["trained"]))
+            xs = [int(g[0]["trained"]) for g in groups]
+            values = [[float(r[column]) for r in g] for g in groups]
+            means = [sum(v) / len(v) for v in values]
+            low = [m - min(v) for m, v in zip(means, values, strict=True)]
+            high = [max(v) - m for m, v in zip(means, values, strict=True)]
+            label = f"n_tie = {'all' if n_tie == ALL else n_tie}"
+            axis.errorbar(xs, means, (low, high), fmt=f"C{color}o-", label=label, capsize=3)
+        axis.axhline(float(base[column]), color="gray", ls="--", lw=1, label="base, 0 parameters")
+        axis.set(xscale="log", xlabel="trained parameters (u = " + ", ".join(map(str, SWEEP_U)) + ")", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("exact answers, test pairs")
+    axes[0].legend()
+    figure.suptitle(
+        f"GRPO, TinyLoRA r = 2, {SWEEP_STEPS} steps, {len(SWEEP_SEEDS)} seeds; rates chosen on validation pairs"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+MINUTES = {  # of the parts beside the demo itself, on two quiet cores
+    "choose": "the rates, on the validation pairs: about 4 minutes",
+    "sweep": "GRPO over u and n_tie, as the paper's Figure 8: about 8 minutes",
+    "evolution": "evolution strategies against GRPO, by seconds and by texts: about 3 minutes",
+}
+PARTS = {"demo": run_demo, "choose": run_choose, "sweep": run_sweep, "evolution": run_evolution}
+
+
+def run(out: Path, part: str = "demo") -> None:
+    """One part, into <out>/demo/."""
+    started = time.perf_counter()
+    PARTS[part](out / "demo")
+    print(f"{time.perf_counter() - started:.0f} s")
+
+
 def _pyplot():
     import matplotlib
 
@@ -499,13 +645,3 @@ def _pyplot():
     import matplotlib.pyplot
 
     return matplotlib.pyplot
-
-
-def run(folder: Path, part: str) -> None:
-    {"demo": run_demo, "choose": run_choose}[part](folder)
-
-
-if __name__ == "__main__":
-    import sys
-
-    run(Path("bench/out/demo"), sys.argv[1])

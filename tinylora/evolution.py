@@ -25,7 +25,7 @@ Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 @dataclass(frozen=True)
 class Generation:
-    """What one step saw and did: mean and best reward of the perturbed adapters, their spread, |Δv|, texts generated."""
+    """What one step saw and did: the perturbed adapters' mean and best reward and its spread, |Δv|, texts generated."""
 
     number: int
     reward: float
@@ -40,10 +40,10 @@ class Evolution:
 
         es = Evolution(model, tokenizer, reward, max_new_tokens=256)
         for prompts, answers in batches:
-            print(es.step(prompts, answers))
+            print(es.step(tokenizer(prompts).input_ids, answers))
 
-    tokenizer:      pads on the left; prompts are texts as it takes them
-    reward:         (completions, answers), both of one length, to as many finite numbers
+    tokenizer:      has a pad_token; padding is done here, on the left
+    reward:         (completions, answers), two lists of one length, to as many finite numbers
     population (n): perturbed adapters in a generation, even: they come in pairs v ± σ ε
     sigma (σ), lr (η): in the units of v. A step is about η long; σ is how far around v the reward is looked at
     temperature:    of the rollouts; 0 is greedy, and then the reward of greedy answers is what rises
@@ -52,7 +52,7 @@ class Evolution:
 
     The generate() of a step has n · len(prompts) rows. The adapter's parameters are updated in place after it.
     ValueError: no adapter of that name, one of another kind, modules_to_save (they cannot differ by row), a merged
-    model, an odd or non-positive population, sigma or lr not above 0, a tokenizer that pads on the right.
+    model, an odd or non-positive population, sigma or lr not above 0, no pad_token.
     """
 
     def __init__(
@@ -73,9 +73,7 @@ class Evolution:
         shared = shared_of(model, name)
         kind = type(shared.config).__name__
         if type(next(iter(shared.layers.values()))).row_core is Adapter.row_core:
-            raise ValueError(
-                f"adapter {name!r} is of {kind}, expected TinyLoraConfig or LoraXSConfig: see tinylora.stack"
-            )
+            raise ValueError(f"adapter {name!r} is of {kind}, expected TinyLoraConfig or LoraXSConfig: see stack")
         if shared.config.modules_to_save:
             raise ValueError(
                 f"adapter {name!r} has modules_to_save {list(shared.config.modules_to_save)}, expected none: "
@@ -88,18 +86,21 @@ class Evolution:
                 raise ValueError(f"{what} is {value}, expected a number above 0")
         if temperature < 0:
             raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or above")
-        if tokenizer.padding_side != "left":
-            raise ValueError(f"tokenizer.padding_side is {tokenizer.padding_side!r}, expected 'left' for generate()")
+        if tokenizer.pad_token_id is None:
+            raise ValueError("tokenizer has no pad_token, expected one: prompts of a batch differ in length")
         self.model, self.tokenizer, self.reward, self.name = model, tokenizer, reward, name
         self.population, self.sigma, self.lr, self.seed, self.number = population, sigma, lr, seed, number
-        self.generation = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        # Of the model's own generation settings only its ends of text act: Qwen2.5's would penalise repetition.
+        self.generation = {"max_new_tokens": max_new_tokens, "num_beams": 1, "repetition_penalty": 1.0}
+        self.generation |= {"pad_token_id": tokenizer.pad_token_id, "do_sample": temperature > 0}
         if temperature > 0:
             self.generation |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
 
-    def step(self, prompts: Sequence[str], answers: Sequence[str]) -> Generation:
-        """One generation on these prompts, the same for every perturbed adapter, and the update."""
-        if len(prompts) != len(answers) or not prompts:
-            raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers, expected as many, at least one")
+    def step(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> Generation:
+        """One generation on these prompts (token ids), the same for every perturbed adapter, and the update.
+
+        ValueError: no prompts, not as many answers, a reward that gives not as many numbers or one that is not finite.
+        """
         mean = self.numbers()
         half = noise.normal(self.seed, f"generation {self.number}", self.population // 2, len(mean))
         epsilon = torch.cat((half, -half))
@@ -118,27 +119,32 @@ class Evolution:
         """The adapter's d numbers, flat, fp32, on the CPU."""
         return torch.cat([p.detach().float().cpu().flatten() for p in self._parameters().values()])
 
-    def rewards(self, adapters: Tensor, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
+    def rewards(self, adapters: Tensor, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> Tensor:
         """What each of `adapters` [n, d] earns on each prompt, [n, m]: one generate() of n · m rows."""
+        if len(prompts) != len(answers) or not prompts:
+            raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers, expected as many, at least one")
         stack(self.model, [self._named(numbers) for numbers in adapters], self.name)
-        count = len(adapters)
-        batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True).to(self._device())
-        rows = {k: batch[k].repeat(count, 1) for k in ("input_ids", "attention_mask")}
-        ids = torch.arange(count).repeat_interleave(len(prompts))
-        training, device = self.model.training, self._device()
+        count, width, device = len(adapters), max(map(len, prompts)), self._device()
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        of_row = torch.arange(count, device=device).repeat_interleave(len(prompts))
+        training = self.model.training
         self.model.eval()
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
                 torch.manual_seed(self.seed * 1_000_003 + self.number)
-                with adapter_ids(self.model, ids, self.name):
-                    out = self.model.generate(**rows, pad_token_id=self.tokenizer.pad_token_id, **self.generation)
+                with adapter_ids(self.model, of_row, self.name):
+                    out = self.model.generate(
+                        input_ids=ids.repeat(count, 1), attention_mask=mask.repeat(count, 1), **self.generation
+                    )
         finally:
             self.model.train(training)
-        texts = self.tokenizer.batch_decode(out[:, rows["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         found = torch.tensor([float(r) for r in self.reward(texts, list(answers) * count)])
         if len(found) != len(texts) or not found.isfinite().all():
             raise ValueError(
-                f"reward gave {len(found)} numbers for {len(texts)} completions, or one that is not finite"
+                f"reward gave {len(found)} numbers for {len(texts)} completions, or one not finite: expected as many"
             )
         return found.view(count, len(prompts))
 
