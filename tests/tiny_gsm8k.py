@@ -36,18 +36,15 @@ def write_problems(folder: Path) -> Path:
 
 
 def tokenizer():
-    """Every character a token. No chat template, as a base model has none."""
+    """Qwen2's kind of tokenizer with nothing merged: every byte a token. No chat template, as a base model has none."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    text = "".join(q + a for q, a, _ in PROBLEMS) + "0123456789#\n\"'.-+*/=<> Let's think step by step and output"
-    tokens = ["<pad>", "<eos>", "<unk>", *sorted(set(text))]
-    made = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    made.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
+    tokens = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
 def write_model(folder: Path, dtype=torch.float32, steps=100) -> Path:

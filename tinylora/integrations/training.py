@@ -63,9 +63,11 @@ def run(command: str, settings: dict[str, Any], out: str | os.PathLike, resume: 
     seen = data.digest(problems)
     if resume and stored["data_digest"] != seen:
         raise ValueError(f"{settings['data']} has other problems than when {out} was started, expected the same")
+    config = config_from_dict(adapter_settings(command, settings, len(problems)))
+    arguments(command, settings, out)  # whatever is wrong with the settings is said before a model is loaded
     start = last_checkpoint(out) if resume else None
     model, tokenizer = load_model(settings["model"], settings["dtype"])
-    apply(model, config_from_dict(adapter_settings(command, settings, len(problems))))
+    apply(model, config)
     trainer = make_trainer(command, model, tokenizer, problems, settings, out)
     if not resume:
         what = {"command": command, "settings": settings, "data_digest": seen, "versions": versions()}
@@ -180,17 +182,36 @@ def make_trainer(
     import trl
     from transformers import PrinterCallback, ProgressCallback
 
-    trainer, config = {"grpo": (trl.GRPOTrainer, trl.GRPOConfig), "sft": (trl.SFTTrainer, trl.SFTConfig)}[command]
-    known = {f.name for f in dataclasses.fields(config)}
-    unknown = sorted(settings[command].keys() - known)
+    trainer = {"grpo": trl.GRPOTrainer, "sft": trl.SFTTrainer}[command]
+    extra = {"reward_funcs": [_reward(name) for name in gsm8k.SCORERS]} if command == "grpo" else {}
+    made = adapter_trainer(trainer)(
+        model=model,
+        args=arguments(command, settings, out),
+        train_dataset=_dataset(command, tokenizer, problems, settings["instruction"]),
+        processing_class=tokenizer,
+        callbacks=_callbacks(Path(out) / LOG),
+        **extra,
+    )
+    made.remove_callback(PrinterCallback)
+    made.remove_callback(ProgressCallback)
+    return made
+
+
+def arguments(command: str, settings: dict[str, Any], out: str | os.PathLike):
+    """TRL's GRPOConfig or SFTConfig for these settings. ValueError for one that it does not have."""
+    import trl
+
+    config = {"grpo": trl.GRPOConfig, "sft": trl.SFTConfig}[command]
+    unknown = sorted(settings[command].keys() - {f.name for f in dataclasses.fields(config)})
     if unknown:
         raise ValueError(f"{command}.{unknown[0]} is no argument of TRL's {config.__name__}")
+    micro = _micro(settings)
     own = {
         "output_dir": str(out),
         "seed": settings["seed"],
         "max_steps": settings.get("steps") or -1,
-        "per_device_train_batch_size": _micro(settings),
-        "gradient_accumulation_steps": settings["batch_size"] // _micro(settings),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": settings["batch_size"] // micro,
         "bf16": False,  # no autocast: the base has its dtype, v is fp32, rollouts and training compute the same
         "use_cpu": not torch.cuda.is_available(),
         "save_steps": settings["save_every"],
@@ -200,22 +221,8 @@ def make_trainer(
         "report_to": [],
     }
     if command == "grpo":
-        names = list(gsm8k.SCORERS)
-        own["reward_weights"] = [float(name == settings["reward"]) for name in names]
-        extra = {"reward_funcs": [_reward(name) for name in names]}
-    else:
-        extra = {}
-    made = adapter_trainer(trainer)(
-        model=model,
-        args=config(**settings[command] | own),
-        train_dataset=_dataset(command, tokenizer, problems, settings["instruction"]),
-        processing_class=tokenizer,
-        callbacks=_callbacks(Path(out) / LOG),
-        **extra,
-    )
-    made.remove_callback(PrinterCallback)
-    made.remove_callback(ProgressCallback)
-    return made
+        own["reward_weights"] = [float(name == settings["reward"]) for name in gsm8k.SCORERS]
+    return config(**settings[command] | own)
 
 
 def _reward(name: str):

@@ -1,6 +1,6 @@
 """TRL's trainers on adapted models: `GRPOTrainer` and `SFTTrainer` as they are, and what they do not know of ours.
 
-`adapter_trainer(GRPOTrainer)` is GRPOTrainer with six differences, none of which touches its algorithm:
+`adapter_trainer(GRPOTrainer)` is GRPOTrainer with these differences, none of which touches its algorithm:
 
     checkpoints   hold the adapter alone (26 bytes of numbers, where TRL would write the model), and are resumed from it
     reference     with beta > 0 it is the same model with the adapter off; TRL would load the base a second time
@@ -72,6 +72,9 @@ def adapter_trainer(trainer: type) -> type:
             if not adapter_names(self.model):
                 return super()._load_from_checkpoint(resume_from_checkpoint, model)
             load_adapter(self.model, resume_from_checkpoint)
+            if hasattr(self, "_total_train_tokens"):  # SFTTrainer's count, which it would start again
+                history = json.loads((Path(resume_from_checkpoint) / _STATE).read_text())["log_history"]
+                self._total_train_tokens = max((e.get("num_tokens", 0) for e in history), default=0)
 
         def _load_best_model(self):
             if not adapter_names(self.model):

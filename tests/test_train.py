@@ -1,0 +1,535 @@
+"""Training through TRL: a tiny model that speaks GSM8K's format, a dozen problems, the command line, kill -9."""
+
+import contextlib
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_gsm8k
+import torch
+
+import tinylora
+from tinylora import cli, recipes
+from tinylora.integrations import evaluate, peft, training
+from tinylora.integrations.problems import load_problems
+from tinylora.integrations.transformers import load_model
+from tinylora.integrations.trl import adapter_trainer, last_checkpoint, load_adapter, save_adapter
+from tinylora.nn.model import named_numbers
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.*:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    tiny_gsm8k.write_problems(folder / "data")
+    tiny_gsm8k.write_model(folder / "model")
+    return folder
+
+
+def flags(tiny, out, steps, **more):
+    values = {"model": tiny / "model", "data": tiny / "data", "out": out, "steps": steps, "batch_size": 16, "lr": 0.02,
+              "save_every": 2, "n_tie": 4} | more  # fmt: skip
+    return [str(x) for key, value in values.items() for x in (f"--{key.replace('_', '-')}", value)]
+
+
+def train(tiny, out, steps, command="grpo", resume=False, **more):
+    more = {"max_completion_length": 10} | more if command == "grpo" else more
+    arguments = [] if not resume else ["--resume"]
+    return cli.main(["train", command, *flags(tiny, out, steps, **more), *arguments])
+
+
+def settings(tiny, command="grpo", **more):
+    found = recipes.load("gsm8k-13") | {"model": str(tiny / "model"), "data": str(tiny / "data"), "steps": 3}
+    found |= {"batch_size": 16, "save_every": 2, "dtype": "float32"} | more
+    found["grpo"] |= {"max_completion_length": 10, "learning_rate": 0.02}
+    found["sft"] |= {"learning_rate": 0.02}
+    return found
+
+
+def curve(out):
+    """A run's log without what depends on the clock."""
+    return [{k: v for k, v in e.items() if "time" not in k and "per_second" not in k} for e in log(out)]
+
+
+def log(out):
+    return training.read_log(Path(out) / "log.jsonl")
+
+
+def bytes_of(model):
+    """A hash of everything but the adapters' numbers."""
+    sha = hashlib.sha256()
+    for name, t in model.state_dict().items():
+        if not name.startswith("tinylora.") and ".adapters." not in name:
+            sha.update(name.encode() + t.contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def test_the_recipe_runs_from_end_to_end_and_eval_scores_it(tiny, tmp_path, capsys):
+    """What the main run does, with another model and other data: only these are missing here."""
+    assert train(tiny, tmp_path / "run", 6) == 0
+    printed = capsys.readouterr().out
+    assert "grpo: 4 numbers train, 12 problems, 6 steps" in printed and "step 6/6" in printed
+    entries = log(tmp_path / "run")
+    assert [e["step"] for e in entries] == [1, 2, 3, 4, 5, 6]
+    for entry in entries:
+        assert entry["reward"] == entry["strict"] <= entry["lenient"]
+        assert {"loss", "learning_rate", "completions/mean_length"} <= entry.keys()
+    without = [e["groups_without_signal"] for e in entries]
+    assert min(without) < 1 and all(4 * w == int(4 * w) for w in without), "a fraction of 4 groups"
+    assert max(e["reward"] for e in entries) > 0
+
+    model, tokenizer = load_model(tiny / "model", "bfloat16")
+    tinylora.load(model, tmp_path / "run" / "adapter")
+    v = tinylora.adapter_parameters(model)
+    assert len(v) == 4 and all(p.dtype == torch.float32 and p.abs() > 0 for p in v)
+
+    arguments = ["eval", "--model", str(tiny / "model"), "--data", str(tiny / "data"), "--split", "train"]
+    arguments += ["--max-completion-length", "10", "--adapter", str(tmp_path / "run" / "adapter")]
+    assert cli.main([*arguments, "--out", str(tmp_path / "scores.json")]) == 0
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["problems"] == 12 and found["adapter"].endswith("adapter")
+    for name in ("strict", "lenient"):
+        score = found["scores"][name]
+        assert score["correct"] == sum(c[name] for c in found["completions"])
+        assert 0 <= score["low"] < score["pass@1"] < score["high"] <= 1 or score["correct"] in (0, 12)
+        assert f"{score['correct']} of 12" in capsys.readouterr().out or name == "lenient"
+    assert cli.main([*arguments, "--out", str(tmp_path / "scores.json")]) == 2
+    assert "scores.json exists" in capsys.readouterr().err
+
+
+def test_kill_9_in_the_middle_and_resume_give_the_curve_of_an_uninterrupted_run(tiny, tmp_path, capsys):
+    steps = 14  # three steps are an epoch: the kill comes in the second, where TRL by itself would repeat the first
+    command = [sys.executable, "-m", "tinylora.cli", "train", "grpo", *flags(tiny, tmp_path / "killed", steps)]
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--max-completion-length", "10"], stdout=output, stderr=output, cwd=Path(__file__).parents[1]
+        )
+        while process.poll() is None and len(log(tmp_path / "killed")) < 5:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "output").read_text()[-3000:]
+    done = len(log(tmp_path / "killed"))
+    assert 5 <= done < steps and not (tmp_path / "killed" / "adapter").exists()
+    assert last_checkpoint(tmp_path / "killed") is not None
+
+    assert train(tiny, tmp_path / "killed", steps, resume=True) == 0
+    assert "resumed from checkpoint-" in capsys.readouterr().out
+    assert train(tiny, tmp_path / "whole", steps) == 0
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    assert len({e["reward"] for e in log(tmp_path / "whole")}) > 2, "a curve that says nothing"
+    ours, theirs = (load_numbers(tmp_path / run / "adapter") for run in ("killed", "whole"))
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+
+def load_numbers(folder):
+    return tinylora.nn.checkpoint.read(folder / "adapter.safetensors")[1]
+
+
+class Stop(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def stopped_after(monkeypatch, steps):
+    """An exception at the end of a step: the process lives on, the run does not."""
+    from transformers import TrainerCallback
+
+    class Stopper(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.global_step == steps:
+                raise Stop
+
+    with monkeypatch.context() as patch:
+        original = training._callbacks
+        patch.setattr(training, "_callbacks", lambda path: [*original(path), Stopper()])
+        with pytest.raises(Stop):
+            yield
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        ("sft", {}),
+        ("grpo", {"adapter": "adalora", "n_tie": None}),
+        ("grpo", {"adapter": "lora", "r": 2, "n_tie": None}),
+        ("sft", {"adapter": "tied-lora", "r": 2, "n_tie": None}),
+    ],
+)
+def test_any_adapter_resumes(command, more, tiny, tmp_path, monkeypatch):
+    more = {k: v for k, v in ({"n_tie": 4} | more).items() if v is not None}
+
+    def go(out, resume=False):
+        arguments = ["train", command, "--model", tiny / "model", "--data", tiny / "data", "--out", out, "--steps", 6]
+        arguments += ["--batch-size", 8, "--lr", 0.01, "--save-every", 2, "--resume" if resume else "--seed=3"]
+        arguments += ["--max-completion-length", 10] if command == "grpo" else []
+        for key, value in more.items():
+            arguments += [f"--{key.replace('_', '-')}", value]
+        return cli.main([str(a) for a in arguments])
+
+    with stopped_after(monkeypatch, 5):
+        go(tmp_path / "stopped")
+    assert go(tmp_path / "stopped", resume=True) == 0 == go(tmp_path / "whole")
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+    assert [e["step"] for e in log(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
+    ours, theirs = (load_numbers(tmp_path / run / "adapter") for run in ("stopped", "whole"))
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+    if command == "sft":
+        losses = [e["loss"] for e in log(tmp_path / "whole")]
+        assert losses[-1] < losses[0]
+
+
+def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
+    def fails(message, steps=1, command="grpo", **more):
+        assert train(tiny, tmp_path / "run", steps, command, **more) == 2
+        assert message in (error := capsys.readouterr().err) and error.count("\n") == 1, error
+
+    fails("does not exist, expected the folder of a run to resume", resume=True)
+    fails("a step takes 16", batch_size=64)
+    fails("expected a multiple of num_generations, 4", batch_size=18, micro_batch_size=6)
+    fails("expected a multiple of micro_batch_size, 5", micro_batch_size=5)
+    fails("reward is 'kind', expected one of strict, lenient", reward="kind")
+    fails("expected a model folder with a tokenizer", model=tmp_path)
+    fails("dtype is 'int8'", dtype="int8")
+    fails("u is 0, expected an integer of 1 or more", u=0)
+    fails("LoraConfig", adapter="lora")  # n_tie is not LoRA's
+    fails("is unknown", recipe=write_recipe(tmp_path, lambda r: r.update(colour=r["seed"])))
+    fails("grpo.colour is no argument of TRL's GRPOConfig", recipe=write_recipe(tmp_path, lambda r: r["grpo"].update(
+        colour=r["seed"])))  # fmt: skip
+    assert not (tmp_path / "run").exists(), "a run that did not start leaves nothing behind"
+    assert train(tiny, tmp_path / "run", 1) == 0
+    capsys.readouterr()
+    fails("holds a run already (run.json), expected another folder, or --resume")
+    fails("seed is 4, but the run in", resume=True, seed=4)
+    fails("a run of 'grpo', expected 'sft'", command="sft", resume=True)
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny / "data", changed)
+    moved = json.loads((tmp_path / "run" / "run.json").read_text())
+    moved["settings"]["data"] = str(changed)
+    (tmp_path / "run" / "run.json").write_text(json.dumps(moved))
+    (changed / "train.jsonl").write_text("\n".join((changed / "train.jsonl").read_text().splitlines()[::-1]))
+    fails("has other problems than when", resume=True, data=changed)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    fails('pip install "tinylora[rl]"')
+
+
+def write_recipe(folder, change):
+    found = {"about": "broken"} | recipes.read("gsm8k-13")
+    change(found)
+    (folder / "broken.json").write_text(json.dumps(found))
+    return folder / "broken.json"
+
+
+def made(tiny, out, model=None, command="grpo", **more):
+    """A trainer over a fresh model with an adapter, through the same function as the command line."""
+    values = settings(tiny, command, **more)
+    loaded, tokenizer = load_model(tiny / "model", values["dtype"])
+    model = model or tinylora.apply(loaded, tinylora.TinyLoraConfig(u=1, n_tie=4))
+    return training.make_trainer(command, model, tokenizer, load_problems(tiny / "data", "train"), values, out)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rollouts_are_unmerged_and_checkpoints_hold_the_adapter_alone(dtype, tiny, tmp_path, monkeypatch):
+    from transformers import TrainerCallback
+
+    trainer = made(tiny, tmp_path, dtype=dtype)
+    model, seen = trainer.model, set()
+    before = bytes_of(model)
+    generate = type(model).generate
+
+    def watched(self, *args, **kwargs):
+        seen.add(bytes_of(self))
+        found = generate(self, *args, **kwargs)
+        seen.add(bytes_of(self))
+        return found
+
+    monkeypatch.setattr(type(model), "generate", watched)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.add(bytes_of(model))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert seen == {before} and bytes_of(model) == before
+    assert any(p.abs().item() > 0 for p in tinylora.adapter_parameters(model)), "nothing was trained"
+    files = {p.name: p.stat().st_size for p in (tmp_path / "checkpoint-3").iterdir()}
+    assert set(files) == {
+        "adapter.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"
+    }  # fmt: skip
+    assert files["adapter.safetensors"] < 2000
+    trainer.save_model(tmp_path / "saved")
+    assert [p.name for p in (tmp_path / "saved").iterdir()] == ["adapter.safetensors"]
+
+
+def test_a_checkpoint_that_was_being_written_is_passed_over(tiny, tmp_path, capsys):
+    assert last_checkpoint(tmp_path) is None
+    made(tiny, tmp_path).train()
+    assert last_checkpoint(tmp_path).name == "checkpoint-3"
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter.safetensors"):
+        path = tmp_path / "checkpoint-3" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        assert last_checkpoint(tmp_path).name == "checkpoint-2", name
+        assert "checkpoint-3 is not whole" in capsys.readouterr().err
+        path.unlink()
+        if name != "rng_state.pth":  # its name depends on the number of processes
+            assert last_checkpoint(tmp_path).name == "checkpoint-2", name
+        path.write_bytes(whole)
+    assert last_checkpoint(tmp_path).name == "checkpoint-3"
+
+
+def plain(tiny, out, trainer, model=None, dtype="float32", config=None, **more):
+    """A trainer as in a user's own code: no recipe, TRL's own defaults."""
+    import trl
+    from datasets import Dataset
+
+    loaded, tokenizer = load_model(tiny / "model", dtype)
+    model = model or tinylora.apply(loaded, config or tinylora.TinyLoraConfig(u=2, n_tie=4))
+    prompts = [q + " Let's think step by step and output the final answer after \"####\"." for q, *_ in
+               tiny_gsm8k.PROBLEMS]  # fmt: skip
+    args = {"output_dir": str(out), "use_cpu": True, "report_to": [], "max_steps": 2, "num_generations": 4,
+            "per_device_train_batch_size": 16, "max_completion_length": 10, "learning_rate": 0.02, "logging_steps": 1,
+            "save_strategy": "no", "disable_tqdm": True} | more  # fmt: skip
+    return trainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [float("7" in c or "3" in c) for c in completions],
+        args=trl.GRPOConfig(**args),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "more"),
+    [
+        ("float32", {"bf16": True}),
+        ("bfloat16", {"bf16": True}),
+        ("bfloat16", {"bf16": False}),
+        ("bfloat16", {"bf16": True, "use_transformers_continuous_batching": True,
+                      "transformers_continuous_batching_config":
+                      {"num_blocks": 64, "max_batch_tokens": 256, "page_size": 16}}),
+    ],
+    ids=["autocast", "bf16 and autocast", "bf16", "continuous batching"],
+)  # fmt: skip
+def test_v_stays_fp32(dtype, more, tiny, tmp_path):
+    """Continuous batching with bf16=True casts the whole model, and never back: PEFT's v is bf16 from then on."""
+    import trl
+
+    trainer = plain(tiny, tmp_path, trl.GRPOTrainer, dtype=dtype, **more)  # nothing of ours but the model
+    trainer.train()
+    numbers = tinylora.adapter_parameters(trainer.model)
+    held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in numbers}
+    assert all(p.dtype == torch.float32 for p in numbers)
+    assert all(s.dtype == torch.float32 for state in trainer.optimizer.state.values() for s in state.values())
+    assert sum(p.abs().sum().item() for p in numbers) > 0
+
+
+@pytest.mark.parametrize("kwargs", [{"use_reentrant": True}, {"use_reentrant": False}, None])
+def test_gradient_checkpointing_loses_no_gradient(kwargs, tiny, tmp_path):
+    """The base is frozen, the embedding, too: a reentrant checkpoint would see no input that needs a gradient."""
+    import trl
+
+    found = []
+    for on in (False, True):
+        trainer = plain(tiny, tmp_path, adapter_trainer(trl.GRPOTrainer), bf16=False, gradient_checkpointing=on,
+                        gradient_checkpointing_kwargs=kwargs if on else None)  # fmt: skip
+        trainer.train()
+        found.append(torch.cat([p.detach() for p in tinylora.adapter_parameters(trainer.model)]))
+    assert found[0].abs().min() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_reference_is_the_base_without_a_second_model(tiny, tmp_path, monkeypatch):
+    import trl
+
+    def load_again(*args, **kwargs):
+        raise AssertionError("TRL loaded the base model a second time")
+
+    monkeypatch.setattr(trl.trainer.grpo_trainer, "create_model_from_path", load_again)
+    with pytest.raises(AssertionError, match="second time"):
+        plain(tiny, tmp_path, trl.GRPOTrainer, beta=0.1)
+    trainer = plain(tiny, tmp_path, adapter_trainer(trl.GRPOTrainer), beta=0.1, bf16=False)
+    assert trainer.args.beta == trainer.beta == 0.1
+    with torch.no_grad():
+        for p in tinylora.adapter_parameters(trainer.model):
+            p.fill_(0.3)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "fused_lm_head": True}
+    base, _ = load_model(tiny / "model", "float32")
+    expected = base(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    reference = trainer.ref_model(**inputs).log_probs
+    torch.testing.assert_close(reference, expected, rtol=1e-4, atol=1e-5)
+    assert (trainer.model(**inputs).log_probs - expected).abs().max() > 1e-2
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] > 0  # v is not zero: policy and reference differ
+
+
+def test_what_trl_would_do_wrong_is_refused(tiny, tmp_path):
+    import trl
+
+    Trainer = adapter_trainer(trl.GRPOTrainer)
+    assert Trainer is adapter_trainer(trl.GRPOTrainer) and issubclass(Trainer, trl.GRPOTrainer)
+    for more, message in (
+        ({"use_vllm": True}, "use_vllm is True, expected False"),
+        ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model is True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plain(tiny, tmp_path, Trainer, **more)
+    for config in (
+        tinylora.TinyLoraConfig(target_modules=["q_proj", "lm_head"]),
+        tinylora.TinyLoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    ):
+        with pytest.raises(ValueError, match="lm_head has an adapter or is in modules_to_save"):
+            plain(tiny, tmp_path, Trainer, config=config)
+
+
+def test_a_model_that_peft_adapted_takes_the_fast_path_and_resumes(tiny, tmp_path, monkeypatch):
+    from peft import TinyLoraConfig, get_peft_model
+
+    def peft_trainer():
+        model, _ = load_model(tiny / "model", "float32")
+        config = TinyLoraConfig(
+            r=2, u=3, weight_tying=1.0, target_modules=["q_proj", "v_proj", "down_proj"], projection_seed=1
+        )
+        return made(tiny, tmp_path / "run", get_peft_model(model, config))
+
+    tinylora.patch_peft()
+    try:
+        peft.reset_counts()
+        trainer = peft_trainer()
+        before = {n: p.clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+        trainer.train()
+        counts = peft.counts()["TinyLoRA"]
+        assert counts["fast"] > 100 and set(counts) == {"fast"}, counts
+        assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+        (v,) = (p for p in trainer.model.parameters() if p.requires_grad)
+        assert v.dtype == torch.float32 and v.abs().min() > 0
+        whole = curve(tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+        again = peft_trainer()
+        again.train(resume_from_checkpoint=str(last_checkpoint(tmp_path / "run")))
+        assert curve(tmp_path / "run") == whole and last_checkpoint(tmp_path / "run").name == "checkpoint-3"
+    finally:
+        tinylora.unpatch_peft()
+
+
+def test_the_plain_script_of_the_docs(tiny, tmp_path, monkeypatch):
+    script = Path(__file__).parents[1] / "docs" / "grpo.py"
+    data = tiny / "data" / "train.jsonl"
+    monkeypatch.setattr(sys, "argv", [str(script), str(tiny / "model"), str(data), str(tmp_path / "out"), "2"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert len(script.read_text().splitlines()) <= 35
+    model, _ = load_model(tiny / "model", "float32")
+    tinylora.load(model, tmp_path / "out")
+    assert sum(p.numel() for p in tinylora.adapter_parameters(model)) == 1
+
+
+def test_a_checkpoint_of_another_base_or_adapter_is_refused(tiny, tmp_path):
+    save_adapter(made(tiny, tmp_path).model, tmp_path / "one")
+    other, _ = load_model(tiny / "model", "float32")
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(ValueError, match="trained on another base model"):
+        load_adapter(tinylora.apply(other, tinylora.TinyLoraConfig(u=1, n_tie=4)), tmp_path / "one")
+    with pytest.raises(ValueError, match="with another config"):
+        load_adapter(tinylora.apply(load_model(tiny / "model", "float32")[0], tinylora.TinyLoraConfig()),
+                     tmp_path / "one")  # fmt: skip
+
+
+def test_eval_of_a_base_of_ours_and_of_pefts(tiny, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    def score(*more):
+        common = ["--model", tiny / "model", "--data", tiny / "data", "--max-completion-length", 10, "--dtype",
+                  "float32", "--split", "train"]  # fmt: skip
+        code = cli.main(["eval", *map(str, common), *map(str, more)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    model, tokenizer = load_model(tiny / "model", "float32")
+    problems = load_problems(tiny / "data", "train")
+    adapted = get_peft_model(load_model(tiny / "model", "float32")[0], LoraConfig(r=2, target_modules=["v_proj"]))
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_(generator=torch.Generator().manual_seed(1))
+    adapted.save_pretrained(tmp_path / "peft")
+    for scored, more in ((model, ()), (adapted, ("--adapter", tmp_path / "peft"))):
+        prompts = [
+            q.question + ' Let\'s think step by step and output the final answer after "####".' for q in problems
+        ]
+        texts = []
+        for prompt in prompts:  # one by one, without padding
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            out = scored.generate(input_ids=ids, do_sample=False, max_new_tokens=10, pad_token_id=0)
+            texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        path = tmp_path / f"{len(more)}.json"
+        code, out, _ = score(*more, "--out", path, "--batch-size", 5)
+        assert code == 0 and "strict" in out and "lenient" in out
+        assert [c["completion"] for c in json.loads(path.read_text())["completions"]] == texts
+    assert len({(tmp_path / f"{n}.json").read_text() for n in (0, 2)}) == 2
+    assert "lenient" not in score("--scorer", "strict", "--limit", 3)[1]
+    for more, message in (
+        (("--adapter", tmp_path), "does not exist, expected an adapter"),
+        (("--limit", 0), "limit is 0"),
+        (("--split", "dev"), "no problems of the split 'dev'"),
+    ):
+        code, _, error = score(*more)
+        assert code == 2 and message in error
+
+
+def test_a_chat_template_is_used_where_there_is_one(tiny):
+    model, tokenizer = load_model(tiny / "model", "float32")
+    tokenizer.chat_template = "{% for m in messages %}<|user|> {{ m['content'] }}\n{% endfor %}"
+    heard = []
+    generate = model.generate
+    model.generate = lambda input_ids, **kwargs: (
+        heard.append(tokenizer.decode(input_ids[0])) or generate(input_ids=input_ids, **kwargs)
+    )
+    evaluate.complete(model, tokenizer, ["one"], max_new_tokens=1, batch_size=1)
+    assert heard == ["<|user|> one\n"]
+    values = settings(tiny)
+    problems = load_problems(tiny / "data", "train")
+    for command, columns in (("grpo", {"prompt", "final"}), ("sft", {"prompt", "completion"})):
+        row = training._dataset(command, tokenizer, problems, values["instruction"])[0]
+        assert set(row) == columns
+        assert row["prompt"] == [{"role": "user", "content": values["instruction"].replace(
+            "{question}", problems[0].question)}]  # fmt: skip
+    assert row["completion"] == [{"role": "assistant", "content": "2 + 3 = 5 hens.\n#### 5"}]
+    completion = [{"role": "assistant", "content": "#### 5"}]
+    assert training._reward("strict")(completions=[completion], final=["5"], prompts=None) == [1.0]
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_all_numbers_of_an_adalora_come_back(tiny, tmp_path):
+    """Its averages of importance are in no adapter file, and a resumed run prunes by them."""
+
+    def adapted():
+        model, _ = load_model(tiny / "model", "float32")
+        return tinylora.apply(model, tinylora.AdaLoraConfig(total_steps=4, r=3, target_r=2))
+
+    model = adapted()
+    layer = model.model.layers[0].self_attn.q_proj.adapters["default"]
+    with torch.no_grad():
+        layer.smoothed_lam.fill_(0.7)
+        layer.lam.fill_(0.2)
+    save_adapter(model, tmp_path)
+    other = adapted()
+    load_adapter(other, tmp_path)
+    assert torch.equal(other.model.layers[0].self_attn.q_proj.adapters["default"].smoothed_lam, layer.smoothed_lam)
+    for name, t in named_numbers(model).items():
+        assert torch.equal(named_numbers(other)[name], t), name
+    (tmp_path / "running.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"running\.safetensors does not exist"):
+        load_adapter(other, tmp_path)
