@@ -56,6 +56,7 @@ def reward(completions: Sequence[str], answers: Sequence[str]) -> list[float]:
 def tokenizer():
     """Every character is a token; prompts start with <bos> and are padded on the left."""
     from tokenizers import Tokenizer
+    from tokenizers.decoders import Fuse
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
     from tokenizers.processors import TemplateProcessing
@@ -64,6 +65,7 @@ def tokenizer():
     vocabulary = {c: i for i, c in enumerate([PAD, BOS, EOS, *DIGITS, "+", "=", *LETTERS])}
     inner = Tokenizer(WordLevel(vocabulary, unk_token=PAD))
     inner.pre_tokenizer = Split("", "isolated")
+    inner.decoder = Fuse()  # no spaces between
     inner.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])])
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token=PAD, bos_token=BOS, eos_token=EOS, padding_side="left"

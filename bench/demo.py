@@ -32,7 +32,7 @@ from tinylora.evolution import Evolution
 
 NOISE = 6  # letters before the answer in a noisy demonstration
 BATCH, GROUP = 256, 16  # texts in a step of GRPO and SFT; completions of one prompt in GRPO
-POPULATION, PROMPTS = 64, 16  # perturbed adapters and prompts in a generation of ES
+PROMPTS = 16  # of a generation of ES
 NEW = 8  # tokens a rollout may have; an answer has four
 SEEDS = (0, 1, 2)
 WORKERS = 2
@@ -50,6 +50,7 @@ class Run:
     r: int | None = None
     u: int | None = None
     n_tie: int | None = None
+    population: int | None = None  # ES: perturbed adapters in a generation
     lr: float | None = None
     steps: int = 0
     seed: int | None = None
@@ -57,6 +58,7 @@ class Run:
     @property
     def name(self) -> str:
         what = self.method + (f", {self.data} demonstrations" if self.data else "")
+        what += f" of {self.population}" if self.population else ""
         tying = "tied" if self.n_tie == ALL else f"n_tie={self.n_tie}"
         how = {"TinyLoRA": f"TinyLoRA u={self.u} {tying}", "LoRA": f"LoRA r={self.r}", "full": "full fine-tuning"}
         return f"{what}: {how[self.adapter]}" if self.adapter else what
@@ -100,24 +102,29 @@ def tiny(**settings) -> dict:
 
 LORA, FULL = {"adapter": "LoRA", "r": 8}, {"adapter": "full"}
 
-# What `make demo` trains. The rates come from bench/results/demo/choose.csv: the best mean of greedy and sampled
-# accuracy on the validation pairs, with seed 0.
+# What `make demo` trains. Rates, and the population of ES, are the best in bench/results/demo/choose.csv, by the mean of
+# greedy and sampled accuracy on the validation pairs, with seed 0.
 DEMO = (
-    Run("GRPO", "", **tiny(), lr=0.02, steps=80),
-    Run("SFT", "clean", **tiny(), lr=0.02, steps=80),
-    Run("SFT", "noisy", **tiny(), lr=0.02, steps=80),
-    Run("ES", "", **tiny(), lr=0.1, steps=60),
-    Run("GRPO", "", **LORA, lr=0.005, steps=80),
-    Run("SFT", "noisy", **LORA, lr=0.005, steps=100),
-    Run("GRPO", "", **FULL, lr=0.003, steps=80),
+    Run("GRPO", "", **tiny(), lr=0.005, steps=80),
+    Run("SFT", "clean", **tiny(), lr=0.005, steps=80),
+    Run("SFT", "noisy", **tiny(), lr=0.0002, steps=80),
+    Run("ES", "", **tiny(population=64), lr=0.05, steps=60),
+    Run("GRPO", "", **LORA, lr=0.001, steps=80),
+    Run("SFT", "noisy", **LORA, lr=0.01, steps=100),
+    Run("GRPO", "", **FULL, lr=0.0003, steps=80),
     Run("SFT", "noisy", **FULL, lr=0.003, steps=100),
 )
+# What `--choose` tries: rates, widened where the best stood at an end.
 RATES = {
-    "TinyLoRA": (0.0002, 0.001, 0.005, 0.02, 0.05, 0.1),
-    "LoRA": (0.001, 0.003, 0.01),
-    "full": (0.0003, 0.001, 0.003),
-    "ES": (0.02, 0.05, 0.1, 0.2),
+    ("GRPO", "TinyLoRA"): (0.0002, 0.001, 0.005, 0.02, 0.05, 0.1),
+    ("SFT", "TinyLoRA"): (0.00001, 0.00005, 0.0002, 0.001, 0.005, 0.02, 0.05, 0.1),
+    ("GRPO", "LoRA"): (0.0001, 0.0003, 0.001, 0.003, 0.01),
+    ("SFT", "LoRA"): (0.001, 0.003, 0.01, 0.03),
+    ("GRPO", "full"): (0.00003, 0.0001, 0.0003, 0.001, 0.003),
+    ("SFT", "full"): (0.0003, 0.001, 0.003, 0.01),
+    ("ES", "TinyLoRA"): (0.02, 0.05, 0.1, 0.2),
 }
+POPULATIONS = {64: 60, 16: 240}  # of ES, and generations: as many texts in all
 SWEEP_U, SWEEP_TIE, SWEEP_RATES, SWEEP_SEEDS = (1, 4, 13, 52), (1, 2, 4, ALL), (0.005, 0.02, 0.05), (0, 1)
 SWEEP_STEPS = 60
 
@@ -171,7 +178,7 @@ def train_with_trl(model: nn.Module, words, run: Run, pairs: Sequence[addition.P
     else:
         rng, noise = random.Random(run.seed), NOISE if run.data == "noisy" else 0
         data["completion"] = [addition.demonstration(p, noise, rng) for p in pairs]
-        settings = SFTConfig(**common, max_length=None, eos_token=addition.EOS, pad_token=addition.PAD)
+        settings = SFTConfig(**common, max_length=None, eos_token=addition.EOS)
         make = SFTTrainer
     trainer = make(**kwargs, args=settings, train_dataset=Dataset.from_dict(data), callbacks=[AfterStep()])
     trainer.remove_callback(PrinterCallback)
@@ -181,7 +188,14 @@ def train_with_trl(model: nn.Module, words, run: Run, pairs: Sequence[addition.P
 def train_with_evolution(model: nn.Module, words, run: Run, pairs: Sequence[addition.Pair], after_step) -> None:
     """tinylora.evolution, greedy answers, sigma as large as a step."""
     es = Evolution(
-        model, words, addition.reward, max_new_tokens=NEW, population=POPULATION, sigma=run.lr, lr=run.lr, seed=run.seed
+        model,
+        words,
+        addition.reward,
+        max_new_tokens=NEW,
+        population=run.population,
+        sigma=run.lr,
+        lr=run.lr,
+        seed=run.seed,
     )
     rng = random.Random(run.seed)
     for step in range(1, run.steps + 1):
@@ -196,7 +210,7 @@ def measure(run: Run, folder: Path, test: bool, every: int = 0) -> list[dict]:
     model, digest = load_base(folder, words)
     adapt(model, run)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    per_step = {"GRPO": BATCH, "ES": POPULATION * PROMPTS}.get(run.method, 0)
+    per_step = BATCH if run.method == "GRPO" else (run.population or 0) * PROMPTS
     same = {
         "run": run,
         "trained": trained,
@@ -321,11 +335,11 @@ class Workers:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a file of results, [] if there is none; a last line that was cut short is left out."""
+    """The whole rows of a file of results, [] if there is none; a line that was cut short is left out."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
+        return [row for row in csv.DictReader(file) if None not in row.values() and row.keys() >= set(COLUMNS)]
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -346,6 +360,16 @@ def key_of(run: Run) -> tuple[str, ...]:
     return tuple("" if v is None else f"{v:.5g}" if isinstance(v, float) else str(v) for v in asdict(run).values())
 
 
+def unfinished(rows: list[dict], runs: Sequence[Run], base: str | None) -> tuple[list[dict], list[Run]]:
+    """The rows that hold for these runs on this base, and the runs that are left; if all hold, none and all."""
+    wanted = {key_of(run) for run in runs}
+    rows = [row for row in rows if row["base"] == base and key(row) in wanted]
+    have = {key(row) for row in rows}
+    if have == wanted:
+        rows, have = [], set()
+    return rows, [run for run in runs if key_of(run) not in have]
+
+
 def carry_out(
     folder: Path, name: str, runs: Sequence[Run], test: bool, every: int = 0, anew: bool = False
 ) -> list[dict]:
@@ -356,12 +380,8 @@ def carry_out(
     """
     path, base = folder / f"{name}.csv", folder / "base.safetensors"
     digest = hashlib.sha256(base.read_bytes()).hexdigest()[:10] if base.exists() else None
-    wanted = {key_of(run) for run in runs}
-    rows = [row for row in read(path) if row["base"] == digest and key(row) in wanted]
-    if {key(row) for row in rows} == wanted:
-        rows = []
+    rows, left = unfinished(read(path), runs, digest)
     pretrain = digest is None or (anew and not rows)
-    left = [run for run in runs if key_of(run) not in {key(row) for row in rows}]
     steps = sum(run.steps for run in left if run.method != "base") + pretrain * PRETRAINING
     with Workers(steps, name) as workers:
         seconds = {}
@@ -379,14 +399,14 @@ def carry_out(
             part = "test" if test else "validation"
             workers.bar.set_postfix_str(f"{_name(last)} {float(last[f'{part}_greedy']):.3f}", refresh=False)
     order = {key_of(run): i for i, run in enumerate(runs)}
-    rows = sorted(([*rows]), key=lambda row: (order[key(row)], int(row["step"])))
+    rows = sorted(rows, key=lambda row: (order[key(row)], int(row["step"])))
     write(path, rows)
     return [{k: str(v) for k, v in row.items()} for row in rows]
 
 
 def _run(row: dict) -> Run:
     """The run of a row."""
-    whole, text = {"r", "u", "n_tie", "steps", "seed"}, {"method", "data", "adapter"}
+    whole, text = {"r", "u", "n_tie", "population", "steps", "seed"}, {"method", "data", "adapter"}
     return Run(**{
         c: row[c] if c in text else None if row[c] in ("", None) else int(row[c]) if c in whole else float(row[c])
         for c in RUN_COLUMNS
@@ -414,24 +434,27 @@ def run_choose(folder: Path) -> None:
     """Rates on the validation pairs, seed 0; the test pairs are not looked at."""
     runs = []
     for run in DEMO:
-        rates = RATES["ES"] if run.method == "ES" else RATES[run.adapter]
-        runs += [replace(run, lr=lr, seed=0) for lr in rates]
+        tried = [replace(run, population=p, steps=n) for p, n in POPULATIONS.items()] if run.method == "ES" else [run]
+        runs += [replace(r, lr=lr, seed=0) for r in tried for lr in RATES[run.method, run.adapter]]
     rows = carry_out(folder, "choose", runs, test=False)
-    best = {name: max(group, key=_validation) for name, group in _grouped(rows, "lr").items()}
+    best = {name: max(group, key=_validation) for name, group in _grouped(rows, **CHOSEN).items()}
     lines = [[_name(r), f"{float(r['lr']):g}", _percent(r["validation_greedy"]), _percent(r["validation_sampled"]),
-              "best" if r is best[replace(_run(r), lr=None)] else ""] for r in rows]  # fmt: skip
+              "best" if r is best[replace(_run(r), **CHOSEN)] else ""] for r in rows]  # fmt: skip
     print(tabulate(lines, ["", "rate", "greedy", "T = 1", ""], tablefmt="github", disable_numparse=True))
+
+
+CHOSEN = {"lr": None, "population": None, "steps": 0}
 
 
 def _validation(row: dict) -> float:
     return float(row["validation_greedy"]) + float(row["validation_sampled"])
 
 
-def _grouped(rows: list[dict], *without: str) -> dict[Run, list[dict]]:
-    """Rows by their run with the fields `without` left out."""
+def _grouped(rows: list[dict], **without) -> dict[Run, list[dict]]:
+    """Rows by their run with some of its fields set to `without`."""
     groups: dict[Run, list[dict]] = {}
     for row in rows:
-        groups.setdefault(replace(_run(row), **dict.fromkeys(without)), []).append(row)
+        groups.setdefault(replace(_run(row), **without), []).append(row)
     return groups
 
 
@@ -442,7 +465,7 @@ def _percent(value) -> str:
 def table(rows: list[dict]) -> str:
     """One line a method, mean and range over the seeds, as markdown; below it what it depends on."""
     lines = []
-    for run, group in _grouped(rows, "seed").items():
+    for run, group in _grouped(rows, seed=None).items():
         line = [run.name, f"{int(group[0]['trained']):,}", f"{run.lr:g}" if run.lr else "", run.steps]
         for column in ("test_greedy", "test_sampled"):
             values = [float(row[column]) for row in group]
@@ -466,7 +489,7 @@ def plot(rows: list[dict], path: Path) -> None:
     """Accuracy against trained parameters, RL and SFT, as Figures 1 and 2 of arXiv 2602.04118."""
     plt = _pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
-    groups = _grouped(rows, "seed")
+    groups = _grouped(rows, seed=None)
     base = next(group[0] for run, group in groups.items() if run.method == "base")
     for axis, column, title in zip(
         axes, ("test_greedy", "test_sampled"), ("greedy answers", "sampled at T = 1"), strict=True
@@ -478,11 +501,9 @@ def plot(rows: list[dict], path: Path) -> None:
                 if (run.method, run.data) == (method, data):
                     points[int(group[0]["trained"])] = [float(row[column]) for row in group]
             xs = sorted(points)
-            means = [sum(points[x]) / len(points[x]) for x in xs]
-            low = [m - min(points[x]) for x, m in zip(xs, means, strict=True)]
-            high = [max(points[x]) - m for x, m in zip(xs, means, strict=True)]
+            means, bars = _mean_and_range([points[x] for x in xs])
             label = f"SFT, {data} demonstrations" if data else method
-            axis.errorbar(xs, means, (low, high), fmt=f"C{color}o-", label=label, capsize=3)
+            axis.errorbar(xs, means, bars, fmt=f"C{color}o-", label=label, capsize=3)
         axis.axhline(float(base[column]), color="gray", ls="--", lw=1, label="base, 0 parameters")
         axis.set(xscale="log", xlabel="trained parameters", title=title, ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
@@ -512,7 +533,7 @@ MARKS = (0.4, 0.5, 0.6, 0.7)  # greedy accuracy, and what it takes to get there
 def evolution_table(rows: list[dict]) -> str:
     """What each seed took to a greedy accuracy: CPU seconds and texts; "-" where it did not get there."""
     lines = []
-    for run, group in _grouped(rows, "seed").items():
+    for run, group in _grouped(rows, seed=None).items():
         of_seed = _grouped(group).values()
         for mark in MARKS:
             reached = [next((r for r in curve if float(r["test_greedy"]) >= mark), None) for curve in of_seed]
@@ -569,7 +590,7 @@ def run_sweep(folder: Path) -> None:
 def chosen(rows: list[dict]) -> dict[Run, list[dict]]:
     """By cell (u, n_tie), the rows of the rate that did best on the validation pairs."""
     cells: dict[Run, list[dict]] = {}
-    for run, group in _grouped([r for r in rows if r["method"] == "GRPO"], "seed").items():
+    for run, group in _grouped([r for r in rows if r["method"] == "GRPO"], seed=None).items():
         cell = replace(run, lr=None)
         if cell not in cells or sum(map(_validation, group)) > sum(map(_validation, cells[cell])):
             cells[cell] = group
@@ -604,12 +625,9 @@ def plot_sweep(rows: list[dict], path: Path) -> None:
         for color, n_tie in enumerate(SWEEP_TIE):
             groups = sorted((g for run, g in cells.items() if run.n_tie == n_tie), key=lambda g: int(g[0]["trained"]))
             xs = [int(g[0]["trained"]) for g in groups]
-            values = [[float(r[column]) for r in g] for g in groups]
-            means = [sum(v) / len(v) for v in values]
-            low = [m - min(v) for m, v in zip(means, values, strict=True)]
-            high = [max(v) - m for m, v in zip(means, values, strict=True)]
+            means, bars = _mean_and_range([[float(r[column]) for r in g] for g in groups])
             label = f"n_tie = {'all' if n_tie == ALL else n_tie}"
-            axis.errorbar(xs, means, (low, high), fmt=f"C{color}o-", label=label, capsize=3)
+            axis.errorbar(xs, means, bars, fmt=f"C{color}o-", label=label, capsize=3)
         axis.axhline(float(base[column]), color="gray", ls="--", lw=1, label="base, 0 parameters")
         axis.set(xscale="log", xlabel="trained parameters (u = " + ", ".join(map(str, SWEEP_U)) + ")", title=title)
         axis.grid(alpha=0.3)
@@ -636,6 +654,14 @@ def run(out: Path, part: str = "demo") -> None:
     started = time.perf_counter()
     PARTS[part](out / "demo")
     print(f"{time.perf_counter() - started:.0f} s")
+
+
+def _mean_and_range(values: list[list[float]]) -> tuple[list[float], list[list[float]]]:
+    """Means, and the bars of an errorbar down to the least and up to the greatest value."""
+    means = [sum(v) / len(v) for v in values]
+    low = [max(0.0, m - min(v)) for m, v in zip(means, values, strict=True)]
+    high = [max(0.0, max(v) - m) for m, v in zip(means, values, strict=True)]
+    return means, [low, high]
 
 
 def _pyplot():
