@@ -178,7 +178,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def write_readme(readme: Path, results: Path) -> None:
-    """Replace what stands between the two marks in the README by the tables of every CSV in `results`, and the demo's."""
+    """Replace what stands between the README's two marks by the tables of every CSV in `results`, and the demo's."""
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme} has no single pair of marks {BEGIN} and {END}")
