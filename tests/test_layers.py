@@ -140,6 +140,7 @@ def test_the_wheel_holds_what_it_must_and_works_elsewhere(wheel, tmp_path):
     expected = {str(p.relative_to(ROOT)) for p in python_files("tinylora")}
     expected |= {f"tinylora/{p.relative_to(ROOT)}" for p in python_files("kernels")}
     assert code == expected
+    assert {str(p.relative_to(ROOT)) for p in (ROOT / "tinylora" / "recipes").glob("*.json")} <= names
     assert any(n.endswith("licenses/LICENSE") for n in names) and any(n.endswith("entry_points.txt") for n in names)
     where = run(sys.executable, "-c", IMPORT_ALL, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).split()
     assert where == [str(tmp_path / "site/tinylora/__init__.py"), str(tmp_path / "site/tinylora/kernels")]

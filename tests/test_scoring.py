@@ -1,6 +1,7 @@
 """GSM8K's files, scorers and intervals, and the recipes: no model, and nothing of TRL."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny_gsm8k
@@ -137,6 +138,14 @@ def test_the_recipe_is_the_papers_run_and_every_value_says_where_it_is_from(tmp_
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(qwen_7b))
     assert config.count(sites_of(find_targets(meta_model(tmp_path), None))) == 13
+
+
+def test_the_docs_have_the_recipe_as_it_is():
+    shown = (Path(__file__).parents[1] / "docs" / "training.md").read_text().splitlines()
+    rows = [f"| {name} | `{value}` | {source} | {note} |" for name, value, source, note in recipes.rows("gsm8k-13")]
+    start = shown.index(rows[0])
+    assert shown[start : start + len(rows)] == rows
+    assert not any(line.startswith("|") for line in shown[start + len(rows) :])
 
 
 def test_a_recipe_of_ones_own(tmp_path):

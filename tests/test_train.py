@@ -39,7 +39,8 @@ def tiny(tmp_path_factory):
 def flags(tiny, out, steps, **more):
     values = {"model": tiny / "model", "data": tiny / "data", "out": out, "steps": steps, "batch_size": 16, "lr": 0.02,
               "save_every": 2, "n_tie": 4} | more  # fmt: skip
-    return [str(x) for key, value in values.items() for x in (f"--{key.replace('_', '-')}", value)]
+    given = {key: value for key, value in values.items() if value is not None}
+    return [str(x) for key, value in given.items() for x in (f"--{key.replace('_', '-')}", value)]
 
 
 def train(tiny, out, steps, command="grpo", resume=False, **more):
@@ -108,7 +109,7 @@ def test_the_recipe_runs_from_end_to_end_and_eval_scores_it(tiny, tmp_path, caps
 
 
 def test_kill_9_in_the_middle_and_resume_give_the_curve_of_an_uninterrupted_run(tiny, tmp_path, capsys):
-    steps = 14  # three steps are an epoch: the kill comes in the second, where TRL by itself would repeat the first
+    steps = 12  # three steps are an epoch: the kill comes in the second, where TRL by itself would repeat the first
     command = [sys.executable, "-m", "tinylora.cli", "train", "grpo", *flags(tiny, tmp_path / "killed", steps)]
     with (tmp_path / "output").open("w") as output:
         process = subprocess.Popen(
@@ -121,6 +122,8 @@ def test_kill_9_in_the_middle_and_resume_give_the_curve_of_an_uninterrupted_run(
     done = len(log(tmp_path / "killed"))
     assert 5 <= done < steps and not (tmp_path / "killed" / "adapter").exists()
     assert last_checkpoint(tmp_path / "killed") is not None
+    with (tmp_path / "killed" / "log.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # a line that was being written
 
     assert train(tiny, tmp_path / "killed", steps, resume=True) == 0
     assert "resumed from checkpoint-" in capsys.readouterr().out
@@ -129,6 +132,11 @@ def test_kill_9_in_the_middle_and_resume_give_the_curve_of_an_uninterrupted_run(
     assert len({e["reward"] for e in log(tmp_path / "whole")}) > 2, "a curve that says nothing"
     ours, theirs = (load_numbers(tmp_path / run / "adapter") for run in ("killed", "whole"))
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+    (tmp_path / "whole" / "adapter" / "adapter.safetensors").unlink()
+    assert train(tiny, tmp_path / "whole", steps, resume=True) == 0, "killed when all was done but the result"
+    assert len(log(tmp_path / "whole")) == steps
+    again = load_numbers(tmp_path / "whole" / "adapter")
+    assert all(torch.equal(again[n], theirs[n]) for n in theirs)
 
 
 def load_numbers(folder):
@@ -161,7 +169,6 @@ def stopped_after(monkeypatch, steps):
     [
         ("sft", {}),
         ("grpo", {"adapter": "adalora", "n_tie": None}),
-        ("grpo", {"adapter": "lora", "r": 2, "n_tie": None}),
         ("sft", {"adapter": "tied-lora", "r": 2, "n_tie": None}),
     ],
 )
@@ -195,6 +202,7 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
 
     fails("does not exist, expected the folder of a run to resume", resume=True)
     fails("a step takes 16", batch_size=64)
+    fails("steps is 0, expected at least 1", steps=0)
     fails("expected a multiple of num_generations, 4", batch_size=18, micro_batch_size=6)
     fails("expected a multiple of micro_batch_size, 5", micro_batch_size=5)
     fails("reward is 'kind', expected one of strict, lenient", reward="kind")
@@ -210,6 +218,7 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     fails("holds a run already (run.json), expected another folder, or --resume")
     fails("seed is 4, but the run in", resume=True, seed=4)
+    fails("expected no --recipe", resume=True, recipe="gsm8k-13")
     fails("a run of 'grpo', expected 'sft'", command="sft", resume=True)
     changed = tmp_path / "changed"
     shutil.copytree(tiny / "data", changed)
@@ -218,6 +227,9 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
     (tmp_path / "run" / "run.json").write_text(json.dumps(moved))
     (changed / "train.jsonl").write_text("\n".join((changed / "train.jsonl").read_text().splitlines()[::-1]))
     fails("has other problems than when", resume=True, data=changed)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails("expected one process", resume=True, data=changed)
+    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setitem(sys.modules, "trl", None)
     fails('pip install "tinylora[rl]"')
 
@@ -375,6 +387,30 @@ def test_the_reference_is_the_base_without_a_second_model(tiny, tmp_path, monkey
     assert trainer.state.log_history[0]["kl"] > 0  # v is not zero: policy and reference differ
 
 
+def test_the_best_checkpoint_is_loaded_at_the_end(tiny, tmp_path):
+    import trl
+    from datasets import Dataset
+
+    model, tokenizer = load_model(tiny / "model", "float32")
+    rows = Dataset.from_dict({"prompt": ["1 + 1?", "2 + 2?"], "completion": [" two", " four"]})
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=3, learning_rate=0.1,
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = adapter_trainer(trl.SFTTrainer)(
+        model=tinylora.apply(model, tinylora.TinyLoraConfig(u=2, n_tie=4)),
+        args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    saved = {step: load_numbers(tmp_path / f"checkpoint-{step}") for step in (1, 2, 3)}
+    assert best.name != "checkpoint-3", "the best was the last: this shows nothing"
+    for name, t in named_numbers(model).items():
+        assert torch.equal(t, saved[int(best.name.rpartition("-")[2])][name])
+        assert not torch.equal(t, saved[3][name])
+
+
 def test_what_trl_would_do_wrong_is_refused(tiny, tmp_path):
     import trl
 
@@ -487,6 +523,23 @@ def test_eval_of_a_base_of_ours_and_of_pefts(tiny, tmp_path, capsys):
     ):
         code, _, error = score(*more)
         assert code == 2 and message in error
+
+
+@pytest.mark.parametrize("command", ["grpo", "sft"])
+def test_a_chat_model_from_end_to_end(command, tiny, tmp_path, capsys):
+    """As Qwen2.5-7B-Instruct is one. An epoch: GRPO leaves out the prompts that fill no batch, SFT trains on them."""
+    shutil.copytree(tiny / "model", tmp_path / "chat")
+    _, tokenizer = load_model(tmp_path / "chat", "float32")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' }}\n"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "chat")
+    size = {"grpo": {"batch_size": 20, "micro_batch_size": 5}, "sft": {"batch_size": 8, "micro_batch_size": 4}}[command]
+    assert train(tiny, tmp_path / "run", None, command, model=tmp_path / "chat", epochs=1, **size) == 0
+    assert "12 problems, 2 steps" in capsys.readouterr().out and len(log(tmp_path / "run")) == 2
+    scored = ["eval", "--model", tmp_path / "chat", "--data", tiny / "data", "--adapter", tmp_path / "run" / "adapter"]
+    assert cli.main([*map(str, scored), "--max-completion-length", "4"]) == 0
 
 
 def test_a_chat_template_is_used_where_there_is_one(tiny):

@@ -84,7 +84,8 @@ def _add_training(kinds, command: str, about: str) -> None:
         "and gives the curve of one that was not. The result is OUT/adapter, the log OUT/log.jsonl.",
     )
     parser.add_argument("--out", required=True, help="the run's folder")
-    parser.add_argument("--recipe", default=recipes.DEFAULT, help=f"{', '.join(recipes.names())}, or a JSON file")
+    known = ", ".join(recipes.names())
+    parser.add_argument("--recipe", help=f"{known}, or a JSON file of your own (default: {recipes.DEFAULT})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT, with its own settings")
     parser.add_argument("--adapter", dest="adapter.kind", choices=CONFIGS, help="default: the recipe's")
     values = recipes.load(recipes.DEFAULT)
@@ -103,9 +104,11 @@ def _train(options: argparse.Namespace) -> None:
         if name in asked and Path(asked[name]).exists():
             asked[name] = str(Path(asked[name]).resolve())
     if options.resume:
+        if options.recipe:
+            raise ValueError("--resume goes on with the run's own settings, expected no --recipe")
         settings = training.resumed(options.command, options.out, asked)
     else:
-        settings = recipes.load(options.recipe)
+        settings = recipes.load(options.recipe or recipes.DEFAULT)
         if asked.get("adapter.kind", settings["adapter"]["kind"]) != settings["adapter"]["kind"]:
             settings["adapter"] = {}  # another adapter's own defaults: the recipe's are not meant for it
         for name, value in asked.items():

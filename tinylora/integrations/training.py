@@ -27,7 +27,7 @@ import tinylora
 from tinylora.adapters import config_from_dict
 from tinylora.integrations import problems as data
 from tinylora.integrations.transformers import as_prompt, load_model
-from tinylora.integrations.trl import adapter_trainer, last_checkpoint
+from tinylora.integrations.trl import adapter_trainer, last_checkpoint, load_adapter
 from tinylora.nn import checkpoint
 from tinylora.nn.model import adapter_parameters, apply
 from tinylora.tasks import gsm8k
@@ -44,6 +44,15 @@ _NAMES = {
 _SHOWN = ("loss", *_NAMES.values(), "mean_token_accuracy")
 
 
+@contextlib.contextmanager
+def _quiet():
+    """Without warnings of TRL's own use of transformers, which nobody here can heed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(gradient|activation)_checkpointing.*", category=FutureWarning)
+        yield
+
+
+@_quiet()
 def run(command: str, settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) -> Path:
     """Train as `settings` say (a recipe's values, `tinylora.recipes.load`), in the folder `out`. Returns the adapter's.
 
@@ -77,8 +86,9 @@ def run(command: str, settings: dict[str, Any], out: str | os.PathLike, resume: 
     steps = total_steps(command, settings, len(problems))
     whence = f", resumed from {start.name}" if start else ", from the beginning" if resume else ""
     print(f"{command}: {count:,} numbers train, {len(problems):,} problems, {steps} steps{whence}", flush=True)
-    with warnings.catch_warnings():  # of TRL's own use of transformers: nobody here can heed them
-        warnings.filterwarnings("ignore", message=".*(gradient|activation)_checkpointing.*", category=FutureWarning)
+    if start and int(start.name.rpartition("-")[2]) >= steps:
+        load_adapter(model, start)  # all done but for the result: TRL would train a step more
+    else:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     checkpoint.save(model, out / ADAPTER)
     return out / ADAPTER
@@ -120,7 +130,11 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def check(command: str, settings: dict[str, Any], problems: int) -> None:
-    """ValueError unless batch, groups and data fit each other."""
+    """ValueError unless batch, groups and data fit each other, and the run is one process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, expected one process: batch_size counts one's")
+    if settings.get("steps") is not None and settings["steps"] < 1:
+        raise ValueError(f"steps is {settings['steps']}, expected at least 1")
     batch, micro = settings["batch_size"], _micro(settings)
     if batch < 1 or micro < 1 or batch % micro:
         raise ValueError(f"batch_size is {batch}, expected a multiple of micro_batch_size, {micro}")

@@ -36,7 +36,7 @@ _STATE, _OPTIMIZER, _SCHEDULER = "trainer_state.json", "optimizer.pt", "schedule
 
 @functools.cache
 def adapter_trainer(trainer: type) -> type:
-    """A subclass of TRL's `GRPOTrainer` or `SFTTrainer` (or of transformers' `Trainer`) for models with our adapters.
+    """A subclass of TRL's `GRPOTrainer` or `SFTTrainer` for models with our adapters.
 
         Trainer = adapter_trainer(trl.GRPOTrainer)
         Trainer(model=tinylora.apply(model, config), args=..., reward_funcs=..., train_dataset=...).train()
