@@ -108,7 +108,7 @@ DEMO = (
     Run("GRPO", "", **tiny(), lr=0.005, steps=80),
     Run("SFT", "clean", **tiny(), lr=0.005, steps=80),
     Run("SFT", "noisy", **tiny(), lr=0.0002, steps=80),
-    Run("ES", "", **tiny(population=64), lr=0.05, steps=60),
+    Run("ES", "", **tiny(population=16), lr=0.02, steps=160),
     Run("GRPO", "", **LORA, lr=0.001, steps=80),
     Run("SFT", "noisy", **LORA, lr=0.01, steps=100),
     Run("GRPO", "", **FULL, lr=0.0003, steps=80),
@@ -122,7 +122,7 @@ RATES = {
     ("SFT", "LoRA"): (0.001, 0.003, 0.01, 0.03),
     ("GRPO", "full"): (0.00003, 0.0001, 0.0003, 0.001, 0.003),
     ("SFT", "full"): (0.0003, 0.001, 0.003, 0.01),
-    ("ES", "TinyLoRA"): (0.02, 0.05, 0.1, 0.2),
+    ("ES", "TinyLoRA"): (0.01, 0.02, 0.05, 0.1, 0.2),
 }
 POPULATIONS = {64: 60, 16: 240}  # of ES, and generations: as many texts in all
 SWEEP_U, SWEEP_TIE, SWEEP_RATES, SWEEP_SEEDS = (1, 4, 13, 52), (1, 4, ALL), (0.005, 0.02), (0, 1)
@@ -532,7 +532,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def run_evolution(folder: Path) -> None:
     """ES against GRPO, 13 numbers, by seconds and by texts generated, on the test pairs."""
     runs = [replace(run, seed=s) for s in SEEDS for run in DEMO if run.adapter == "TinyLoRA" and run.method in DUEL]
-    rows = carry_out(folder, "evolution", [replace(r, steps=r.steps * 3 // 2) for r in runs], test=True, every=5)
+    rows = carry_out(folder, "evolution", [replace(r, steps=160) for r in runs], test=True, every=8)
     plot_evolution(rows, folder / "evolution.png")
     text = evolution_table(rows)
     (folder / "evolution.md").write_text(text + "\n")
