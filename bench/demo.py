@@ -111,7 +111,7 @@ DEMO = (
     Run("ES", "", **tiny(population=16), lr=0.02, steps=160),
     Run("GRPO", "", **LORA, lr=0.001, steps=80),
     Run("SFT", "noisy", **LORA, lr=0.01, steps=100),
-    Run("GRPO", "", **FULL, lr=0.0003, steps=80),
+    Run("GRPO", "", **FULL, lr=0.0001, steps=80),
     Run("SFT", "noisy", **FULL, lr=0.003, steps=100),
 )
 # What `--choose` tries: rates, widened where the best stood at an end.
