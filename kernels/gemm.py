@@ -5,21 +5,26 @@
 The same kernel computes dX = dY W + Q D: W is then seen through its transpose, and D takes U's place.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .blocks import load_s, load_up, tile_order
+from .columns import ColumnBlocks
 from .tiles import Gemm, period
 
 
 @triton.jit
 def product(
+    acc,
     x,
     w,
     row,
     column,
+    begin,
     M,
     N,
     K,
@@ -35,12 +40,12 @@ def product(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of X Wᵀ in fp32: [BLOCK_M, BLOCK_N], rows and columns beyond M and N undefined."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    """acc + one tile of X W[:, begin : begin + K]ᵀ in fp32: [BLOCK_M, BLOCK_N], beyond M and N undefined."""
     if DESCRIPTORS:
         for k in range(tl.cdiv(K, BLOCK_K)):
             a = x.load([row, k * BLOCK_K])  # [BLOCK_M, BLOCK_K], zero beyond M and K
-            b = w.load([column, k * BLOCK_K]).T if K_MAJOR else w.load([k * BLOCK_K, column])  # [BLOCK_K, BLOCK_N]
+            at = begin + k * BLOCK_K
+            b = w.load([column, at]).T if K_MAJOR else w.load([at, column])  # [BLOCK_K, BLOCK_N]
             acc = tl.dot(a, b, acc)
     else:
         # Rows beyond M wrap around: what they give is never stored, and the loop needs no mask for them.
@@ -48,7 +53,7 @@ def product(
         n = ((column + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
         k = tl.arange(0, BLOCK_K)
         x_at = x + m[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
-        w_at = w + n[None, :] * stride_wn + k.to(tl.int64)[:, None] * stride_wk
+        w_at = w + n[None, :] * stride_wn + (begin + k).to(tl.int64)[:, None] * stride_wk
         for k_first in range(0, K, BLOCK_K):
             if EVEN_K:
                 a = tl.load(x_at)  # [BLOCK_M, BLOCK_K]
@@ -59,6 +64,32 @@ def product(
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
             x_at += BLOCK_K * stride_xk
             w_at += BLOCK_K * stride_wk
+    return acc
+
+
+@triton.jit
+def products(
+    x, x1, x2, w, row, column, M, N, K, end, end1,
+    stride_xm, stride_x1m, stride_x2m, stride_xk, stride_wn, stride_wk,
+    BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of [X | X1 | X2] Wᵀ: a loop for each block of columns, one after the other into one accumulator."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = product(
+        acc, x, w, row, column, 0, M, N, end, stride_xm, stride_xk, stride_wn, stride_wk,
+        BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, K_MAJOR, EVEN_K, PRECISION,
+    )  # fmt: skip
+    if BLOCKS > 1:
+        acc = product(
+            acc, x1, w, row, column, end, M, N, end1 - end, stride_x1m, stride_xk, stride_wn, stride_wk,
+            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, K_MAJOR, EVEN_K, PRECISION,
+        )  # fmt: skip
+    if BLOCKS > 2:
+        acc = product(
+            acc, x2, w, row, column, end1, M, N, K - end1, stride_x2m, stride_xk, stride_wn, stride_wk,
+            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, K_MAJOR, EVEN_K, PRECISION,
+        )  # fmt: skip
     return acc
 
 
@@ -105,6 +136,8 @@ def finish(
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     x,
+    x1,
+    x2,
     w,
     y,
     s,
@@ -113,13 +146,18 @@ def gemm_kernel(
     M,
     N,
     K,
+    end,
+    end1,
     stride_xm,
+    stride_x1m,
+    stride_x2m,
     stride_xk,
     stride_wn,
     stride_wk,
     stride_ym,
     stride_un,
     stride_ur,
+    BLOCKS: tl.constexpr,
     R: tl.constexpr,
     WIDTH: tl.constexpr,
     PERIOD: tl.constexpr,
@@ -143,6 +181,7 @@ def gemm_kernel(
     comes last, so the main loop is the bare matmul's; S and U of the next tile are loaded right after it, and
     the stores and the next main loop hide them.
     Otherwise x, w, y are pointers and every program owns one tile.
+    X lies in BLOCKS tensors side by side: x up to column `end`, x1 up to `end1`, x2 up to K.
     EXPAND: no product of its own, Y += S Uᵀ in place: the second half of "library matmul, then one pass".
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -160,9 +199,9 @@ def gemm_kernel(
             tile_m, tile_n = tile_order(tile, tiles_m, tiles_n, GROUP_M)
             row = tile_m * BLOCK_M
             column = tile_n * BLOCK_N
-            acc = product(
-                x, w, row, column, M, N, K, 0, 0, 0, 0,
-                BLOCK_M, BLOCK_N, BLOCK_K, True, K_MAJOR, True, PRECISION,
+            acc = products(
+                x, x1, x2, w, row, column, M, N, K, end, end1, 0, 0, 0, 0, 0, 0,
+                BLOCKS, BLOCK_M, BLOCK_N, BLOCK_K, True, K_MAJOR, True, PRECISION,
             )  # fmt: skip
             if WIDTH == BLOCK_R:
                 acc = tl.dot(s_tile, u_tile.T, acc)
@@ -187,9 +226,10 @@ def gemm_kernel(
             acc = tl.load(y + at, mask=(m[:, None] < M) & (n[None, :] < N), other=0.0)  # [BLOCK_M, BLOCK_N]
             acc = acc.to(tl.float32)
         else:
-            acc = product(
-                x, w, row, column, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
-                BLOCK_M, BLOCK_N, BLOCK_K, False, K_MAJOR, EVEN_K, PRECISION,
+            acc = products(
+                x, x1, x2, w, row, column, M, N, K, end, end1,
+                stride_xm, stride_x1m, stride_x2m, stride_xk, stride_wn, stride_wk,
+                BLOCKS, BLOCK_M, BLOCK_N, BLOCK_K, False, K_MAJOR, EVEN_K, PRECISION,
             )  # fmt: skip
         for rank in range(0, WIDTH, BLOCK_R):
             a = load_s(s, m, rank, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
@@ -198,19 +238,22 @@ def gemm_kernel(
         finish(y, acc, bias, row, column, M, N, stride_ym, HAS_BIAS, False, 1, BLOCK_M, BLOCK_N)
 
 
-def fits_descriptors(x: Tensor, w: Tensor) -> bool:
+def fits_descriptors(x: Tensor | Sequence[Tensor], w: Tensor) -> bool:
     """Whether x [M, K], w [N, K] (or a transposed view) and a contiguous Y [M, N] meet the rules of bulk copies:
-    a contiguous last dimension, and a base and a row stride in whole 16 bytes."""
+    a contiguous last dimension, and a base and a row stride in whole 16 bytes. x may lie in column blocks."""
 
     def aligned(t: Tensor) -> bool:
         return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
 
     N = w.shape[0]
-    return aligned(x) and x.stride(0) > 0 and (aligned(w) or aligned(w.T)) and N * x.element_size() % 16 == 0
+    xs = ColumnBlocks.of(x).tensors
+    if not all(aligned(t) and t.stride(0) > 0 for t in xs):
+        return False
+    return (aligned(w) or aligned(w.T)) and N * w.element_size() % 16 == 0
 
 
 def gemm(
-    x: Tensor | None,
+    x: Tensor | Sequence[Tensor] | None,
     w: Tensor | None,
     y: Tensor,
     s: Tensor,
@@ -222,25 +265,30 @@ def gemm(
     """Write Y = X Wᵀ + S Uᵀ + b into y; without x and w, Y += S Uᵀ.
 
     x [M, K], w [N, K], up [N, r] in any strides, y [M, N] with a contiguous last dimension; s [M, width] as
-    `thin` writes it: width >= r, and [high | low] halves where width is 16 and r at most 8.
+    `thin` writes it: width >= r, and [high | low] halves where width is 16 and r at most 8. x may come as up to
+    three tensors side by side.
     """
     M, N = y.shape
     expand = x is None
-    K = 0 if expand else x.shape[1]
+    blocks = ColumnBlocks.of(y if expand else x)
+    K = 0 if expand else blocks.shape[1]
     r, width = up.shape[1], s.shape[1]
     tiles = -(-M // tile.m) * -(-N // tile.n)
     programs = min(tiles, tile.programs) if tile.descriptors else tiles
     k_major = expand or w.stride(1) == 1
-    strides = (0, 0, 0, 0) if expand else (*x.stride(), *w.stride())
-    operands = (y, y, y) if expand else (x, w, y)
     if tile.descriptors:
         w_box = [tile.n, tile.k] if k_major else [tile.k, tile.n]
         operands = (
-            TensorDescriptor.from_tensor(x, [tile.m, tile.k]),
+            *blocks.three(lambda t: TensorDescriptor.from_tensor(t, [tile.m, tile.k])),
             TensorDescriptor.from_tensor(w if k_major else w.T, w_box),
             TensorDescriptor.from_tensor(y, [tile.m, tile.n // tile.subtiles]),
         )
-        strides = (0, 0, 0, 0)
+        strides = (0,) * 6
+    elif expand:
+        operands, strides = (y, None, None, y, y), (0,) * 6
+    else:
+        operands = (*blocks.three(), w, y)
+        strides = (*blocks.row_strides, blocks.tensors[0].stride(1), *w.stride())
     gemm_kernel[(programs,)](
         *operands,
         s,
@@ -249,9 +297,11 @@ def gemm(
         M,
         N,
         K,
+        *((0, 0) if expand else blocks.ends),
         *strides,
         0 if tile.descriptors else y.stride(0),
         *up.stride(),
+        BLOCKS=len(blocks.tensors),
         R=r,
         WIDTH=width,
         PERIOD=period(y.dtype, r),
@@ -260,7 +310,7 @@ def gemm(
         EXPAND=expand,
         DESCRIPTORS=tile.descriptors,
         K_MAJOR=k_major,
-        EVEN_K=K % tile.k == 0,
+        EVEN_K=expand or blocks.divided_by(tile.k),
         PRECISION=precision,
         PROGRAMS=tile.programs if tile.descriptors else 0,
         SUBTILES=tile.subtiles,

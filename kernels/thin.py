@@ -5,12 +5,15 @@
 The backward calls it with the roles swapped: t = dY U and q = t C.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .blocks import apply_core, dot_wide, last_to_arrive
+from .columns import ColumnBlocks
 from .core import Core
 from .scratch import counters
 from .tiles import Thin, period
@@ -41,9 +44,37 @@ def store_rank_rows(
             tl.store(at + PERIOD, low, mask=inside & (ranks[None, :] < WIDTH - PERIOD))
 
 
+@triton.jit
+def reduce_columns(
+    z_tile, x, down, m, M, first, last, begin, stride_xm, stride_xk, stride_dr, stride_dk,
+    R: tl.constexpr, WIDTH: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """z_tile + X[:, first:last] D[:, first:last]ᵀ for rows m, where x points at column `begin` of X."""
+    ranks = tl.arange(0, WIDTH)
+    real = ranks < R
+    k = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
+    # Rows beyond M wrap around: what they give is never stored.
+    x_at = x + (m % M).to(tl.int64)[:, None] * stride_xm + (k - begin)[None, :] * stride_xk
+    d_at = down + ranks.to(tl.int64)[None, :] * stride_dr + k[:, None] * stride_dk
+    for k_next in range(first, last, BLOCK_K):
+        inside = tl.arange(0, BLOCK_K) < last - k_next
+        if EVEN_K:
+            a = tl.load(x_at)  # [BLOCK_M, BLOCK_K]
+            b = tl.load(d_at, mask=real[None, :], other=0.0)  # [BLOCK_K, WIDTH]
+        else:
+            a = tl.load(x_at, mask=inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+            b = tl.load(d_at, mask=real[None, :] & inside[:, None], other=0.0)  # [BLOCK_K, WIDTH]
+        z_tile = dot_wide(a, b, z_tile, PRECISION)
+        x_at += BLOCK_K * stride_xk
+        d_at += BLOCK_K * stride_dk
+    return z_tile
+
+
 @triton.jit(do_not_specialize=["M"])
 def thin_kernel(
     x,
+    x1,
+    x2,
     down,
     core,
     basis,
@@ -54,10 +85,15 @@ def thin_kernel(
     arrived,
     M,
     K,
+    end,
+    end1,
     stride_xm,
+    stride_x1m,
+    stride_x2m,
     stride_xk,
     stride_dr,
     stride_dk,
+    BLOCKS: tl.constexpr,
     R: tl.constexpr,
     U: tl.constexpr,
     CORE: tl.constexpr,
@@ -73,6 +109,8 @@ def thin_kernel(
 ):
     """z [M, R] fp32 and s [M, WIDTH]; program (i, j) sums row block i over slice j of K, in fp32.
 
+    X lies in BLOCKS tensors side by side: x up to column `end`, x1 up to `end1`, x2 up to K.
+
     SPLIT_K: every program stores its partial z in planes [slices, M, R], and the last one of a row block adds
     the planes from first to last, whoever it is: the same bits on every run.
     """
@@ -82,22 +120,22 @@ def thin_kernel(
     slices = tl.num_programs(1)
     k_slice = tl.cdiv(tl.cdiv(K, BLOCK_K), slices) * BLOCK_K
     k_first = tl.program_id(1) * k_slice
-    k = k_first + tl.arange(0, BLOCK_K)
-    # Rows beyond M wrap around: what they give is never stored.
-    x_at = x + (m % M).to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
-    d_at = down + ranks.to(tl.int64)[None, :] * stride_dr + k.to(tl.int64)[:, None] * stride_dk
+    k_last = min(k_first + k_slice, K)
     z_tile = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    for k_next in range(k_first, min(k_first + k_slice, K), BLOCK_K):
-        inside = tl.arange(0, BLOCK_K) < K - k_next
-        if EVEN_K:
-            a = tl.load(x_at)  # [BLOCK_M, BLOCK_K]
-            b = tl.load(d_at, mask=real[None, :], other=0.0)  # [BLOCK_K, WIDTH]
-        else:
-            a = tl.load(x_at, mask=inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-            b = tl.load(d_at, mask=real[None, :] & inside[:, None], other=0.0)  # [BLOCK_K, WIDTH]
-        z_tile = dot_wide(a, b, z_tile, PRECISION)
-        x_at += BLOCK_K * stride_xk
-        d_at += BLOCK_K * stride_dk
+    z_tile = reduce_columns(
+        z_tile, x, down, m, M, k_first, min(k_last, end), 0, stride_xm, stride_xk, stride_dr, stride_dk,
+        R, WIDTH, EVEN_K, PRECISION, BLOCK_K,
+    )  # fmt: skip
+    if BLOCKS > 1:
+        z_tile = reduce_columns(
+            z_tile, x1, down, m, M, max(k_first, end), min(k_last, end1), end, stride_x1m, stride_xk,
+            stride_dr, stride_dk, R, WIDTH, EVEN_K, PRECISION, BLOCK_K,
+        )  # fmt: skip
+    if BLOCKS > 2:
+        z_tile = reduce_columns(
+            z_tile, x2, down, m, M, max(k_first, end1), k_last, end1, stride_x2m, stride_xk,
+            stride_dr, stride_dk, R, WIDTH, EVEN_K, PRECISION, BLOCK_K,
+        )  # fmt: skip
     if SPLIT_K:
         at = m.to(tl.int64)[:, None] * R + ranks[None, :]
         one = (m[:, None] < M) & real[None, :]
@@ -116,26 +154,38 @@ def thin_kernel(
         )  # fmt: skip
 
 
-def thin(x: Tensor, down: Tensor, core: Core, tile: Thin, precision: str, want_s: bool) -> tuple[Tensor, Tensor | None]:
-    """(z, s) for x [M, K] and down [r, K] in any strides: z fp32 [M, r], and, if wanted, s for `gemm`."""
-    M, K = x.shape
+def thin(
+    x: Tensor | Sequence[Tensor], down: Tensor, core: Core, tile: Thin, precision: str, want_s: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(z, s) for x [M, K] and down [r, K] in any strides: z fp32 [M, r], and, if wanted, s for `gemm`.
+
+    x may come as up to three tensors side by side, whose columns lie equally far apart.
+    """
+    blocks = ColumnBlocks.of(x)
+    if len(blocks.tensors) > 1 and not blocks.divided_by(tile.k):
+        blocks = ColumnBlocks.of(torch.cat(blocks.tensors, 1))  # masked loops one after the other spill registers
+    M, K = blocks.shape
     r = down.shape[0]
+    x = blocks.tensors[0]
     z = torch.empty(M, r, dtype=torch.float32, device=x.device)
     s = torch.empty(M, tile.width, dtype=x.dtype, device=x.device) if want_s else None
-    blocks = -(-M // tile.m)
+    row_blocks = -(-M // tile.m)
     planes = torch.empty(tile.split, M, r, dtype=torch.float32, device=x.device) if tile.split > 1 else z
-    thin_kernel[(blocks, tile.split)](
-        x,
+    thin_kernel[(row_blocks, tile.split)](
+        *blocks.three(),
         down,
         *core.pointers(z),
         z,
         s if want_s else z,
         planes,
-        counters(blocks, x.device) if tile.split > 1 else z,
+        counters(row_blocks, x.device) if tile.split > 1 else z,
         M,
         K,
-        *x.stride(),
+        *blocks.ends,
+        *blocks.row_strides,
+        x.stride(1),
         *down.stride(),
+        BLOCKS=len(blocks.tensors),
         R=r,
         U=core.u,
         CORE=core.kind,
@@ -143,7 +193,7 @@ def thin(x: Tensor, down: Tensor, core: Core, tile: Thin, precision: str, want_s
         STORE_S=want_s,
         WIDTH=tile.width,
         PERIOD=period(x.dtype, r),
-        EVEN_K=K % tile.k == 0,
+        EVEN_K=blocks.divided_by(tile.k),
         PRECISION=precision,
         SPLIT_K=tile.split > 1,
         BLOCK_M=tile.m,

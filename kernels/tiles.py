@@ -248,6 +248,35 @@ def choose(
     return Choice(gemm_tile(M, N, chip, bulk, thin.width, descriptors), thin, None, f"{compared}: fused")
 
 
+# What `pinned` is made for: rows enough that the thin pass has several blocks, few enough that K is cut for the rest.
+PINNED_ROWS = 1024
+
+
+def pinned(
+    N: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int, int] | None, descriptors: bool = True
+) -> Choice:
+    """The one choice for every M, so that a row's sums are cut and ordered alike however many rows there are.
+
+    The thin pass and the fused matmul, since both walk over blocks of rows that know nothing of each other: decode's
+    tile grows with M, and the library does what it likes. No tile is the best for one row and for thousands; this one
+    leans to few rows, which rollouts have: narrow, to occupy more of the card. Arguments as in `choose`.
+    """
+    chip = CARDS[9, 0] if capability is None else card(capability)
+    thin = thin_tile(PINNED_ROWS, K, r, dtype, capability)
+    why = f"batch invariant: one choice for every M at N = {N}, K = {K}"
+    if capability is None:
+        return Choice(_small(Gemm(128, 128, 64, 8, 4, descriptors, 1)), thin, None, why)
+    if dtype == torch.float32:
+        return Choice(Gemm(16, 64, 16, 4, 2, rank=16), thin, None, why)
+    if descriptors and chip.bulk_copies:
+        main = Gemm(128, 128, 64, 8, 4, True, chip.sms, 2, rank=chip.rank_in_registers)
+    elif descriptors and chip.shared > 150000:
+        main = Gemm(128, 128, 64, 8, 3)
+    else:
+        main = Gemm(128, 128, 32, 8, 3)
+    return Choice(main, thin, None, why)
+
+
 def core_gradient_tile(M: int, r: int, adapters: int, dtype: torch.dtype, small: bool = False) -> CoreGradient:
     """512 rows a program; with many adapters fewer slices, since each adapter has programs of its own."""
     side = min(pad(r), 32)

@@ -25,6 +25,10 @@ CASES = [
     (512, 3580, 3580, 2, {}),  # rows of 7160 bytes: no bulk copies
     (1024, 512, 512, 2, {"x_stride": 517}),  # the fused matmul through pointers, K small
     (8192, 3584, 3584, 2, {"dtype": f32, **ALL}),
+    (8192, 4608, 3584, 6, {"parts": (3584, 512, 512)}),  # siblings: dX from three gradients side by side
+    (8192, 37888, 3584, 4, {"parts": (18944, 18944)}),  # the library multiplies each, one thin pass over both
+    (1000, 3000, 512, 6, {"parts": (1500, 1500)}),  # no whole steps of K
+    (512, 3580, 3580, 6, {"parts": (3000, 290, 290)}),  # through pointers
     (1, 3584, 3584, 2, {}),  # decode, inline
     (1, 18944, 3584, 2, {}),  # decode without a split of K
     (16, 3584, 3584, 8, {"core": "rows", "u": 13, "factors": f32}),
@@ -34,8 +38,21 @@ CASES = [
     (5, 77, 72, 2, ALL),  # nothing is divisible
     (16, 3584, 3584, 2, {"dtype": f32}),
 ]
+# What `batch_invariant=True` runs, with operands that bulk copies take and refuse.
+CASES += [
+    (M, N, K, r, {"pin": True, **options})
+    for M, N, K, r, options in (
+        (16, 3584, 3584, 2, {}),
+        (16, 3584, 3584, 64, {"core": "rows"}),
+        (16, 512, 3584, 128, {"core": "none", "factors": f32}),
+        (16, 3580, 3580, 2, {}),
+        (16, 3581, 3583, 128, {}),
+        (16, 3584, 3584, 2, {"dtype": f32}),
+        (16, 3583, 3581, 128, {"dtype": f32}),
+    )
+]
 # What torch.set_float32_matmul_precision("high") makes of the fp32 cases.
-TF32 = [(16, 3584, 3584, 2, {"dtype": f32}), (8192, 3584, 3584, 2, {"dtype": f32})]
+TF32 = [(M, 3584, 3584, 2, {"dtype": f32, "pin": pin}) for M, pin in ((16, False), (8192, False), (16, True))]
 SWEEP = [
     (M, N, K, r, {"dtype": dtype, "x_stride": x_stride, "need": ()})
     for M in (1, 17, 33, 65, 129, 200, 512, 1000, 2048, 8192, 100000)
@@ -53,7 +70,10 @@ def covering(capability) -> list[tuple]:
         dtype = options.get("dtype", bf16)
         bulk = not options.get("x_stride") and N % 8 == K % 8 == 0
         for n, k in ((N, K), (K, N))[: 1 + bool(options.get("need", True))]:  # forward, backward
-            choice = tiles.choose(M, n, k, r, dtype, capability, bulk)
+            if options.get("pin"):
+                choice = tiles.pinned(n, k, r, dtype, capability, bulk)
+            else:
+                choice = tiles.choose(M, n, k, r, dtype, capability, bulk)
             for tile in (choice.main, choice.thin, choice.expand):
                 if tile is not None:
                     split = {"split": tile.split > 1} if hasattr(tile, "split") else {}
@@ -68,8 +88,10 @@ def covering(capability) -> list[tuple]:
     return cases
 
 
-def run(M, N, K, r, dtype=bf16, factors=None, core="dense", u=0, adapters=3, x_stride=None, need=("x",)):
-    """Forward and backward of one layer on the meta device."""
+def run(
+    M, N, K, r, dtype=bf16, factors=None, core="dense", u=0, adapters=3, x_stride=None, need=("x",), pin=False, parts=()
+):
+    """Forward and backward of one layer on the meta device; parts: of siblings, whose gradients come side by side."""
     factors = factors or dtype
 
     def empty(*shape, dtype=dtype):
@@ -81,10 +103,14 @@ def run(M, N, K, r, dtype=bf16, factors=None, core="dense", u=0, adapters=3, x_s
     basis = empty(u, r, r, dtype=f32) if u else None
     x = empty(M, x_stride or K)[:, :K]
     weight, down, up, bias = empty(N, K), empty(r, K, dtype=factors), empty(N, r, dtype=factors), empty(N)
-    y, z = fused.forward(x, weight, down, c, up, bias, ids, basis)
+    y, z = fused.forward(x, weight, down, c, up, bias, ids, basis, pin=pin)
+    if parts:
+        dys = [empty(M, n) for n in parts]
+        fused.backward_of_parts(dys, z, weight, down, c, up, ids, basis, True, c is not None)
+        return
     need = tuple(n in need and (n != "core" or c is not None) for n in NAMES)
     if any(need):
-        fused.backward(torch.empty_like(y), x, z, weight, down, c, up, ids, basis, need)
+        fused.backward(torch.empty_like(y), x, z, weight, down, c, up, ids, basis, need, pin=pin)
 
 
 def key(launch: Launch) -> tuple:

@@ -168,6 +168,30 @@ def test_every_way_to_multiply_many_rows(name, r, monkeypatch):
         hold(problem)
 
 
+@pytest.mark.parametrize("name", ["tall", "rank by 16", "pointers", "the library, then a pass over Y", "decode"])
+@pytest.mark.parametrize("sizes", [(48, 16, 16), (7, 66), (8, 8, 8, 48)], ids=str)
+def test_dx_from_gradients_side_by_side(name, sizes):
+    """Siblings: steps of K cross from one gradient into the next, rows lie apart, and NaN lies around each."""
+    expand = tiles.Gemm(16, 32, 16, 4, 1, rank=16)
+    many = tiles.Choice(GEMMS.get(name), tiles.Thin(32, 16, 3, 16), None if name in GEMMS else expand, "forced")
+    choice = tiles.Choice(tiles.Decode(64, 16, 16, 3), None, None, "forced") if name == "decode" else many
+    for dtype in (f32, bf16):
+        problem = Problem(40 if name == "decode" else 70, sum(sizes), 72, 6, dtype, core="mixed", bias=False)
+        (x, weight, down, v, up, _), ids, basis = problem.operands()
+        dy = torch.randn(problem.M, problem.N, generator=torch.Generator().manual_seed(1)).to(dtype)
+        z = eager.thin(x, down)
+        with lanes.interpreter():
+            bulk = name in GEMMS and GEMMS[name].descriptors
+            dys = [(pad_rows if bulk else surround)(part) for part in dy.split(sizes, 1)]
+            dx, dv = fused.backward_of_parts(dys, z, weight, down, v, up, None, basis, True, True, choice)
+            _, alone = fused.backward_of_parts(dys, z, weight, down, v, up, None, basis, False, True)
+        torch.testing.assert_close(alone, dv, rtol=1e-5, atol=1e-5)
+        given = (x, weight, down, v, up, None), ids, basis, dy
+        true, torchs = exact(*given), torch_own(*given)
+        assert_as_good_as_torch("x", dx, true["x"], torchs["x"])
+        assert_as_good_as_torch("core", dv, true["core"], torchs["core"])
+
+
 @pytest.mark.parametrize("split", [1, 2, 9])
 def test_every_split_of_k_in_decode(split, monkeypatch):
     """9 slices of 100 leave some with nothing to do."""

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -176,23 +177,22 @@ def test_any_adapter_resumes(command, more, tiny, tmp_path, monkeypatch):
     more = {k: v for k, v in ({"n_tie": 4} | more).items() if v is not None}
 
     def go(out, resume=False):
-        arguments = ["train", command, "--model", tiny / "model", "--data", tiny / "data", "--out", out, "--steps", 6]
+        arguments = ["train", command, "--model", tiny / "model", "--data", tiny / "data", "--out", out, "--steps", 4]
         arguments += ["--batch-size", 8, "--lr", 0.01, "--save-every", 2, "--resume" if resume else "--seed=3"]
         arguments += ["--max-completion-length", 10] if command == "grpo" else []
         for key, value in more.items():
             arguments += [f"--{key.replace('_', '-')}", value]
         return cli.main([str(a) for a in arguments])
 
-    with stopped_after(monkeypatch, 5):
+    with stopped_after(monkeypatch, 3):
         go(tmp_path / "stopped")
     assert go(tmp_path / "stopped", resume=True) == 0 == go(tmp_path / "whole")
     assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
-    assert [e["step"] for e in log(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in log(tmp_path / "whole")] == [1, 2, 3, 4]
     ours, theirs = (load_numbers(tmp_path / run / "adapter") for run in ("stopped", "whole"))
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
     if command == "sft":
-        losses = [e["loss"] for e in log(tmp_path / "whole")]
-        assert losses[-1] < losses[0]
+        assert all(e["loss"] > 0 and e["grad_norm"] > 0 for e in log(tmp_path / "whole"))
 
 
 def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
@@ -347,19 +347,19 @@ def test_v_stays_fp32(dtype, more, tiny, tmp_path):
     assert sum(p.abs().sum().item() for p in numbers) > 0
 
 
-@pytest.mark.parametrize("kwargs", [{"use_reentrant": True}, {"use_reentrant": False}, None])
-def test_gradient_checkpointing_loses_no_gradient(kwargs, tiny, tmp_path):
+def test_gradient_checkpointing_loses_no_gradient(tiny, tmp_path):
     """The base is frozen, the embedding, too: a reentrant checkpoint would see no input that needs a gradient."""
     import trl
 
     found = []
-    for on in (False, True):
+    for on, kwargs in ((False, None), (True, None), (True, {"use_reentrant": True}), (True, {"use_reentrant": False})):
         trainer = plain(tiny, tmp_path, adapter_trainer(trl.GRPOTrainer), bf16=False, gradient_checkpointing=on,
-                        gradient_checkpointing_kwargs=kwargs if on else None)  # fmt: skip
+                        gradient_checkpointing_kwargs=kwargs)  # fmt: skip
         trainer.train()
         found.append(torch.cat([p.detach() for p in tinylora.adapter_parameters(trainer.model)]))
     assert found[0].abs().min() > 0
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_the_reference_is_the_base_without_a_second_model(tiny, tmp_path, monkeypatch):
@@ -469,6 +469,18 @@ def test_the_plain_script_of_the_docs(tiny, tmp_path, monkeypatch):
     model, _ = load_model(tiny / "model", "float32")
     tinylora.load(model, tmp_path / "out")
     assert sum(p.numel() for p in tinylora.adapter_parameters(model)) == 1
+
+
+def test_the_commands_of_the_docs_are_commands():
+    lines = (Path(__file__).parents[1] / "docs" / "training.md").read_text().splitlines()
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("tinylora ")]
+    assert len(commands) >= 8
+    for command in commands:
+        if "--help" in command:
+            with pytest.raises(SystemExit, match="0"):
+                cli._parser().parse_args(command)
+        else:
+            assert cli._parser().parse_args(command).run
 
 
 def test_a_checkpoint_of_another_base_or_adapter_is_refused(tiny, tmp_path):

@@ -140,6 +140,8 @@ class Shared(Owner):
 class Adapter(Owner):
     """One adapter in one layer."""
 
+    core_alone_trains: ClassVar[bool] = False  # so that one batch, or a group of layers, can share what is frozen
+
     def __init__(self, site: Site, frozen: Mapping[str, Tensor], shared: Shared):
         super().__init__()
         self.site, self.dropout = site, shared.config.dropout

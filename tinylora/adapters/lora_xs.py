@@ -42,6 +42,8 @@ def svd_factors(site: Site, weight: Tensor, weight_digest: str, r: int, sigma: s
 
 
 class LoraXS(Adapter):
+    core_alone_trains = True
+
     def factors(self) -> Factors:
         return Factors(self.down, self.core, self.up)
 
@@ -75,6 +77,7 @@ class LoraXSConfig(AdapterConfig):
 
 
 class TinyLora(Adapter):
+    core_alone_trains = True
     fp32_buffers = ("P",)
 
     def __init__(self, site: Site, frozen: Mapping[str, Tensor], shared: Shared):

@@ -2,12 +2,12 @@
 
 `adapter_trainer(GRPOTrainer)` is GRPOTrainer with these differences, none of which touches its algorithm:
 
-    checkpoints   hold the adapter alone (26 bytes of numbers, where TRL would write the model), and are resumed from it
+    checkpoints   hold the adapter alone, where TRL would write the whole model, and a run goes on from them
     reference     with beta > 0 it is the same model with the adapter off; TRL would load the base a second time
     data order    a run resumed in a later epoch goes on with that epoch's order; TRL starts again with the first one's
     lm_head       an adapter there is refused: TRL multiplies by lm_head.weight itself, and would never train it
-    use_vllm      refused: TRL would send vLLM the base's weights, and roll out a model without the adapter
-    sync_ref_model refused: there is no second model to synchronise
+    use_vllm      refused: TRL would send vLLM the base's weights, and a v that no layer there knows
+    sync_ref      (sync_ref_model) refused: there is no second model to synchronise
 
 Rollouts run the adapted layers, unmerged, in `model.generate`: the base's weights are never written.
 A model that PEFT adapted passes through: TRL knows those, and only the data order is ours.
@@ -106,7 +106,7 @@ def _refuse(model: nn.Module, config) -> None:
     if getattr(config, "use_vllm", False):
         raise ValueError(
             "use_vllm is True, expected False for a model with our adapter: TRL would send vLLM the base's weights, "
-            "and roll out a model without the adapter. Unmerged rollouts are generate's, or continuous batching's"
+            "and a v that no layer there knows. Unmerged rollouts are generate's, or continuous batching's"
         )
     if getattr(config, "sync_ref_model", False):
         raise ValueError("sync_ref_model is True, expected False: the reference is this model with its adapter off")

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tinylora.adapters import Adapter, AdapterConfig
 from tinylora.ops import adapted_linear
-from tinylora.ops.linear import unchecked
+from tinylora.ops.linear import frozen_linear, unchecked
 
 
 def low_rank(x: Tensor, down: Tensor, core: Tensor | None, up: Tensor, basis: Tensor | None) -> Tensor:
@@ -23,7 +23,12 @@ class Linear(nn.Linear):
     `weight` ([N, K]) and `bias` ([N] or None) are the very parameters of the layer it was made from, under the
     same state_dict names; the dtype of the output is theirs. Adapters stand in `adapters`, by name; at most one
     is active (`active`), and merging adds it to `weight` until `unmerge`.
+
+    batch_invariant: whether a row's result has the same bits whatever the other rows are (`adapted_linear`), with an
+    adapter, merged or without one. Saved nowhere; `tinylora.apply` sets it for a whole model.
     """
+
+    batch_invariant: bool = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -33,6 +38,7 @@ class Linear(nn.Linear):
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
         self.merged: str | None = None
+        self.siblings = None  # the group it computes in (nn/siblings.py), while its parent runs
         self._unmerged_weight: Tensor | None = None
 
     @classmethod
@@ -68,14 +74,30 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None or self.merged is not None:
+            if self.batch_invariant:
+                return frozen_linear(x, self.weight, self.bias, batch_invariant=True)
             return F.linear(x, self.weight, self.bias)
+        siblings = self.siblings
+        if siblings is not None and siblings.running:
+            y = siblings.output(self, x)
+            if y is not None:
+                return y
         adapter = self.adapters._modules[self.active]
         down, core, up, basis = adapter.factors()
         rows = adapter.shared.rows
         if rows is not None:
             core = adapter.row_core()
-            return adapted_linear(x, self.weight, down, core, up, self.bias, rows.of(x), basis=basis)
+            ids = rows.of(x)
+            invariant = self.batch_invariant
+            return adapted_linear(
+                x, self.weight, down, core, up, self.bias, ids, basis=basis, batch_invariant=invariant
+            )
         if adapter.dropout and self.training:
+            if self.batch_invariant:
+                raise ValueError(
+                    f"dropout is {adapter.dropout} and the layer trains: what is dropped from a row depends on the "
+                    "others, expected no dropout with batch_invariant, or eval()"
+                )
             # Two inputs, so two calls: the frozen layer on x, and the correction on what dropout left of it.
             dropped = F.dropout(x, adapter.dropout)
             return F.linear(x, self.weight, self.bias) + low_rank(dropped, down, core, up, basis)
@@ -83,7 +105,7 @@ class Linear(nn.Linear):
         # The layer's own operands fit each other since `attach`; only x can be wrong, and the full check says how.
         fits = x.shape[-1:] == weight.shape[1:] and x.dtype == weight.dtype and x.device == weight.device
         call = unchecked if fits else adapted_linear
-        return call(x, weight, down, core, up, self.bias, None, basis=basis)
+        return call(x, weight, down, core, up, self.bias, None, basis=basis, batch_invariant=self.batch_invariant)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -111,6 +133,17 @@ class Linear(nn.Linear):
     def add(self, name: str, adapter: Adapter) -> None:
         self.adapters[name] = adapter
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.siblings is not None:
+            self.siblings.share()  # .to gave every layer a storage of its own
+        return self
+
+    def __getstate__(self):
+        return {**self.__dict__, "siblings": None}  # a copied parent gives its copies a group of their own
+
     def extra_repr(self) -> str:
         state = f", active={self.active}" if self.active else ""
+        if self.siblings is not None:
+            state += f", one of {len(self.siblings.layers)} siblings"
         return super().extra_repr() + state + (f", merged={self.merged}" if self.merged else "")

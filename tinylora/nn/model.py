@@ -12,12 +12,20 @@ from tinylora.adapters import AdapterConfig, Shared
 from tinylora.adapters.factor_cache import digest
 from tinylora.nn.linear import Linear
 from tinylora.nn.saved_module import SavedModule
+from tinylora.nn.siblings import group, ungroup
 from tinylora.nn.targets import find_modules_to_save, find_targets, sites_of
 
 STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
 
 
-def apply(model: nn.Module, config: AdapterConfig, name: str = "default") -> nn.Module:
+def apply(
+    model: nn.Module,
+    config: AdapterConfig,
+    name: str = "default",
+    *,
+    siblings: bool = True,
+    batch_invariant: bool = False,
+) -> nn.Module:
     """Put an adapter on a model, in place, and make it the active one. Returns the model.
 
     Every target (`config.target_modules`) becomes a `tinylora.Linear` around its own weight; everything but the
@@ -25,9 +33,19 @@ def apply(model: nn.Module, config: AdapterConfig, name: str = "default") -> nn.
     shows a progress bar and is cached on disk (~/.cache/tinylora), so that it happens once for a checkpoint.
 
     Several adapters can live on a model under different names; `tinylora.activate` switches.
+
+    siblings: layers that receive one tensor (q, k, v; gate, up) run as one operator and keep their weights in one
+    storage, where the adapter's core alone trains (TinyLoRA, LoRA-XS). Same names, same results up to rounding.
+    batch_invariant: sets `Linear.batch_invariant` on every adapted layer, for rollouts whose log-probabilities must be
+    the training forward's; what else of the model depends on the batch stays so (attention, the head). Siblings
+    then compute alone.
+
     ValueError: nothing to adapt, a name in use or with a dot, a merged model, weights not loaded yet.
     """
-    attach(model, find_targets(model, config.target_modules), config, name)
+    attach(model, find_targets(model, config.target_modules), config, name, siblings=siblings)
+    if batch_invariant:
+        for layer in adapted_layers(model).values():
+            layer.batch_invariant = True
     return model
 
 
@@ -38,6 +56,7 @@ def attach(
     name: str,
     frozen: Mapping[str, dict[str, Tensor]] | None = None,
     digests: Mapping[str, tuple[str, str]] | None = None,
+    siblings: bool = True,
 ) -> Shared:
     """`apply` for layers that are found already, and with `frozen` tensors by layer name that exist already.
 
@@ -79,6 +98,7 @@ def attach(
             root.set_submodule(path, module)
         module.add(name)
     activate(root, name)
+    (group if siblings else ungroup)(root)
     return shared
 
 

@@ -7,7 +7,7 @@ Three rules keep it fast and exact:
 - s = 0 adds exact zeros: with a zero core the result is F.linear's, bit for bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -201,3 +201,34 @@ def backward(
     if need_bias:
         dbias = dy.sum(0)
     return dx, dweight, ddown, dcore, dup, dbias
+
+
+def backward_of_parts(
+    dys: Sequence[Tensor],
+    z: Tensor | None,
+    weights: Sequence[Tensor],
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    adapter_ids: Tensor | None,
+    basis: Tensor | None,
+    need_x: bool,
+    need_core: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dX, dC or dv) of layers that share x: dX = Σ_i dY_i W_i + ((Σ_i dY_i U_i) C) D, dC = (Σ_i dY_i U_i)ᵀ z.
+
+    dX is written by the first product and added to in place by the others; no sum of gradients is formed.
+    """
+    ups = up.split([w.shape[0] for w in weights])
+    t = thin(dys[0], ups[0].t())
+    for dy, u in zip(dys[1:], ups[1:], strict=True):
+        t += thin(dy, u.t())
+    mixed, dx, dcore = mix(core, basis), None, None
+    if need_x:
+        dx = torch.mm(dys[0], weights[0])
+        for dy, weight in zip(dys[1:], weights[1:], strict=True):
+            dx.addmm_(dy, weight)
+        add_product(dx, apply_core(t, mixed, adapter_ids, transposed=True), down)
+    if need_core:
+        dcore = mix_gradient(core_gradient(t, z, mixed, adapter_ids), basis).to(core.dtype)
+    return dx, dcore

@@ -3,7 +3,10 @@
 Both directions are one function, `_linear`: dX = dY W + ((dY U) C) D is the operator on (Wᵀ, Uᵀ, Cᵀ, Dᵀ).
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -56,32 +59,51 @@ def _mixed_inside(core: Tensor | None, basis: Tensor | None) -> tuple[Tensor | N
 
 
 def _linear(
-    x: Tensor,
+    x: Tensor | Sequence[Tensor],
     w: Tensor,
     down: Tensor,
     core: Core,
     up: Tensor,
     bias: Tensor | None,
     choice: tiles.Choice | None = None,
+    pin: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(Y, z) with Y = X Wᵀ + s Uᵀ + b, z = X Dᵀ in fp32, s = z Cᵀ; w, down and up may be transposed views."""
-    (M, K), N, r = x.shape, w.shape[0], down.shape[0]
-    z = torch.empty(M, r, dtype=torch.float32, device=x.device)
+    """(Y, z) with Y = X Wᵀ + s Uᵀ + b, z = X Dᵀ in fp32, s = z Cᵀ; w, down and up may be transposed views.
+
+    choice: forces what `tiles.choose` would decide. pin: one choice for every M, and for every layout of x.
+    x may come in column blocks; then there is no bias.
+    """
+    xs = [x] if isinstance(x, Tensor) else x
+    M, (N, K), r = xs[0].shape[0], w.shape, down.shape[0]
+    dtype, device = xs[0].dtype, xs[0].device
+    z = torch.empty(M, r, dtype=torch.float32, device=device)
     if M == 0:
-        return x.new_empty(0, N), z
+        return xs[0].new_empty(0, N), z
     precision = _precision()
-    if choice is None:
-        choice = tiles.choose(M, N, K, r, x.dtype, _capability(x.device), fits_descriptors(x, w))
+    if pin:
+        # A view of x that bulk copies refuse must not take another path than its rows do elsewhere.
+        if x.stride() != (K, 1) or x.data_ptr() % 16:
+            x = x.clone(memory_format=torch.contiguous_format)
+        choice = tiles.pinned(N, K, r, dtype, _capability(device), fits_descriptors(x, w))
+    elif choice is None:
+        choice = tiles.choose(M, N, K, r, dtype, _capability(device), fits_descriptors(x, w))
     s = None
     if choice.thin is not None:
         z, s = thin(x, down, core, choice.thin, precision, want_s=True)
     if choice.main is None:
-        y = F.linear(x, w, bias)
+        if len(xs) == 1:
+            y = F.linear(xs[0], w, bias)
+        else:
+            parts = w.split([t.shape[1] for t in xs], 1)
+            y = torch.mm(xs[0], parts[0].T)
+            for t, part in zip(xs[1:], parts[1:], strict=True):
+                y.addmm_(t, part.T)
         gemm(None, None, y, s, up, None, choice.expand, precision)
         return y, z
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    y = torch.empty(M, N, dtype=dtype, device=device)
     if isinstance(choice.main, tiles.Decode):
-        decode(x, w, down, core, up, bias, y, z, s, choice.main, precision)
+        # Few rows: a copy of them is nothing beside W.
+        decode(xs[0] if len(xs) == 1 else torch.cat(xs, 1), w, down, core, up, bias, y, z, s, choice.main, precision)
     else:
         gemm(x, w, y, s, up, bias, choice.main, precision)
     return y, z
@@ -97,17 +119,18 @@ def forward(
     adapter_ids: Tensor | None,
     basis: Tensor | None,
     choice: tiles.Choice | None = None,
+    pin: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(Y, z) for x of [M, K]. `choice` forces what `tiles.choose` would decide."""
+    """(Y, z) for x of [M, K]; `choice` and `pin` as in `_linear`."""
     if adapter_ids is not None and adapter_ids.device.type == "cpu":
         eager.check_ids(adapter_ids, core.shape[0])
     if x.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
         wide = (None if t is None else t.float() for t in (x, weight, down, core, up, bias))
-        y, z = forward(*wide, adapter_ids, None if basis is None else basis.float(), choice)
+        y, z = forward(*wide, adapter_ids, None if basis is None else basis.float(), choice, pin)
         return y.to(x.dtype), z
     with _current(x.device):
         core, basis = _mixed_inside(core, basis)
-        return _linear(x, weight, down, Core(core, basis, adapter_ids), up, bias, choice)
+        return _linear(x, weight, down, Core(core, basis, adapter_ids), up, bias, choice, pin)
 
 
 def backward(
@@ -122,6 +145,7 @@ def backward(
     basis: Tensor | None,
     need: tuple[bool, bool, bool, bool, bool, bool],
     choice: tiles.Choice | None = None,
+    pin: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (x, weight, down, core, up, bias), None where `need` is False; `eager.backward`'s formulas.
 
@@ -130,14 +154,14 @@ def backward(
     """
     if dy.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
         wide = (None if t is None else t.float() for t in (dy, x, z, weight, down, core, up))
-        grads = backward(*wide, adapter_ids, None if basis is None else basis.float(), need, choice)
+        grads = backward(*wide, adapter_ids, None if basis is None else basis.float(), need, choice, pin)
         like = (dy, weight, down, core, up, dy)
         return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
     with _current(dy.device):
-        return _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice)
+        return _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice, pin)
 
 
-def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice):
+def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice, pin):
     need_x, need_weight, need_down, need_core, need_up, need_bias = need
     (M, N), r = dy.shape, down.shape[0]
     dx = dweight = ddown = dcore = dup = dbias = None
@@ -145,19 +169,14 @@ def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice
     ours = Core(values, own_basis, adapter_ids)
     theirs = Core(values, own_basis, adapter_ids, transposed=True)
     small = interpreting()
-    if dy.stride(1) != 1 or 0 in dy.stride():  # a gradient that autograd broadcast
-        dy = dy.contiguous()
+    dy = _walkable(dy)
     if need_x:
-        dx, t = _linear(dy, weight.T, up.T, theirs, down.T, None, choice)
+        dx, t = _linear(dy, weight.T, up.T, theirs, down.T, None, choice, pin)
     elif need_down or need_core:
         tile = tiles.thin_tile(M, N, r, dy.dtype, _capability(dy.device))
         t, _ = thin(dy, up.T, theirs, tile, _precision(), want_s=False)
     if need_core:
-        adapters = core.shape[0] if adapter_ids is not None else 1
-        like = values if values.dtype == torch.float32 else values.float()
-        tile = tiles.core_gradient_tile(M, r, adapters, dy.dtype, small)
-        dcore = core_gradient(t, z, like, ours, r, tile)
-        dcore = (eager.mix_gradient(dcore, basis) if own_basis is None else dcore).to(core.dtype)
+        dcore = _core_gradient(t, z, core, ours, basis, dy.dtype)
     if need_down:
         ddown = torch.empty(down.shape, dtype=down.dtype, device=down.device)
         factor_gradient(t, theirs, x, ddown, tiles.factor_gradient_tile(M, x.shape[1], r, small), _precision())
@@ -169,3 +188,48 @@ def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice
     if need_bias:
         dbias = dy.sum(0)
     return dx, dweight, ddown, dcore, dup, dbias
+
+
+def backward_of_parts(dys, z, weight, down, core, up, adapter_ids, basis, need_x, need_core, choice=None):
+    """(dX, dC or dv) of layers that share x, for dY whole or in column blocks; weight is all of theirs, [N, K].
+
+    One launch for t and q, one matmul for dX, one launch for dC, however many layers there are.
+    """
+    if dys[0].dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
+        wide = (None if t is None else t.float() for t in (z, weight, down, core, up))
+        basis = None if basis is None else basis.float()
+        wide_dys = [dy.float() for dy in dys]
+        dx, dcore = backward_of_parts(wide_dys, *wide, adapter_ids, basis, need_x, need_core, choice)
+        return None if dx is None else dx.bfloat16(), None if dcore is None else dcore.to(core.dtype)
+    with _current(dys[0].device):
+        dys = [_walkable(dy) for dy in dys]
+        (M, _), dtype, (N, _), r = dys[0].shape, dys[0].dtype, weight.shape, down.shape[0]
+        values, own_basis = _mixed_inside(core, basis)
+        theirs = Core(values, own_basis, adapter_ids, transposed=True)
+        dx = dcore = None
+        if need_x:
+            dx, t = _linear(dys, weight.T, up.T, theirs, down.T, None, choice)
+        else:
+            tile = tiles.thin_tile(M, N, r, dtype, _capability(dys[0].device))
+            t, _ = thin(dys, up.T, theirs, tile, _precision(), want_s=False)
+        if need_core:
+            dcore = _core_gradient(t, z, core, Core(values, own_basis, adapter_ids), basis, dtype)
+        return dx, dcore
+
+
+def _walkable(dy: Tensor) -> Tensor:
+    """dy, or a copy of a gradient that autograd broadcast."""
+    return dy.contiguous() if dy.stride(1) != 1 or 0 in dy.stride() else dy
+
+
+def _core_gradient(t: Tensor, z: Tensor, core: Tensor, ours: Core, basis: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """dC, or dv, in the core's dtype; `ours` is the core as the kernels take it, `dtype` dY's."""
+    M, r = t.shape
+    adapters = core.shape[0] if ours.ids is not None else 1
+    like = ours.values if ours.values.dtype == torch.float32 else ours.values.float()
+    dcore = core_gradient(t, z, like, ours, r, tiles.core_gradient_tile(M, r, adapters, dtype, interpreting()))
+    return (eager.mix_gradient(dcore, basis) if ours.basis is None else dcore).to(core.dtype)
+
+
+# The same two functions with rows that do not depend on each other (`batch_invariant=True`).
+invariant = SimpleNamespace(forward=partial(forward, pin=True), backward=partial(backward, pin=True))

@@ -9,7 +9,7 @@ the custom op `tinylora::adapted_linear`, with the same two functions as its bod
 import torch
 from torch import Tensor
 
-from tinylora.ops import eager
+from tinylora.ops import eager, invariant
 from tinylora.ops.checks import check
 from tinylora.ops.dispatch import TORCH, interpreting, route_of
 
@@ -24,6 +24,7 @@ def adapted_linear(
     adapter_ids: Tensor | None = None,
     *,
     basis: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ, without forming the adapted weight W + U C D.
 
@@ -36,28 +37,32 @@ def adapted_linear(
     adapter_ids: one integer per row of x ([M], or x's leading dimensions): row m uses core[adapter_ids[m]],
                  and -1 means no adapter
     basis:       [u, r, r], the frozen P of TinyLoRA: then core is v ([u], or [A, u]) and C = Σᵢ vᵢ Pᵢ
+    batch_invariant: row m of Y and of dX has the same bits whatever the other rows are and however many, so that a
+                 rollout's log-probabilities are the training forward's. Slower; the other gradients are sums over
+                 all rows and depend on them
     returns      [..., N] in weight's dtype (under autocast: in autocast's)
 
     z = X Dᵀ and all that happens at rank r are fp32 (fp64 if an operand is). Gradients are computed for the
     operands that require them and for no other; when neither weight nor down does, the backward keeps z
     ([M, r]) and not x. With a zero core the result on a CPU is F.linear's, bit for bit.
 
-    Raises ValueError, naming the operand, on shapes, dtypes, devices or ids that do not fit. Ids are checked
-    against A on a CPU only: a look at values on a GPU would stall it.
+    Raises ValueError, naming the operand, on shapes, dtypes, devices or ids that do not fit, and where
+    batch_invariant cannot be had: on a GPU, for operands that no kernel takes. Ids are checked against A on a CPU
+    only: a look at values on a GPU would stall it.
 
     The operator is the common form of LoRA (arXiv 2106.09685), LoRA-XS (2405.17604) and TinyLoRA
     (2602.04118, section 4): each is a choice of (down, core, up).
     """
     check(x, weight, down, core, up, bias, adapter_ids, basis)
-    return unchecked(x, weight, down, core, up, bias, adapter_ids, basis)
+    return unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant)
 
 
-def unchecked(x, weight, down, core, up, bias, adapter_ids, basis) -> Tensor:
+def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant=False) -> Tensor:
     """`adapted_linear` for operands that are known to fit: a layer's own. Every microsecond here is paid per layer."""
     x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     ids = None if adapter_ids is None else adapter_ids.reshape(-1)
     if _seen_from_outside(x, weight, down, core, up):
-        y, _ = torch.ops.tinylora.adapted_linear(x2d, weight, down, core, up, bias, ids, basis)
+        y, _ = torch.ops.tinylora.adapted_linear(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
     elif torch.is_grad_enabled() and (
         x.requires_grad
         or (core is not None and core.requires_grad)
@@ -66,10 +71,16 @@ def unchecked(x, weight, down, core, up, bias, adapter_ids, basis) -> Tensor:
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        y = _AdaptedLinear.apply(x2d, weight, down, core, up, bias, ids, basis)
+        y = _AdaptedLinear.apply(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
     else:
-        y, _ = _forward(x2d, weight, down, core, up, bias, ids, basis)
+        y, _ = _forward(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: bool) -> Tensor:
+    """X Wᵀ + b by the operator, with a correction of rank 1 that is zero: a matmul that can be batch invariant."""
+    down, up = weight.new_zeros(1, weight.shape[1]), weight.new_zeros(weight.shape[0], 1)
+    return adapted_linear(x, weight, down, None, up, bias, batch_invariant=batch_invariant)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -90,21 +101,32 @@ def _seen_from_outside(x, weight, down, core, up) -> bool:
     )
 
 
-def _computes(x, weight, down, core, up):
-    """The module that computes these operands: `fused`, or `eager` where no kernel covers them."""
-    if (x.is_cpu and not interpreting()) or route_of(x, weight, down, core, up)[0] == TORCH:
-        return eager
+def _computes(x, weight, down, core, up, batch_invariant):
+    """The module that computes these operands: `fused`, or where no kernel covers them `eager` or `invariant`."""
+    if x.is_cpu and not interpreting():
+        return invariant if batch_invariant else eager
+    path, why = route_of(x, weight, down, core, up)
+    if path == TORCH:
+        if not batch_invariant:
+            return eager
+        if not x.is_cpu:
+            raise ValueError(
+                f"batch_invariant is True on {x.device}, but no kernel takes these operands ({why}), and the library's "
+                "matmul rounds a row by how many there are: expected operands that the kernels take, or a CPU"
+            )
+        return invariant
     from tinylora.ops import fused  # here, because it imports Triton
 
-    return fused
+    return fused.invariant if batch_invariant else fused
 
 
-def _forward(x, weight, down, core, up, bias, adapter_ids, basis):
-    return _computes(x, weight, down, core, up).forward(x, weight, down, core, up, bias, adapter_ids, basis)
+def _forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant):
+    module = _computes(x, weight, down, core, up, batch_invariant)
+    return module.forward(x, weight, down, core, up, bias, adapter_ids, basis)
 
 
-def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need):
-    module = _computes(dy, weight, down, core, up)
+def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, batch_invariant):
+    module = _computes(dy, weight, down, core, up, batch_invariant)
     return module.backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need)
 
 
@@ -127,9 +149,10 @@ class _AdaptedLinear(torch.autograd.Function):
     """The eager call. The gradient of the gradient does not exist: a frozen layer's users never take it."""
 
     @staticmethod
-    def forward(ctx, x, weight, down, core, up, bias, adapter_ids, basis):
-        y, z = _forward(x, weight, down, core, up, bias, adapter_ids, basis)
+    def forward(ctx, x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant):
+        y, z = _forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant)
         need = ctx.needs_input_grad[:6]
+        ctx.batch_invariant = batch_invariant
         ctx.save_for_backward(*_saved(x, weight, down, core, up, adapter_ids, basis, z, need))
         return y
 
@@ -140,8 +163,8 @@ class _AdaptedLinear(torch.autograd.Function):
         device = dy.device.type
         if torch.is_autocast_enabled(device):  # a backward called inside autocast; the context costs microseconds
             with torch.autocast(device, enabled=False):
-                return (*_backward(dy, *ctx.saved_tensors, need), None, None)
-        return (*_backward(dy, *ctx.saved_tensors, need), None, None)
+                return (*_backward(dy, *ctx.saved_tensors, need, ctx.batch_invariant), None, None, None)
+        return (*_backward(dy, *ctx.saved_tensors, need, ctx.batch_invariant), None, None, None)
 
 
 # --- the custom op: what torch.compile, torch.export and dispatch modes see -------------------------------
@@ -159,12 +182,13 @@ def _op(
     bias: Tensor | None,
     adapter_ids: Tensor | None,
     basis: Tensor | None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(x, weight, down, core, up, bias, adapter_ids, basis)
+    return _forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant)
 
 
 @_op.register_fake
-def _(x, weight, down, core, up, bias, adapter_ids, basis):
+def _(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant=False):
     z = x.new_empty(x.shape[0], down.shape[0], dtype=eager.rank_dtype(x, down))
     return x.new_empty(x.shape[0], weight.shape[0]), z
 
@@ -181,13 +205,14 @@ def _op_backward(
     adapter_ids: Tensor | None,
     basis: Tensor | None,
     need: list[bool],
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, tuple(need))
+    grads = _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, tuple(need), batch_invariant)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)  # a schema has no optional outputs
 
 
 @_op_backward.register_fake
-def _(dy, x, z, weight, down, core, up, adapter_ids, basis, need):
+def _(dy, x, z, weight, down, core, up, adapter_ids, basis, need, batch_invariant=False):
     M, (N, K) = dy.shape[0], weight.shape
     like = (
         ((M, K), dy.dtype),
@@ -204,7 +229,7 @@ def _(dy, x, z, weight, down, core, up, adapter_ids, basis, need):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, down, core, up, _, adapter_ids, basis = inputs
+    x, weight, down, core, up, _, adapter_ids, basis, ctx.batch_invariant = inputs
     need = ctx.needs_input_grad[:6]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*_saved(x, weight, down, core, up, adapter_ids, basis, output[1], need))
@@ -212,8 +237,8 @@ def _setup_context(ctx, inputs, output):
 
 def _op_autograd(ctx, dy, _):
     need = list(ctx.needs_input_grad[:6])
-    grads = torch.ops.tinylora.adapted_linear_backward(dy, *ctx.saved_tensors, need)
-    return (*(g if asked else None for g, asked in zip(grads, need, strict=True)), None, None)
+    grads = torch.ops.tinylora.adapted_linear_backward(dy, *ctx.saved_tensors, need, ctx.batch_invariant)
+    return (*(g if asked else None for g, asked in zip(grads, need, strict=True)), None, None, None)
 
 
 _op.register_autograd(_op_autograd, setup_context=_setup_context)
@@ -226,14 +251,16 @@ _lib = torch.library.Library("tinylora", "IMPL")
 def _register_autocast(device: str, key: str) -> None:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def forward(x, weight, down, core, up, bias, adapter_ids, basis):
+    def forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant=False):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = (
             t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.float16, torch.bfloat16) else t
             for t in (x, weight, bias)
         )
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return torch.ops.tinylora.adapted_linear(x, weight, down, core, up, bias, adapter_ids, basis)
+            return torch.ops.tinylora.adapted_linear(
+                x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant
+            )
 
     def backward(*operands):
         with torch._C._ExcludeDispatchKeyGuard(keys):

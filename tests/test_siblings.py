@@ -1,0 +1,429 @@
+"""Sibling groups give what the layers give by themselves, whoever calls them and however the model was moved."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from models import minilm_folder, qwen2, tokens
+from problems import Problem, assert_as_good_as_torch, exact, grads, torch_own
+from torch import nn
+
+import tinylora
+from tinylora import LoraConfig, LoraXSConfig, TinyLoraConfig, VeraConfig
+from tinylora.nn.siblings import Siblings, called_together
+from tinylora.ops import linear
+from tinylora.ops.siblings import adapted_linears, joined
+
+CONFIGS = {
+    "one v": TinyLoraConfig(r=2, u=3, n_tie=100),
+    "a v each": TinyLoraConfig(r=2, u=1),
+    "LoRA-XS": LoraXSConfig(r=4),
+}
+
+
+def train(model, seed=3):
+    """Random numbers where training would have put some."""
+    g = torch.Generator().manual_seed(seed)
+    for p in tinylora.adapter_parameters(model):
+        p.data.copy_(torch.randn(p.shape, generator=g) * 0.3)
+    return model
+
+
+def adapted(siblings=True, config=CONFIGS["one v"], **changes):
+    return train(tinylora.apply(qwen2(**changes), config, siblings=siblings))
+
+
+def groups(model) -> set[int]:
+    return {id(m.siblings) for m in model.modules() if isinstance(m, tinylora.Linear) and m.siblings is not None}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often a group computed, and how often a layer did so alone."""
+    counted = {"group": 0, "alone": 0}
+
+    def counting(what, function):
+        def call(*args, **kwargs):
+            counted[what] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr("tinylora.nn.siblings.adapted_linears", counting("group", adapted_linears))
+    monkeypatch.setattr("tinylora.nn.linear.unchecked", counting("alone", linear.unchecked))
+    return counted
+
+
+def loss_and_grads(model, **inputs):
+    model.zero_grad()
+    x = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    loss = model(inputs_embeds=x, **inputs).loss
+    loss.backward()
+    return [loss.detach(), x.grad, *(p.grad for p in tinylora.adapter_parameters(model))]
+
+
+# --- the operator ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(7, 24, 16, 3),
+        Problem(65, 40, 32, 2, torch.bfloat16, core="mixed"),
+        Problem(130, 40, 72, 6, torch.float16, factors=torch.float32, core="mixed-rows", bias=False),
+        Problem(5, 33, 17, 2, core="rows"),
+        Problem(1, 24, 16, 2, core="none"),
+        Problem(0, 24, 16, 2),
+    ],
+    ids=lambda p: p.id,
+)
+def test_is_adapted_linear_on_weights_in_parts(problem, side_by_side):
+    (x, weight, down, core, up, bias), ids, basis = problem.operands()
+    sizes = [problem.N // 2, 1, problem.N - problem.N // 2 - 1]
+    dy = torch.randn(problem.M, problem.N, generator=torch.Generator().manual_seed(5))
+
+    def ours(x, weight, down, core, up, bias, ids, basis):
+        weights, biases = ([] if t is None else t.detach().split(sizes) for t in (weight, bias))
+        if not side_by_side:
+            weights, biases = [w.clone() for w in weights], [b.clone() for b in biases]
+        assert (joined(weights) is not None) == side_by_side
+        return torch.cat(adapted_linears(x, weights, down.detach(), core, up.detach(), biases, ids, basis), -1)
+
+    given = (x, weight, down, core, up, bias), ids, basis, dy
+    got, true, torchs = grads(ours, *given), exact(*given), torch_own(*given)
+    for name in ("y", "x", "core") if core is not None else ("y", "x"):
+        assert_as_good_as_torch(name, got[name], true[name], torchs[name])
+
+
+def test_outputs_may_be_changed_in_place_and_one_may_stay_unused():
+    (x, weight, down, core, up, _), ids, basis = Problem(6, 24, 16, 2).operands()
+    x.requires_grad_()
+    weights = weight.split([8, 16])
+    q, k = adapted_linears(x, weights, down, core, up, [], ids, basis)
+    before = k.detach().clone()
+    q.mul_(3).sum().backward()
+    assert torch.equal(k, before)
+    expected = 3 * (weight + up @ core @ down)[:8].sum(0)
+    torch.testing.assert_close(x.grad, expected.expand(6, -1))
+
+
+def test_opcheck_and_gradcheck():
+    (x, weight, down, core, up, bias), ids, basis = Problem(6, 24, 16, 2, torch.float64, core="mixed").operands()
+    x.requires_grad_(), core.requires_grad_()
+    weights, biases = list(weight.split([8, 16])), list(bias.split([8, 16]))
+    arguments = (x, weights, down, core, up, biases, None, basis)
+    torch.library.opcheck(torch.ops.tinylora.adapted_linears, arguments)
+    torch.autograd.gradcheck(lambda x, v: adapted_linears(x, weights, down, v, up, biases, None, basis), (x, core))
+
+
+# --- which layers --------------------------------------------------------------------------------------------
+
+
+class Straight(nn.Module):
+    def forward(self, x, y):
+        w = self.l(x)
+        x.add_(1)
+        w = w + self.m(x)
+        torch.neg_(x)
+        w = w + self.n(x)
+        w = nn.functional.relu(x, inplace=True)
+        a = self.a(x) + self.b(x).view(-1) + w
+        if a.sum() > 0:
+            c = self.c(x)
+            d = self.d(x, 1)
+        else:
+            c, d = self.e(x), 0
+        y = self.f(y)
+        return self.g(y), self.h(x), c + d, self.i(y) if d else self.j(y), [self.k(z) for z in y]
+
+
+def test_the_rule_reads_the_parents_forward():
+    """One variable, one branch, not assigned in between; nothing that runs only sometimes."""
+    assert called_together(Straight) == [["c", "d"], ["a", "b", "h"]]
+    assert called_together(nn.Identity) == []  # nothing to find
+    made = type("Made", (nn.Module,), {"forward": eval("lambda self, x: self.a(x) + self.b(x)")})
+    assert called_together(made) == []  # no source to read
+
+
+def test_found_in_real_models():
+    from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+
+    bert = tinylora.apply(AutoModel.from_pretrained(minilm_folder()), TinyLoraConfig())
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+    }
+    llama = tinylora.apply(LlamaForCausalLM(LlamaConfig(**small)), TinyLoraConfig())
+    assert len(groups(bert)) == 6  # query, key, value of six layers
+    assert len(groups(llama)) == len(groups(adapted(layers=1))) == 2
+
+
+def test_targets_that_leave_a_sibling_out_and_adapters_without_groups(calls):
+    model = adapted(config=TinyLoraConfig(target_modules=["q_proj", "v_proj", "up_proj"]), layers=1)
+    model(tokens())
+    assert calls == {"group": 1, "alone": 1}
+    for config in (LoraConfig(r=2), VeraConfig(r=4)):
+        assert not groups(tinylora.apply(qwen2(layers=1), config))
+    calls.update(group=0, alone=0)
+    adapted(config=TinyLoraConfig(r=60), layers=1, num_key_value_heads=4)(
+        tokens()
+    )  # q, k, v pass the kernels' largest rank
+    assert calls == {"group": 1, "alone": 5}
+    assert not groups(adapted(siblings=False))
+
+
+# --- the same results ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_model_gives_what_it_gives_without_groups(config, dtype, calls):
+    ours, alone = (adapted(s, config, dtype=dtype) for s in (True, False))
+    ids = tokens()
+    got = loss_and_grads(ours, input_ids=ids, labels=ids)
+    assert calls["group"] == 4 and calls["alone"] == 4  # o_proj and down_proj have no siblings
+    expected = loss_and_grads(alone, input_ids=ids, labels=ids)
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.2}[dtype]
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+def test_zero_numbers_give_the_base_bit_for_bit():
+    model = qwen2()
+    expected = model(tokens()).logits
+    tinylora.apply(model, TinyLoraConfig(u=3, n_tie=5))
+    assert torch.equal(model(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant, calls):
+    model, alone = adapted(), adapted(siblings=False)
+    ids = tokens()
+    expected = loss_and_grads(alone, input_ids=ids, labels=ids)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    calls.update(group=0, alone=0)
+    got = loss_and_grads(model, input_ids=ids, labels=ids)
+    assert calls["group"] == 8
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_on_a_bf16_base(calls):
+    model, alone = (adapted(s, dtype=torch.bfloat16) for s in (True, False))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = (m(tokens()).logits for m in (model, alone))
+    assert calls["group"] == 4
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+
+
+def test_generate_with_a_different_adapter_per_prompt():
+    outputs = []
+    for siblings in (True, False):
+        model = adapted(siblings)
+        tinylora.stack(model, [{"v_0": torch.randn(3, generator=torch.Generator().manual_seed(i))} for i in range(3)])
+        with tinylora.adapter_ids(model, [2, -1, 0, 1]):
+            outputs.append(model.generate(tokens(4), max_new_tokens=6, do_sample=False, pad_token_id=0))
+    assert torch.equal(*outputs)
+
+
+def test_compiled_and_exported_with_one_operator_per_group():
+    model = adapted(layers=1)
+    expected = model(tokens()).logits
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        assert torch.equal(compiled(tokens()).logits, expected)
+        train(model, seed=4)  # in place: the graph reads the new numbers
+        torch.testing.assert_close(compiled(tokens()).logits, model(tokens()).logits)
+    names = [str(n.target) for n in graphs[0].graph.nodes if "tinylora" in str(n.target)]
+    assert [
+        sum(f"{n}.default" in t or t.endswith(n) for t in names) for n in ("adapted_linears", "adapted_linear")
+    ] == [2, 2]
+    torch._dynamo.reset()
+    model.config.use_cache = False
+    step = torch.compile(lambda ids: loss_and_grads(model, input_ids=ids, labels=ids)[0], backend="aot_eager")
+    torch.testing.assert_close(step(tokens()), loss_and_grads(model, input_ids=tokens(), labels=tokens())[0])
+
+
+# --- whoever calls, however it was moved ----------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(16, 8), nn.Linear(16, 8)
+        self.plan = "ab"
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+def change(x):
+    x.add_(1)
+
+
+def test_a_sibling_alone_twice_and_with_another_tensor(calls):
+    class Odd(Pair):
+        def forward(self, x):
+            if self.plan == "ab":
+                return self.a(x) + self.b(x)
+            first = self.a(x)
+            if self.plan == "alone":
+                return first
+            if self.plan == "twice":
+                return first + self.a(x) + self.b(x)
+            if self.plan == "another":
+                return first + self.b(x + 1)
+            change(x)  # the same tensor, other numbers
+            return first + self.b(x)
+
+    for plan in ("ab", "alone", "twice", "another", "in place"):
+        results = []
+        for siblings in (True, False):
+            model = train(tinylora.apply(Odd(), TinyLoraConfig(target_modules=["a", "b"]), siblings=siblings))
+            assert len(groups(model)) == siblings
+            parameters = tinylora.adapter_parameters(model)
+            model.plan = plan
+            x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+            y = model(x.clone())
+            y.sum().backward()
+            # Of one that was not called: nothing, or in a group zeros
+            results.append([y, *(p.grad.sum() if p.grad is not None else torch.tensor(0.0) for p in parameters)])
+            for m in (model.a, model.b):  # outside the parent
+                results[-1].append(m(x))
+            if siblings:
+                assert next(iter(m.siblings for m in (model.a, model.b))).shares is None
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_an_error_inside_the_parent_leaves_nothing_behind():
+    class Fails(Pair):
+        def forward(self, x):
+            a = self.a(x)
+            if self.plan == "fail":
+                raise RuntimeError("in between")
+            return a + self.b(x)
+
+    model = train(tinylora.apply(Fails(), TinyLoraConfig(target_modules=["a", "b"])))
+    model.plan = "fail"
+    with pytest.raises(RuntimeError, match="in between"):
+        model(torch.zeros(3, 16))
+    assert model.a.siblings.shares is None and not model.a.siblings.running
+
+
+@pytest.mark.parametrize("moved", ["to", "deepcopy", "pickle", "state_dict", "assign", "save_pretrained", "replaced"])
+def test_moved_copied_saved_and_loaded(moved, calls, tmp_path):
+    model = adapted(layers=1)
+    expected = model(tokens()).logits
+    weights = {n: t.clone() for n, t in model.state_dict().items()}
+    if moved == "to":
+        model = model.to(torch.float64).to(torch.float32)
+    elif moved == "deepcopy":
+        original, model = model, copy.deepcopy(model)
+        train(original, seed=9)  # shares nothing with its copy
+    elif moved == "pickle":
+        model = pickle.loads(pickle.dumps(model))
+    elif moved in ("state_dict", "assign"):
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        file.seek(0)
+        model = adapted(layers=1, seed=1)
+        missing = model.load_state_dict(torch.load(file), assign=moved == "assign")
+        assert not missing.missing_keys and not missing.unexpected_keys
+        # The factors come from the base that the model was adapted with
+        reference = adapted(False, layers=1, seed=1)
+        reference.load_state_dict(weights)
+        expected = reference(tokens()).logits
+    elif moved == "save_pretrained":
+        from safetensors.torch import save_file
+        from transformers import Qwen2ForCausalLM
+
+        save_file(dict(model.state_dict()), tmp_path / "whole.safetensors")
+        model.save_pretrained(tmp_path)
+        again = Qwen2ForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(
+            again.model.layers[0].self_attn.k_proj.weight, weights["model.layers.0.self_attn.k_proj.weight"]
+        )
+        return
+    else:
+        attention = model.model.layers[0].self_attn
+        attention.k_proj.weight = nn.Parameter(attention.k_proj.weight.detach() * 2, requires_grad=False)
+        reference = adapted(False, layers=1)
+        reference.model.layers[0].self_attn.k_proj.weight.mul_(2)
+        expected = reference(tokens()).logits
+    calls.update(group=0, alone=0)
+    torch.testing.assert_close(model(tokens()).logits, expected)
+    assert calls == {"group": 2, "alone": 2}
+    if moved not in ("assign", "replaced"):
+        attention = model.model.layers[0].self_attn
+        assert joined([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]) is not None
+
+
+def test_a_layer_copied_by_itself_is_alone():
+    model = adapted(layers=1)
+    layer = copy.deepcopy(model.model.layers[0].self_attn.q_proj)
+    assert layer.siblings is None
+    assert isinstance(model.model.layers[0].self_attn.q_proj.siblings, Siblings)
+
+
+def test_merge_disable_and_switch():
+    model, alone = adapted(), adapted(siblings=False)
+    for m in (model, alone):
+        train(tinylora.apply(m, TinyLoraConfig(r=3, u=2, seed=5), name="second", siblings=m is model), seed=8)
+    weights = {n: t.clone() for n, t in model.state_dict().items()}
+
+    def same():
+        torch.testing.assert_close(model(tokens()).logits, alone(tokens()).logits, rtol=1e-4, atol=1e-5)
+
+    same()
+    for m in (model, alone):
+        tinylora.activate(m, "default")
+    same()
+    with tinylora.disabled(model), tinylora.disabled(alone):
+        same()
+    for m in (model, alone):
+        tinylora.merge(m)
+    same()
+    tinylora.unmerge(model)
+    assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
+
+
+def test_frozen_factors_that_somebody_changes_or_replaces():
+    model, alone = adapted(layers=1), adapted(False, layers=1)
+    for replaced in (False, True):
+        for m in (model, alone):
+            adapter = m.model.layers[0].mlp.up_proj.adapters["default"]
+            for name, t in adapter.named_buffers():
+                new = torch.randn(t.shape, generator=torch.Generator().manual_seed(int(replaced)))
+                setattr(adapter, name, new) if replaced else t.copy_(new)
+        torch.testing.assert_close(model(tokens()).logits, alone(tokens()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_weights_are_moved_and_not_doubled():
+    model = adapted(layers=1)
+    layers = [m for m in model.modules() if isinstance(m, tinylora.Linear)]
+    held = {m.weight.untyped_storage().data_ptr(): m.weight.untyped_storage().nbytes() for m in layers}
+    assert sum(held.values()) == sum(m.weight.nbytes for m in layers)
+
+
+def test_tied_parameters_are_not_moved_apart():
+    model = Pair()
+    model.alias = nn.Linear(16, 8)
+    model.alias.weight = nn.Parameter(model.a.weight.detach())  # another Parameter on the same memory
+    tinylora.apply(model, TinyLoraConfig(target_modules=["a", "b"]))
+    assert not groups(model) and model.alias.weight.data_ptr() == model.a.weight.data_ptr()

@@ -1,0 +1,282 @@
+"""Sibling groups: linear layers of one parent that receive one tensor run as one operator (`ops.siblings`).
+
+Which layers those are is read off the parent's forward: `self.q_proj(x)` and `self.k_proj(x)` with one variable x, in
+one branch, x not assigned in between. What was read is a guess and is never trusted: while the parent runs, the first
+sibling that is called computes for all, and each of the others takes its share only if it is given that very tensor.
+Outside its parent's forward a layer computes alone.
+
+Only adapters whose core alone trains are grouped: their thin factors are frozen, so that the group's D and U are made
+once. The group's weights are moved into one storage, of which each layer's `weight` is a view, under its own name.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tinylora.adapters import Adapter, Factors
+from tinylora.nn.linear import Linear
+from tinylora.ops.dispatch import MAX_RANK
+from tinylora.ops.siblings import adapted_linears, joined
+
+
+def group(root: nn.Module) -> None:
+    """Make the sibling groups of a model's adapted layers, from the ones that it has now."""
+    ungroup(root)
+    # Two parameters at one place are aliases: moving one would part them.
+    places = Counter(p.data_ptr() for p in root.parameters())
+    for parent in root.modules():
+        if "forward" in parent.__dict__ or sum(isinstance(c, Linear) for c in parent.children()) < 2:
+            continue
+        for names in called_together(type(parent)):
+            alike: dict[tuple, list[Linear]] = {}
+            for layer in (parent._modules.get(name) for name in names):
+                if type(layer) is Linear and places[layer.weight.data_ptr()] == 1:
+                    kind = layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None
+                    alike.setdefault(kind, []).append(layer)
+            for layers in alike.values():
+                if len(layers) > 1 and any(a.core_alone_trains for a in layers[0].adapters.values()):
+                    Siblings(parent, layers)
+
+
+def ungroup(root: nn.Module) -> None:
+    """Every layer computes alone again. The weights stay where they are."""
+    for module in root.modules():
+        if isinstance(module, Linear):
+            module.siblings = None
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Siblings)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+class Wide(NamedTuple):
+    """The frozen factors of a group: D stacked, U and P with a block per sibling.
+
+    one_v: whether all siblings have the same v; otherwise the group's is theirs one after another.
+    parts: the siblings' own factors, views of these
+    """
+
+    down: Tensor
+    up: Tensor
+    basis: Tensor | None
+    one_v: bool
+    parts: list[Factors]
+
+
+class Siblings:
+    """One group. Its state lasts no longer than one forward of the parent."""
+
+    def __init__(self, parent: nn.Module, layers: list[Linear]):
+        self.layers = tuple(layers)
+        self._forget()
+        parent.register_forward_pre_hook(self._enter)
+        parent.register_forward_hook(self._leave, always_call=True)
+        self._join()
+
+    def _forget(self) -> None:
+        self.running = False
+        self.shares: tuple[Tensor, int, list[Tensor | None]] | None = None  # x, its version, what nobody took yet
+        self.wide: dict[str, Wide] = {}
+        self.copied = False  # a copy's layers have storages of their own until it runs
+
+    def __getstate__(self):
+        return {"layers": self.layers}
+
+    def __setstate__(self, state):
+        self.layers = state["layers"]
+        self._forget()
+        self.copied = True
+
+    def _join(self) -> None:
+        self.copied = False
+        for layer in self.layers:
+            layer.siblings = self
+        self.share()
+
+    def _enter(self, parent: nn.Module, inputs: tuple) -> None:
+        if self.copied and not torch.compiler.is_compiling():
+            self._join()
+        self.running = True
+
+    def _leave(self, parent: nn.Module, inputs: tuple, output: object) -> None:
+        self.running, self.shares = False, None
+
+    @torch.no_grad()
+    def share(self) -> None:
+        """Move the weights into one storage, and make the group's factors; again after every `.to`.
+
+        Nothing happens while the layers are on their way (some moved, some not yet).
+        """
+        self.wide = {}
+        weights = [layer.weight for layer in self.layers]
+        biases = [layer.bias for layer in self.layers if layer.bias is not None]
+        if len({(w.device, w.dtype) for w in weights}) > 1 or weights[0].is_meta:
+            return
+        for parts in (weights, biases):
+            if parts and joined(parts) is None:
+                whole = torch.cat([p.data for p in parts])
+                for part, rows in zip(parts, whole.split([len(p) for p in parts]), strict=True):
+                    part.data = rows
+        for name in self.layers[0].adapters:
+            if all(name in layer.adapters for layer in self.layers):
+                wide = _wide([layer.adapters[name] for layer in self.layers])
+                if wide is not None:
+                    self.wide[name] = wide
+
+    def output(self, layer: Linear, x: Tensor) -> Tensor | None:
+        """The layer's Y for x, or None: then it computes alone."""
+        place = 0
+        while self.layers[place] is not layer:
+            place += 1
+        # Tensors of inference mode keep no count of their changes, and torch.compile cannot ask: `_changed` has looked.
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        held = self.shares
+        if held is not None and held[0] is x and held[1] == version:
+            y = held[2][place]
+            if y is not None:
+                held[2][place] = None
+                return y
+        ys = self._compute(x)
+        if ys is None:
+            return None
+        y = ys[place]
+        ys[place] = None
+        self.shares = (x, version, ys)
+        return y
+
+    def _compute(self, x: Tensor) -> list[Tensor | None] | None:
+        first = self.layers[0]
+        name, weight = first.active, first.weight
+        wide = self.wide.get(name)
+        if wide is None or x.shape[-1:] != weight.shape[1:] or x.device != weight.device:
+            return None
+        for layer in self.layers:
+            if layer.active != name or layer.merged is not None or layer.batch_invariant:
+                return None
+        adapters = [layer.adapters._modules[name] for layer in self.layers]
+        if first.training and any(a.dropout for a in adapters):
+            return None
+        cores = []
+        for adapter, part in zip(adapters, wide.parts, strict=True):
+            own = adapter.factors()
+            if own.down is not part.down or own.up is not part.up or own.basis is not part.basis:
+                return None  # somebody put others there
+            cores.append(own.core)
+        rows = adapters[0].shared.rows
+        if rows is not None:
+            if wide.basis is None:
+                return None
+            cores = [a.row_core() for a in adapters]
+        core = cores[0] if wide.one_v else torch.block_diag(*cores) if wide.basis is None else torch.cat(cores, -1)
+        weights = [layer.weight for layer in self.layers]
+        biases = [] if first.bias is None else [layer.bias for layer in self.layers]
+        ids = None if rows is None else rows.of(x)
+        device = weight.device.type
+        if torch.is_autocast_enabled(device):
+            if weight.dtype != torch.get_autocast_dtype(device):
+                return None
+            with torch.autocast(device, enabled=False):
+                x = x.to(weight.dtype)
+                return list(adapted_linears(x, weights, wide.down, core, wide.up, biases, ids, wide.basis))
+        if x.dtype != weight.dtype:
+            return None
+        return list(adapted_linears(x, weights, wide.down, core, wide.up, biases, ids, wide.basis))
+
+
+def _wide(adapters: list[Adapter]) -> Wide | None:
+    """The group's frozen factors, of which the adapters' own become views: a change of theirs is one of it.
+
+    None where the factors train, or where the ranks add up to more than the kernels take.
+    """
+    if not all(a.core_alone_trains for a in adapters):
+        return None
+    factors = [a.factors() for a in adapters]
+    ranks = [f.down.shape[0] for f in factors]
+    sizes = [f.up.shape[0] for f in factors]
+    if sum(ranks) > MAX_RANK:
+        return None
+    one_v = all(f.core is factors[0].core for f in factors)
+    down = torch.cat([f.down for f in factors])
+    up = torch.block_diag(*(f.up.T for f in factors)).T  # lies in memory as Uᵀ, as every frozen U does
+    basis = factors[0].basis
+    if basis is not None:
+        u = len(basis) if one_v else sum(len(f.basis) for f in factors)
+        basis = basis.new_zeros(u, sum(ranks), sum(ranks))
+    at = i = n = 0
+    parts = []
+    for adapter, own, r, size in zip(adapters, factors, ranks, sizes, strict=True):
+        views = own._replace(down=down[i : i + r], up=up[n : n + size, i : i + r])
+        if basis is not None:
+            u = len(own.basis)
+            views = views._replace(basis=basis[at : at + u, i : i + r, i : i + r])
+            views.basis.copy_(own.basis)
+            at = at if one_v else at + u
+        for old, new in zip(own, views, strict=True):
+            if old is not new:
+                adapter._buffers[next(name for name, t in adapter._buffers.items() if t is old)] = new
+        parts.append(views)
+        i, n = i + r, n + size
+    return Wide(down, up, basis, one_v, parts)
+
+
+# --- which layers receive one tensor -----------------------------------------------------------------------
+
+
+@cache
+def called_together(parent: type[nn.Module]) -> list[list[str]]:
+    """Names of the children that the forward of this class calls with one variable, side by side; [] if unknown."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(parent.forward)))
+        function = ast.parse(source).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):  # no source: made by exec, or not Python
+        return []
+    if not isinstance(function, ast.FunctionDef) or not function.args.args:
+        return []
+    return list(_together(function.body, function.args.args[0].arg))
+
+
+def _together(block: list[ast.stmt], self_name: str) -> Iterator[list[str]]:
+    """The groups of one straight run of statements, and of every block within it."""
+    called: dict[str, list[str]] = {}
+    done: list[list[str]] = []
+    for statement in block:
+        inner = [b for field in ("body", "orelse", "finalbody") for b in [getattr(statement, field, None)] if b]
+        inner += [handler.body for handler in getattr(statement, "handlers", [])]
+        for b in inner:
+            yield from _together(b, self_name)
+        if not inner:
+            for name, variable in _calls(statement, self_name):
+                called.setdefault(variable, []).append(name)
+        for variable in _changed(statement):
+            done.append(called.pop(variable, []))
+    yield from (names for names in (*done, *called.values()) if len(names) > 1)
+
+
+def _changed(statement: ast.stmt) -> Iterator[str]:
+    """Variables that it assigns, or that a call may change in place: x.add_(y), neg_(x), relu(x, inplace=True)."""
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            yield node.id
+        elif isinstance(node, ast.Call):
+            named = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if named.endswith("_") or any(k.arg == "inplace" for k in node.keywords):
+                yield from (n.id for n in ast.walk(node) if isinstance(n, ast.Name))
+
+
+def _calls(node: ast.AST, self_name: str) -> Iterator[tuple[str, str]]:
+    """(child, variable) for every `self.child(variable, ..)` that runs whenever the statement does."""
+    if isinstance(node, ast.IfExp | ast.BoolOp | ast.Lambda | ast.comprehension | ast.FunctionDef | ast.ClassDef):
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _calls(child, self_name)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+        owner, given = node.func.value, node.args[0]
+        if isinstance(owner, ast.Name) and owner.id == self_name and isinstance(given, ast.Name):
+            yield node.func.attr, given.id

@@ -1,0 +1,184 @@
+"""One input, several frozen weights: q, k, v of an attention, gate and up of an MLP, as one operator.
+
+    Y_i = X W_iᵀ + b_i + ((X Dᵀ) Cᵀ) U_iᵀ,   i = 1 .. G
+
+is `adapted_linear` on W = [W_1; ..; W_G] and U = [U_1; ..; U_G]: X is read once for z, the matmul is one wide one where
+the weights lie side by side in memory, and dX = Σ_i dY_i W_i + q D is formed once, so that autograd adds nothing. The
+weights come in parts, because a module owns each; where they do not lie side by side they are multiplied in parts.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tinylora.ops import eager, linear
+from tinylora.ops.dispatch import TORCH, interpreting, route_of
+
+
+def adapted_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    biases: Sequence[Tensor],
+    adapter_ids: Tensor | None,
+    basis: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """(Y_1, .., Y_G), each [..., N_i], for operands that are known to fit: those of layers.
+
+    x:       [..., K]
+    weights: each [N_i, K], frozen
+    down:    [R, K], frozen; core: as `adapted_linear` takes it; up: [N_1 + .. + N_G, R], frozen
+    biases:  each [N_i], frozen, or none at all
+
+    Gradients are computed for x and core. The results are slices of one buffer: their rows are strided.
+    """
+    x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    ids = None if adapter_ids is None else adapter_ids.reshape(-1)
+    sizes = [w.shape[0] for w in weights]
+    if linear._seen_from_outside(x, weights[0], down, core, up):
+        y, _ = torch.ops.tinylora.adapted_linears(x2d, list(weights), down, core, up, list(biases), ids, basis)
+    elif torch.is_grad_enabled() and (x.requires_grad or (core is not None and core.requires_grad)):
+        ys = _AdaptedLinears.apply(x2d, core, down, up, ids, basis, len(weights), *weights, *biases)
+        return ys if x.dim() == 2 else tuple(y.view(*x.shape[:-1], n) for y, n in zip(ys, sizes, strict=True))
+    else:
+        y, _ = _forward(x2d, weights, down, core, up, biases, ids, basis)
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])).split(sizes, -1)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """The tensor that parts form without a copy: rows one after another in one storage; None if they do not."""
+    first = parts[0]
+    storage, at, rows = first.untyped_storage().data_ptr(), first.data_ptr(), 0
+    for part in parts:
+        if part.data_ptr() != at or part.untyped_storage().data_ptr() != storage or not part.is_contiguous():
+            return None
+        at += part.numel() * part.element_size()
+        rows += part.shape[0]
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def _forward(x, weights, down, core, up, biases, adapter_ids, basis) -> tuple[Tensor, Tensor]:
+    """([Y_1 | .. | Y_G], z)."""
+    weight = joined(weights)
+    if weight is not None:
+        bias = None
+        if biases:
+            bias = joined(biases)
+            bias = torch.cat(list(biases)) if bias is None else bias
+        return linear._forward(x, weight, down, core, up, bias, adapter_ids, basis, False)
+    ys = []
+    for i, (weight, up_i) in enumerate(zip(weights, up.split([w.shape[0] for w in weights]), strict=True)):
+        bias = biases[i] if biases else None
+        y, z = linear._forward(x, weight, down, core, up_i, bias, adapter_ids, basis, False)
+        ys.append(y)
+    return torch.cat(ys, -1), z
+
+
+def _backward(dys, z, weights, down, core, up, adapter_ids, basis, need_x, need_core):
+    """(dX, dC or dv) from dY, whole or in parts."""
+    if (dys[0].is_cpu and not interpreting()) or route_of(dys[0], weights[0], down, core, up)[0] == TORCH:
+        if len(dys) == 1:
+            dys = dys[0].split([w.shape[0] for w in weights], -1)
+        return eager.backward_of_parts(dys, z, weights, down, core, up, adapter_ids, basis, need_x, need_core)
+    from tinylora.ops import fused  # here, because it imports Triton
+
+    weight = joined(weights)
+    weight = torch.cat(list(weights)) if weight is None else weight
+    return fused.backward_of_parts(dys, z, weight, down, core, up, adapter_ids, basis, need_x, need_core)
+
+
+class _AdaptedLinears(torch.autograd.Function):
+    """The eager call; dY comes in parts and is never put together."""
+
+    @staticmethod
+    def forward(ctx, x, core, down, up, adapter_ids, basis, count, *base):
+        weights, biases = base[:count], base[count:]
+        y, z = _forward(x, weights, down, core, up, biases, adapter_ids, basis)
+        need = ctx.needs_input_grad
+        ctx.save_for_backward(z if need[1] else None, down, core, up, adapter_ids, basis, *weights)
+        # Slices, but not views in autograd's books: each may be changed in place as any layer's output may.
+        starts = itertools.accumulate((w.shape[0] for w in weights), initial=0)
+        return tuple(
+            y.new_empty(0).set_(y.untyped_storage(), y.storage_offset() + n, (y.shape[0], w.shape[0]), y.stride())
+            for n, w in zip(starts, weights, strict=False)
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *dys):
+        z, down, core, up, adapter_ids, basis, *weights = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        with torch.autocast(dys[0].device.type, enabled=False):
+            dx, dcore = _backward(dys, z, weights, down, core, up, adapter_ids, basis, need[0], need[1])
+        return (dx, dcore, *(None for _ in need[2:]))
+
+
+# --- the custom op: what torch.compile, torch.export and dispatch modes see -------------------------------
+
+
+@torch.library.custom_op("tinylora::adapted_linears", mutates_args=(), device_types=("cpu", "cuda"))
+def _op(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    biases: Sequence[Tensor],
+    adapter_ids: Tensor | None,
+    basis: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return _forward(x, weights, down, core, up, biases, adapter_ids, basis)
+
+
+@_op.register_fake
+def _(x, weights, down, core, up, biases, adapter_ids, basis):
+    z = x.new_empty(x.shape[0], down.shape[0], dtype=eager.rank_dtype(x, down))
+    return x.new_empty(x.shape[0], up.shape[0]), z
+
+
+@torch.library.custom_op("tinylora::adapted_linears_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _op_backward(
+    dy: Tensor,
+    z: Tensor | None,
+    weights: Sequence[Tensor],
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    adapter_ids: Tensor | None,
+    basis: Tensor | None,
+    need_x: bool,
+    need_core: bool,
+) -> tuple[Tensor, Tensor]:
+    grads = _backward([dy], z, weights, down, core, up, adapter_ids, basis, need_x, need_core)
+    return tuple(dy.new_empty(0) if g is None else g for g in grads)  # a schema has no optional outputs
+
+
+@_op_backward.register_fake
+def _(dy, z, weights, down, core, up, adapter_ids, basis, need_x, need_core):
+    dx = dy.new_empty(dy.shape[0], down.shape[1]) if need_x else dy.new_empty(0)
+    return dx, torch.empty_like(core) if need_core else dy.new_empty(0)
+
+
+def _setup_context(ctx, inputs, output):
+    _, weights, down, core, up, _, adapter_ids, basis = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.count = len(inputs[1]), len(inputs[5])
+    z = output[1] if ctx.needs_input_grad[len(inputs[1]) + 2] else None  # here it is still flat: x, weights, down, core
+    ctx.save_for_backward(z, down, core, up, adapter_ids, basis, *weights)
+
+
+def _op_autograd(ctx, dy, _):
+    z, down, core, up, adapter_ids, basis, *weights = ctx.saved_tensors
+    need_x, need_core = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    dx, dcore = torch.ops.tinylora.adapted_linears_backward(
+        dy, z, weights, down, core, up, adapter_ids, basis, need_x, need_core
+    )
+    weights, biases = ([None] * n for n in ctx.count)
+    return dx if need_x else None, weights, None, dcore if need_core else None, None, biases, None, None
+
+
+_op.register_autograd(_op_autograd, setup_context=_setup_context)
