@@ -11,8 +11,10 @@ import datetime
 import hashlib
 import logging
 import multiprocessing
+import os
 import random
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -296,9 +298,16 @@ def _tick() -> None:
 def _start_worker(steps) -> None:
     global _steps
     _steps = steps
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # tiny models are fastest so, and there is a worker for every core
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+
+
+def _end_with_parent() -> None:
+    """A killed parent ends nobody: without this its workers would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _import() -> None:

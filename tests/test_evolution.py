@@ -7,14 +7,15 @@ import shutil
 import pytest
 import torch
 from models import qwen2
-from tiny_gsm8k import tokenizer, write_model, write_problems
+from tiny_gsm8k import write_model, write_problems
 
 import tinylora
+from bench.addition import tokenizer
 from tinylora import LoraConfig, LoraXSConfig, TinyLoraConfig, cli
 from tinylora.evolution import Evolution
 
 CHARS = tokenizer()
-PROMPTS = CHARS(["Ann has", "Two bags hold 4", "A", "A boat has 4 se"]).input_ids  # of different lengths
+PROMPTS = CHARS(["ab", "fourplums", "k", "seats"]).input_ids  # of different lengths
 ANSWERS = ["3", "8", "1", "7"]
 
 
@@ -88,9 +89,10 @@ def test_the_update_is_the_formula():
 def test_the_reward_rises_and_the_seed_decides_everything(temperature):
     def trained(seed, interrupted=False):
         settings = {"sigma": 0.3, "lr": 0.3, "population": 16, "temperature": temperature, "seed": seed}
-        es = evolution(TinyLoraConfig(u=13, n_tie=100), **settings)
+        model = qwen2(vocab_size=len(CHARS), hidden=32, initializer_range=0.1, seed=1)
+        es = evolution(TinyLoraConfig(u=13, n_tie=100), model=model, **settings)
         before = es.rewards(torch.zeros(32, 13), PROMPTS, ANSWERS).mean()
-        for k in range(10):
+        for k in range(15):
             if interrupted and k == 4:  # the numbers and the count are all there is to carry over
                 es = Evolution(es.model, CHARS, digits, max_new_tokens=5, number=4, **settings)
             torch.rand(k)  # nobody else's random numbers matter
@@ -99,7 +101,7 @@ def test_the_reward_rises_and_the_seed_decides_everything(temperature):
         return before, es.rewards(es.numbers().expand(32, -1), PROMPTS, ANSWERS).mean(), es.numbers()
 
     before, after, numbers = trained(0)
-    assert after > before + 0.15
+    assert after > before + 0.12
     assert torch.equal(numbers, trained(0, interrupted=True)[2])
     assert not torch.equal(numbers, trained(1)[2])
 
