@@ -206,9 +206,9 @@ def train_with_evolution(model: nn.Module, words, run: Run, pairs: Sequence[addi
         after_step(step)
 
 
-def measure(run: Run, folder: Path, test: bool, every: int = 0) -> list[dict]:
-    """Train and evaluate one run; with `every`, evaluate on the way, too. The rows, as cells."""
-    words, parts = addition.tokenizer(), addition.split()
+def measure(run: Run, folder: Path, parts: Sequence[str], every: int = 0) -> list[dict]:
+    """Train one run and evaluate it on `parts`; with `every`, on the way, too. The rows, as cells."""
+    words, pairs = addition.tokenizer(), addition.split()
     model, digest = load_base(folder, words)
     adapt(model, run)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -233,9 +233,7 @@ def measure(run: Run, folder: Path, test: bool, every: int = 0) -> list[dict]:
     def evaluate(step: int) -> None:
         before = now()
         found = {
-            f"{part}_{how}": addition.accuracy(model, words, parts[part], temperature)
-            if part == "validation" or test
-            else None
+            f"{part}_{how}": addition.accuracy(model, words, pairs[part], temperature) if part in parts else None
             for part in ("validation", "test")
             for how, temperature in (("greedy", 0.0), ("sampled", 1.0))
         }
@@ -254,9 +252,9 @@ def measure(run: Run, folder: Path, test: bool, every: int = 0) -> list[dict]:
     if every:
         evaluate(0)
     if run.method in ("GRPO", "SFT"):
-        train_with_trl(model, words, run, parts["train"], after_step)
+        train_with_trl(model, words, run, pairs["train"], after_step)
     elif run.method == "ES":
-        train_with_evolution(model, words, run, parts["train"], after_step)
+        train_with_evolution(model, words, run, pairs["train"], after_step)
     evaluate(run.steps)
     return rows
 
@@ -382,7 +380,7 @@ def unfinished(rows: list[dict], runs: Sequence[Run], base: str | None) -> tuple
 
 
 def carry_out(
-    folder: Path, name: str, runs: Sequence[Run], test: bool, every: int = 0, anew: bool = False
+    folder: Path, name: str, runs: Sequence[Run], parts: Sequence[str], every: int = 0, anew: bool = False
 ) -> list[dict]:
     """Every run's rows, in <folder>/<name>.csv as they come.
 
@@ -401,14 +399,13 @@ def carry_out(
                 seconds |= done or {}
         write(path, rows)
         longest_first = sorted(left, key=lambda run: -run.steps * (1 + (run.adapter != "TinyLoRA")))
-        for found in workers.results((measure, (run, folder, test, every)) for run in longest_first):
+        for found in workers.results((measure, (run, folder, parts, every)) for run in longest_first):
             if found[0]["method"] == "base":
                 found[0] |= seconds
             rows += found
             write(path, rows)
             last = found[-1]
-            part = "test" if test else "validation"
-            workers.bar.set_postfix_str(f"{_name(last)} {float(last[f'{part}_greedy']):.3f}", refresh=False)
+            workers.bar.set_postfix_str(f"{_name(last)} {float(last[f'{parts[-1]}_greedy']):.3f}", refresh=False)
     order = {key_of(run): i for i, run in enumerate(runs)}
     rows = sorted(rows, key=lambda row: (order[key(row)], int(row["step"])))
     write(path, rows)
@@ -434,7 +431,7 @@ def _name(row: dict) -> str:
 def run_demo(folder: Path) -> None:
     controls = [Run("base", steps=PRETRAINING), *(Run("zero adapter", **tiny(), seed=s) for s in SEEDS)]
     runs = [*controls, *(replace(run, seed=s) for s in SEEDS for run in DEMO)]
-    rows = carry_out(folder, "demo", runs, test=True, anew=True)
+    rows = carry_out(folder, "demo", runs, ("test",), anew=True)
     text = table(rows)
     (folder / "demo.md").write_text(text + "\n")
     plot(rows, folder / "demo.png")
@@ -447,7 +444,7 @@ def run_choose(folder: Path) -> None:
     for run in DEMO:
         tried = [replace(run, population=p, steps=n) for p, n in POPULATIONS.items()] if run.method == "ES" else [run]
         runs += [replace(r, lr=lr, seed=0) for r in tried for lr in RATES[run.method, run.adapter]]
-    rows = carry_out(folder, "choose", runs, test=False)
+    rows = carry_out(folder, "choose", runs, ("validation",))
     best = {name: max(group, key=_validation) for name, group in _grouped(rows, **CHOSEN).items()}
     lines = [[_name(r), f"{float(r['lr']):g}", _percent(r["validation_greedy"]), _percent(r["validation_sampled"]),
               "best" if r is best[replace(_run(r), **CHOSEN)] else ""] for r in rows]  # fmt: skip
@@ -543,7 +540,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def run_evolution(folder: Path) -> None:
     """ES against GRPO, 13 numbers, by seconds and by texts generated, on the test pairs."""
     runs = [replace(run, seed=s) for s in SEEDS for run in DEMO if run.adapter == "TinyLoRA" and run.method in DUEL]
-    rows = carry_out(folder, "evolution", [replace(r, steps=160) for r in runs], test=True, every=8)
+    rows = carry_out(folder, "evolution", [replace(r, steps=160) for r in runs], ("test",), every=8)
     plot_evolution(rows, folder / "evolution.png")
     text = evolution_table(rows)
     (folder / "evolution.md").write_text(text + "\n")
@@ -604,7 +601,7 @@ def run_sweep(folder: Path) -> None:
         for lr in SWEEP_RATES
         for seed in SWEEP_SEEDS
     ]
-    rows = carry_out(folder, "sweep", [Run("base", steps=PRETRAINING), *runs], test=True)
+    rows = carry_out(folder, "sweep", [Run("base", steps=PRETRAINING), *runs], ("validation", "test"))
     plot_sweep(rows, folder / "sweep.png")
     text = sweep_table(rows)
     (folder / "sweep.md").write_text(text + "\n")

@@ -84,7 +84,7 @@ def test_each_kind_of_training_takes_its_steps_and_changes_what_it_should(run, f
     monkeypatch.setattr(addition, "split", lambda: small)
     models, adapt = [], demo.adapt
     monkeypatch.setattr(demo, "adapt", lambda *given: models.append(adapt(*given)) or models[0])
-    rows = demo.measure(replace(run, lr=0.05), folder, test=True, every=1)
+    rows = demo.measure(replace(run, lr=0.05), folder, ("validation", "test"), every=1)
     assert [row["step"] for row in rows] == [0, 1, 2]
     trained = {"TinyLoRA": 13, "LoRA": 22528, "full": 126080}[run.adapter]
     assert {row["trained"] for row in rows} == {trained}
@@ -101,7 +101,7 @@ def test_each_kind_of_training_takes_its_steps_and_changes_what_it_should(run, f
 
 def test_a_zero_adapter_is_the_base(folder):
     runs = demo.Run("base"), demo.Run("zero adapter", **demo.tiny())
-    small = [demo.measure(run, folder, test=False)[0] for run in runs]
+    small = [demo.measure(run, folder, ("validation",))[0] for run in runs]
     columns = ("validation_greedy", "validation_sampled")
     assert [small[0][c] for c in columns] == [small[1][c] for c in columns]
     base, _ = demo.load_base(folder, WORDS)
@@ -166,7 +166,7 @@ def test_a_worker_completes_the_file_of_a_killed_run(folder, monkeypatch):
     with (folder / "demo.csv").open("a") as file:
         file.write("zero adapter,,TinyLoRA")  # a line that was being written
     monkeypatch.setattr(demo, "WORKERS", 1)
-    rows = demo.carry_out(folder, "demo", runs, test=False)
+    rows = demo.carry_out(folder, "demo", runs, ("validation",))
     assert [r["test_greedy"] for r in rows] == ["", "0.99"] and rows[0]["base"] == digest
     assert rows == demo.read(folder / "demo.csv")
 
