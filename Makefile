@@ -1,6 +1,6 @@
 # Two commands to know: `make bench` runs the main job, `make test` the tests. Both need nothing but Python and gcc.
 .DEFAULT_GOAL := help
-.PHONY: help demo test peft-test bench lint mutants test-oldest gpu-test clean
+.PHONY: help demo test peft-test bench lint mutants test-oldest gpu gpu-test clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,6 +15,7 @@ help:
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make mutants      break each mask, index and term of the kernels once; the tests must see it"
 	@echo "make test-oldest  the kernels under the oldest Triton that is supported"
+	@echo "make gpu          tests, measurements and tables on a GPU, in stages, with python3 as it is; goes on where it ended"
 	@echo "make gpu-test     the tests that need a GPU, with python3 as it is: nothing is installed"
 	@echo "make clean        remove .venv and what builds leave behind"
 
@@ -57,6 +58,9 @@ test-oldest:
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet torch==2.13.0 triton==3.6.0 "numpy<2.4" safetensors tqdm tabulate pytest
 	OPENBLAS_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(KERNEL_TESTS)
+
+gpu:
+	$(PYTHON) -m bench gpu
 
 gpu-test:
 	$(PYTHON) -m pytest -m gpu tests

@@ -1,6 +1,7 @@
 """`python -m bench`: the command line of the benchmark."""
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -12,7 +13,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from bench import analysis, demo, linear, model, peft, providers, report, rollout, rows, shapes, svd, timing
+from bench import (
+    analysis,
+    block,
+    demo,
+    gpu,
+    host,
+    layer,
+    linear,
+    memory,
+    model,
+    parts,
+    peft,
+    providers,
+    report,
+    rollout,
+    roofline,
+    rows,
+    shapes,
+    svd,
+    timing,
+    tune,
+)
 
 DESCRIPTION = """\
 Measures tinylora against the bare frozen layer, PEFT's TinyLoRA, plain code and torch.compile.
@@ -28,6 +50,8 @@ examples:
   python -m bench linear --layers all --budget 1800          every distinct shape, every M
   python -m bench --out bench/results && python -m bench table    renew the results in git and in the README"""
 
+COMMANDS = ("linear", "layer", "host", "memory", "svd", "model", "peft", "rollout", "analysis")
+COMMANDS += ("demo", "parts", "tune", "roofline", "gpu", "table")
 MAIN_BUDGET = 150.0
 NOISY = 1.3  # spread of a typical cell from which on a run should not be trusted; 1.1 on a quiet machine
 
@@ -43,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
     common(main)
     main.add_argument("--budget", type=float, default=MAIN_BUDGET, help="seconds for all of it (default %(default)g)")
-    what = main.add_subparsers(dest="what", metavar="linear | svd | model | peft | rollout | analysis | demo | table")
+    what = main.add_subparsers(dest="what", metavar=" | ".join(COMMANDS))
 
     p = what.add_parser("linear", help=linear.__doc__.split(": ", 1)[1], description=linear.__doc__)
     common(p)
@@ -51,7 +75,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
     p.add_argument("--M", nargs="+", type=int, help=f"rows (default {linear.CPU_ROWS}, on a GPU {linear.CUDA_ROWS})")
     p.add_argument("--passes", nargs="+", choices=linear.PASSES, default=list(linear.PASSES))
-    p.add_argument("--providers", nargs="+", choices=providers.NAMES, default=list(providers.NAMES))
+    p.add_argument(
+        "--providers", nargs="+", choices=(*providers.NAMES, providers.INVARIANT), default=list(providers.NAMES),
+        metavar="PROVIDER", help=f"(default: {', '.join(providers.NAMES)}; there is also '{providers.INVARIANT}')",
+    )  # fmt: skip
     p.add_argument("--budget", type=float, default=100.0, help="seconds (default %(default)g); min. 5 rounds a cell")
     p.add_argument(
         "--layers",
@@ -62,6 +89,47 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
     p.add_argument("--u", type=int, default=13, help="length of v (default %(default)s)")
+
+    p = what.add_parser("layer", help=_first(layer), description=layer.__doc__)
+    common(p)
+    p.add_argument("--models", nargs="+", choices=shapes.decoders(), metavar="MODEL")
+    p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
+    p.add_argument("--M", nargs="+", type=int, help=f"rows (default {layer.CPU_ROWS}, on a GPU {layer.CUDA_ROWS})")
+    p.add_argument("--providers", nargs="+", choices=block.PROVIDERS, default=list(block.PROVIDERS))
+    p.add_argument("--budget", type=float, default=110.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
+    p.add_argument("--u", type=int, default=13, help="length of v (default %(default)s)")
+
+    p = what.add_parser("host", help=_first(host), description=host.__doc__)
+    common(p)
+    p.add_argument("--dtype", choices=tuple(linear.DTYPES), default="fp32", help="of the tiny layer (%(default)s)")
+    p.add_argument("--budget", type=float, default=60.0, help="seconds of timing (default %(default)g)")
+
+    p = what.add_parser("memory", help=_first(memory), description=memory.__doc__)
+    common(p)
+    p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=["Qwen2.5-0.5B"], metavar="MODEL")
+    p.add_argument("--dtype", choices=tuple(linear.DTYPES), default="bf16", help="(default %(default)s)")
+    p.add_argument("--M", nargs="+", type=int, default=[1024], help="rows (default 1024)")
+
+    p = what.add_parser("parts", help=_first(parts), description=parts.__doc__)
+    common(p)
+    p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=list(layer.CUDA_MODELS), metavar="MODEL")
+    p.add_argument("--budget", type=float, default=330.0, help="seconds of timing (default %(default)g)")
+    p.add_argument(
+        "--stubbed", action="store_true", help="on a CPU, launches stubbed out: runs the code, measures nothing"
+    )
+
+    p = what.add_parser("gpu", help=_first(gpu), description=gpu.__doc__)
+    p.add_argument("--stage", nargs="+", choices=gpu.NAMES, default=[], metavar="STAGE", help=", ".join(gpu.NAMES))
+    p.add_argument("--dry-run", action="store_true", help="on the CPU, small: proves that every stage runs")
+    p.add_argument(
+        "--out", type=Path, help="folder for all of it (default bench/out/gpu; a dry run's: a temporary one)"
+    )
+
+    p = what.add_parser("roofline", help=_first(roofline), description=roofline.__doc__)
+    p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=list(layer.CUDA_MODELS), metavar="MODEL")
+    p.add_argument("--M", nargs="+", type=int, default=[1, 16, 128, 512, 2048, 8192])
+    p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
 
     p = what.add_parser("svd", help=svd.__doc__.split(": ", 1)[1], description=svd.__doc__)
     common(p)
@@ -97,13 +165,33 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", choices=shapes.models(), default="Qwen2.5-0.5B", help="(default %(default)s)")
     p.add_argument("--batch", type=int, default=8, help="sequences (default %(default)s)")
     p.add_argument("--adapters", type=int, nargs="+", default=[1, 8], help="different ones in a batch (default 1 8)")
+    p.add_argument(
+        "--blocks", type=int, help="of the model's transformer blocks only so many, the first (default: all)"
+    )
+    p.add_argument(
+        "--questions", nargs="+", choices=rollout.QUESTIONS, default=list(rollout.QUESTIONS), help="(default: both)"
+    )
     p.add_argument("--new", type=int, default=8, help="tokens generated after each prompt (default %(default)s)")
     p.add_argument("--budget", type=float, default=120.0, help="seconds of timing (default %(default)g)")
+
+    p = what.add_parser("tune", help=tune.__doc__.split(": ", 1)[1].split(".")[0], description=tune.__doc__)
+    p.add_argument("--out", type=Path, default=rows.ROOT / "kernels" / "tables", help="(default kernels/tables)")
+    p.add_argument("--models", nargs="+", choices=shapes.models(), default=["Qwen2.5-7B"], metavar="MODEL")
+    p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16"])
+    p.add_argument("--r", nargs="+", type=int, default=[2], help="ranks (default 2, which stands for 1 to 8)")
+    p.add_argument("--M", nargs="+", type=int, help="buckets of rows (default: all)")
+    p.add_argument("--minutes", type=float, default=25.0, help="time limit; run again to go on (default %(default)g)")
+    p.add_argument("--dry-run", action="store_true", help="in Triton's interpreter, with tiny sizes; needs --out")
 
     p = what.add_parser("table", help="rewrite the results in README.md from bench/results/*.csv")
     p.add_argument("--readme", type=Path, default=rows.ROOT / "README.md")
     p.add_argument("--results", type=Path, default=rows.RESULTS)
     return main
+
+
+def _first(module) -> str:
+    """What a module's docstring says after the command, its first line."""
+    return module.__doc__.split(": ", 1)[1].splitlines()[0]
 
 
 def plan(args, device: torch.device, budget: float) -> linear.Plan:
@@ -130,6 +218,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.what == "demo":
         demo.run(args.out, args.part)
         return 0
+    if args.what == "tune":
+        return _tune(args)
+    if args.what == "roofline":
+        print(report.roofline_table(args.models, args.r, args.M))
+        return 0
+    if args.what == "gpu":
+        if not args.dry_run and not torch.cuda.is_available():
+            print("There is no CUDA device: nothing is measured. --dry-run takes the CPU.", file=sys.stderr)
+            return 2
+        return gpu.run(args.out, tuple(args.stage), args.dry_run, COMMANDS)
     if args.what == "analysis":
         _set_threads(args.threads)
         analysis.run(args.out, args.pretraining, args.steps)
@@ -141,8 +239,13 @@ def main(argv: list[str] | None = None) -> int:
         _set_threads(args.threads)
     started = time.perf_counter()
     ops = (args.what,) if args.what else ("svd", "model", "linear")
+    ops += ("ceilings",) * (args.what in ("layer", "parts"))
+    if args.what == "layer":
+        cpu = device.type == "cpu"
+        args.models = args.models or (layer.CPU_MODELS if cpu else layer.CUDA_MODELS)
+        args.M = args.M or (layer.CPU_ROWS if cpu else layer.CUDA_ROWS)
     missed: list[str] = []
-    with rows.Results(args.out, ops, device) as results:
+    with rows.Results(args.out, ops, device, _replaced(args)) as results:
         if "svd" in ops:
             svd.run(results, device, **({"model": args.model} if args.what else {"budget": args.budget / 2}))
         if "peft" in ops:
@@ -150,7 +253,19 @@ def main(argv: list[str] | None = None) -> int:
         if "model" in ops:
             _model(results, device, args, started)
         if "rollout" in ops:
-            rollout.run(results, args.out, device, args.model, args.batch, args.adapters, args.new, args.budget)
+            rollout.run(
+                results, args.out, device, args.model, args.batch, args.adapters, args.new, args.budget, args.blocks,
+                tuple(args.questions),
+            )  # fmt: skip
+        if "layer" in ops:
+            what = (tuple(t) for t in (args.models, args.dtypes, args.M, args.providers))
+            missed = layer.run(layer.Plan(*what, args.budget, args.r, args.u), results, device)
+        if "memory" in ops:
+            memory.run(results, device, tuple(args.models), args.dtype, tuple(args.M))
+        if "parts" in ops:
+            _parts(results, device, args)
+        if "host" in ops:
+            host.run(results, device, args.dtype, args.budget)
         if "linear" in ops:
             chosen = args if args.what else parser().parse_args(["linear"])
             budget = args.budget if args.what else max(30.0, args.budget - (time.perf_counter() - started))
@@ -158,10 +273,47 @@ def main(argv: list[str] | None = None) -> int:
     _show(results, missed, time.perf_counter() - started)
     # Others may fail for the machine's reasons (torch.compile without a C++ compiler); we may not, and nobody be wrong.
     bad = (
-        r.note.startswith("wrong") or (r.note.startswith("failed") and r.provider == providers.OURS)
+        r.note.startswith("wrong") or (r.note.startswith("failed") and r.provider.startswith(providers.OURS))
         for r in results.rows
     )
     return 1 if any(bad) else 0
+
+
+def _tune(args) -> int:
+    if args.dry_run:
+        if args.out == rows.ROOT / "kernels" / "tables":
+            print("tune: --dry-run measures nothing that belongs into kernels/tables: give --out", file=sys.stderr)
+            return 2
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    elif not torch.cuda.is_available():
+        print(
+            "tune: there is no GPU to measure; --dry-run --out FOLDER goes through all steps on a CPU", file=sys.stderr
+        )
+        return 2
+    device = torch.device("cpu" if args.dry_run else "cuda")
+    seconds = 0.0 if args.dry_run else 2.0
+    tune.run(args.out, device, args.models, args.dtypes, args.r, args.M, args.minutes, seconds, args.dry_run)
+    return 0
+
+
+def _replaced(args):
+    """Which rows of its ops a command replaces: those of the models, Ms and questions that it measures."""
+    if args.what == "rollout":
+        passes = {rollout.SPEED: "generate", rollout.AGREEMENT: "log p", rollout.OPERATIONS: "bits"}
+        return lambda row: row.pass_ in [passes[question] for question in args.questions]
+    models, Ms = getattr(args, "models", None), getattr(args, "M", None)
+    return lambda row: (not models or row.model in (*models, "")) and (not Ms or row.M in (*Ms, None))
+
+
+def _parts(results, device, args) -> None:
+    if device.type == "cpu" and not args.stubbed:
+        results.add(rows.Row("parts", "", "", "", "", note="not measured: the kernels run on NVIDIA GPUs"))
+        return
+    _, ceilings = roofline.measure(device, ("bf16", "fp32"), 0.05 * args.budget)
+    for row in ceilings:
+        results.add(row)
+    with host.launches_stubbed_out() if args.stubbed else contextlib.nullcontext():
+        parts.run(results, device, tuple(args.models), args.budget, check=not args.stubbed)
 
 
 def _set_threads(wanted: int | None) -> None:
@@ -190,24 +342,33 @@ def _show(results, missed, seconds) -> None:
     """Tables on stdout and as markdown, the plot, and where all of it is."""
     kept = rows.read(results.path)
     ops = {row.op for row in results.rows}
-    parts = []
+    shown = []
+    if "layer" in ops:
+        shown += [report.layer_table(results.rows)]
     if "linear" in ops:
-        parts += [report.linear_table(results.rows)]
+        shown += [report.linear_table(results.rows)]
+    if "memory" in ops:
+        shown += ["Memory of one block\n\n" + report.memory_table(results.rows)]
+    if "parts" in ops:
+        shown += ["The kernels one by one\n\n" + report.parts_table(results.rows)]
+    if "host" in ops:
+        shown += ["Microseconds of the host\n\n" + report.host_table(results.rows)]
     if "svd" in ops:
-        parts += ["Start-up of one layer\n\n" + report.svd_table(results.rows)]
+        shown += ["Start-up of one layer\n\n" + report.svd_table(results.rows)]
     if "peft" in ops:
-        parts += [f"{peft.MODEL}, adapted by PEFT\n\n" + report.model_table(results.rows, "peft")]
-        parts += ["\n".join(peft.bars(results.rows))]
+        shown += [f"{peft.MODEL}, adapted by PEFT\n\n" + report.model_table(results.rows, "peft")]
+        shown += ["\n".join(peft.bars(results.rows))]
     if "model" in ops:
-        parts += ["A whole model\n\n" + report.model_table(results.rows)]
+        shown += ["A whole model\n\n" + report.model_table(results.rows)]
     if "rollout" in ops:
-        parts += ["Rollouts\n\n" + report.rollout_table(results.rows)]
+        shown += ["Rollouts\n\n" + report.rollout_table(results.rows)]
     if report.barred(results.rows):
         title = f"Geometric means over the shapes of Qwen2.5 at M >= {report.BAR_ROWS}"
-        parts += [f"{title}\n\n{report.means_table(results.rows)}", "\n".join(report.bars(results.rows))]
-    text = "\n\n".join(parts)
+        shown += [f"{title}\n\n{report.means_table(results.rows)}", "\n".join(report.bars(results.rows))]
+    text = "\n\n".join(shown)
     results.path.with_suffix(".md").write_text(text + "\n")
     report.plot(kept, results.path.with_suffix(".png"))
+    report.plot(kept, results.path.with_name(f"{results.path.stem}-layer.png"), "layer", block.PROVIDERS)
     print(f"\n{text}\n")
     noisy = report.noise(results.rows)
     if noisy > NOISY:

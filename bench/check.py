@@ -1,5 +1,7 @@
 """The gate: outputs and gradients against fp64 before anything is timed. Who is wrong gets no time."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -12,34 +14,61 @@ class WrongResult(Exception):
     """A provider's output or gradient is further from fp64 than the rule allows."""
 
 
-class Gate:
-    """Error of y, dx and dv of one layer and one x: at most twice PyTorch's own (the three matmuls in the base's
-    dtype) plus one unit in the last place of the largest entry.
+def some_rows(M: int, device: torch.device) -> Tensor:
+    """The rows that are compared."""
+    return torch.linspace(0, M - 1, min(ROWS, M), device=device).long()
+
+
+def allowance(own: float, exact: Tensor, dtype: torch.dtype) -> float:
+    """The error that the rule allows: twice PyTorch's own, plus one unit in the last place of the largest entry."""
+    return 2 * own + torch.finfo(dtype).eps * exact.abs().max().item()
+
+
+@dataclass
+class Exact:
+    """One layer in fp64: y and dx at some rows, dv over all, and the frozen layer's own y and dx.
 
     y = x Wᵀ + b + s Uᵀ with s = z Cᵀ, z = x Dᵀ; dx = dy W + (t C) D with t = dy U; dvᵢ = <Pᵢ, tᵀ z>.
     """
 
-    def __init__(self, linear: nn.Linear, factors: Factors, x: Tensor, dy: Tensor, weight64: Tensor):
-        self.x, self.dy = x, dy
-        self.rows = torch.linspace(0, x.shape[0] - 1, min(ROWS, x.shape[0]), device=x.device).long()
+    y: Tensor
+    dx: Tensor
+    dv: Tensor
+    bare_y: Tensor
+    bare_dx: Tensor
+    floor_dv: float  # dv sums M products that may cancel: even exact fp32 factors leave it this much of fp32's rounding
+
+    @classmethod
+    def of(cls, linear: nn.Linear, factors: Factors, x: Tensor, dy: Tensor, weight64: Tensor, rows: Tensor) -> "Exact":
         f = factors
         down, up, basis, v = (t.double() for t in (f.down, f.up, f.basis, f.v))
         core = torch.einsum("i,ijk->jk", v, basis)
         x64, dy64 = x.detach().double(), dy.double()
         z, t = x64 @ down.T, dy64 @ up
-        y = x64[self.rows] @ weight64.T
+        y = x64[rows] @ weight64.T
         if linear.bias is not None:
             y += linear.bias.double()
-        dx = dy64[self.rows] @ weight64
-        delta_y, delta_dx = (z @ core.T @ up.T)[self.rows], (t @ core @ down)[self.rows]
+        dx = dy64[rows] @ weight64
+        delta_y, delta_dx = (z @ core.T @ up.T)[rows], (t @ core @ down)[rows]
         dv = torch.einsum("ijk,jk->i", basis, t.T @ z)
-        self.exact = {"y": y + delta_y, "dx": dx + delta_dx, "dv": dv}
-        self.exact_bare = {"y": y, "dx": dx}
-        # dv sums M products that may cancel: even exact fp32 factors leave it this much of fp32's rounding.
         eps = torch.finfo(torch.float32).eps
-        self.floor_dv = eps * torch.einsum("ijk,jk->i", basis.abs(), t.abs().T @ z.abs()).max().item()
+        floor = eps * torch.einsum("ijk,jk->i", basis.abs(), t.abs().T @ z.abs()).max().item()
+        return cls(y + delta_y, dx + delta_dx, dv, y, dx, floor)
 
-        leaf = f.v.float().requires_grad_()
+
+class Gate:
+    """Error of y, dx and dv of one layer and one x: at most twice PyTorch's own (the three matmuls in the base's
+    dtype) plus one unit in the last place of the largest entry."""
+
+    def __init__(self, linear: nn.Linear, factors: Factors, x: Tensor, dy: Tensor, weight64: Tensor):
+        self.x, self.dy = x, dy
+        self.rows = some_rows(x.shape[0], x.device)
+        exact = Exact.of(linear, factors, x, dy, weight64, self.rows)
+        self.exact = {"y": exact.y, "dx": exact.dx, "dv": exact.dv}
+        self.exact_bare = {"y": exact.bare_y, "dx": exact.bare_dx}
+        self.floor_dv = exact.floor_dv
+
+        f, leaf = factors, factors.v.float().requires_grad_()
         own = Provider("", lambda x: plain(x, linear.weight, linear.bias, f.down, f.up, f.basis.float(), leaf), leaf)
         self.own = self.errors(own)
         for name in ("y", "dx"):
@@ -60,8 +89,8 @@ class Gate:
         errors = {"y without gradients": (y - want).abs().max().item()} | self.errors(provider)
         for name, error in errors.items():
             key = name.split()[0]
-            floor = torch.finfo(self.x.dtype).eps * self.exact[key].abs().max().item()
-            allowed = 2 * self.own[key] + floor + (self.floor_dv if key == "dv" else 0)
+            allowed = allowance(self.own[key], self.exact[key], self.x.dtype)
+            allowed += self.floor_dv if key == "dv" else 0
             if not error <= allowed:  # NaN must not pass
                 raise WrongResult(f"{name}: error {error:.1e}, allowed {allowed:.1e}")
         if provider.name != BARE and provider.trains is None:

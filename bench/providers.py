@@ -18,6 +18,14 @@ BARE, PEFT, PEFT_SAME_DTYPE, PLAIN, COMPILED, OURS = NAMES = (
     "ours",  # tinylora.Linear
 )
 
+INVARIANT = f"{OURS}, batch_invariant"  # the same layer with rows that do not depend on each other; on request alone
+# Where a whole block of layers is measured (`bench layer`), also:
+ADDMM, COMPILED_ADDMM, ALONE = (
+    "addmm",  # a careful user's own autograd function: one in-place addmm in each direction
+    "compiled addmm",  # torch.compile of it
+    "ours, no siblings",  # tinylora.apply(..., siblings=False): every layer by itself
+)
+
 
 @dataclass
 class Factors:
@@ -71,6 +79,31 @@ def plain(x, weight, bias, down, up, basis, v) -> Tensor:
     return F.linear(x, weight, bias) + F.linear(F.linear(F.linear(x, down), core), up)
 
 
+class Addmm(torch.autograd.Function):
+    """Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ for x of [M, K] as a careful user writes it, all in the base's dtype: Y and dX are
+    touched twice, by the frozen matmul and by one addmm in place; z = X Dᵀ is kept, and X is not."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, core, up):
+        z = torch.mm(x, down.t())
+        ctx.save_for_backward(z, weight, down, core, up)
+        return F.linear(x, weight, bias).addmm_(torch.mm(z, core.t()), up.t())
+
+    @staticmethod
+    def backward(ctx, dy):
+        z, weight, down, core, up = ctx.saved_tensors
+        t = torch.mm(dy, up)
+        dx = torch.mm(dy, weight).addmm_(torch.mm(t, core), down)
+        return dx, None, None, None, torch.mm(t.t(), z), None
+
+
+def addmm(x, weight, bias, down, up, basis, v) -> Tensor:
+    """`plain`'s operands and result, by `Addmm`."""
+    core = torch.einsum("i,ijk->jk", v, basis).to(x.dtype)
+    y = Addmm.apply(x.reshape(-1, x.shape[-1]), weight, bias, down, core, up)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
 def make(name: str, linear: nn.Linear, factors: Factors) -> Provider:
     """The provider of that name around `linear`, whose weight is frozen and shared by all of them."""
     if name == BARE:
@@ -79,9 +112,9 @@ def make(name: str, linear: nn.Linear, factors: Factors) -> Provider:
         return _peft(name, linear, factors)
     if name in (PLAIN, COMPILED):
         return _plain(name, linear, factors)
-    if name == OURS:
+    if name in (OURS, INVARIANT):
         return _ours(name, linear, factors)
-    raise ValueError(f"provider {name!r} is unknown, expected one of {', '.join(NAMES)}")
+    raise ValueError(f"provider {name!r} is unknown, expected one of {', '.join((*NAMES, INVARIANT))}")
 
 
 def _plain(name, linear, f) -> Provider:
@@ -104,13 +137,13 @@ def _peft(name, linear, f) -> Provider:
     """PEFT's own layer, made by get_peft_model. Only its start is cut short: the full SVD (seconds at 3584 x 3584, see
     `python -m bench svd`) is replaced by the shared factors, with singular values of one, so that PEFT itself stores
     them as A and B in the dtypes it chooses; P and v are then overwritten in place."""
-    import peft
+    from peft import TinyLoraConfig, get_peft_model  # an ImportError, too, where PEFT is too old to have it
 
-    config = peft.TinyLoraConfig(r=f.down.shape[0], u=f.v.shape[0], target_modules=["proj"])
+    config = TinyLoraConfig(r=f.down.shape[0], u=f.v.shape[0], target_modules=["proj"])
     shared = f.up.float(), f.up.new_ones(f.down.shape[0], dtype=torch.float32), f.down.float()
     with mock.patch("torch.linalg.svd", lambda *_, **__: shared):
         model = nn.ModuleDict({"proj": linear})
-        model = peft.get_peft_model(model, config, autocast_adapter_dtype=name == PEFT)
+        model = get_peft_model(model, config, autocast_adapter_dtype=name == PEFT)
     layer = model.base_model.model["proj"]
     (v,) = (p for p in model.parameters() if p.requires_grad)
     with torch.no_grad():
@@ -128,6 +161,7 @@ def _ours(name, linear, f) -> Provider:
     config = tinylora.TinyLoraConfig(r=f.down.shape[0], u=f.v.shape[0])
     with mock.patch("tinylora.adapters.lora_xs.cached_svd", lambda *_: shared):
         layer = tinylora.Linear.from_linear(linear, config)
+    layer.batch_invariant = name == INVARIANT
     (v,) = tinylora.adapter_parameters(layer)
     with torch.no_grad():
         v.copy_(f.v)

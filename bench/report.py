@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bench import demo
+from bench import block, demo, roofline
 from bench import providers as who
 from bench.linear import PASSES
 from bench.rows import Row, read
@@ -22,12 +22,13 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
 
-def cells(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
-    """The linear rows by (model, layer, dtype, M, pass), and in each by provider."""
+def cells(rows: Iterable[Row], op: str = "linear") -> dict[tuple, dict[str, Row]]:
+    """The rows of `linear` (or `layer`) by (model, layer, dtype, M, pass), and in each by provider."""
     found: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows:
-        if row.op == "linear" and row.M is not None:
-            found[row.model, row.layer, row.dtype, row.M, row.pass_][row.provider] = row
+        if row.op == op and row.M is not None:
+            pass_ = f"{row.pass_}, {row.mode}" if op == "layer" else row.pass_
+            found[row.model, row.layer, row.dtype, row.M, pass_][row.provider] = row
     return found
 
 
@@ -84,19 +85,99 @@ def bars(rows: list[Row]) -> list[str]:
 def linear_table(rows: list[Row]) -> str:
     """Every cell on a line: the bare layer's milliseconds, and everybody's time over it."""
     found = cells(rows)
+    names = [*who.NAMES[1:], *(who.INVARIANT for cell in list(found.values())[:1] if who.INVARIANT in cell)]
     lines = []
     for (model, layer, dtype, M, pass_), cell in found.items():
         bare = cell.get(who.BARE)
         shape = next(iter(cell.values()))
         line = [model, layer, f"{shape.N} x {shape.K}", dtype, M, pass_, f"{bare.p50_ms:.3f}" if bare else ""]
-        for name in who.NAMES[1:]:
+        for name in names:
             row = cell.get(name)
             line.append(
                 "" if row is None else row.note or f"{row.ratio_to_bare:.2f}" if row.ratio_to_bare else row.note
             )
         lines.append(line)
-    headers = ["model", "layer", "N x K", "dtype", "M", "pass", "bare ms", *who.NAMES[1:]]
+    headers = ["model", "layer", "N x K", "dtype", "M", "pass", "bare ms", *names]
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def layer_table(rows: list[Row]) -> str:
+    """Blocks: the roofline's bound, everybody's time over the bare layers', and ours over PEFT's."""
+    names = (*block.PROVIDERS[1:],)
+    lines = []
+    for (model, _, dtype, M, pass_), cell in cells(rows, "layer").items():
+        bare = cell.get(who.BARE)
+        line = [model, dtype, M, pass_, *((f"{bare.bound_ms:.4g}", f"{bare.p50_ms:.4g}") if bare else ("", ""))]
+        for name in names:
+            row = cell.get(name)
+            line.append("" if row is None else row.note or (f"{row.ratio_to_bare:.2f}" if row.ratio_to_bare else ""))
+        best = cell.get(who.OURS) if who.OURS in cell and cell[who.OURS].p50_ms else cell.get(who.ALONE)
+        pair = over([{"": best} | cell], "", who.PEFT)
+        lines.append([*line, f"{pair[0]:.2f}" if pair else ""])
+    headers = ["model", "dtype", "M", "pass", "bound ms", "bare ms", *names, "ours / PEFT"]
+    text = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    many = [cell for key, cell in cells(rows, "layer").items() if key[3] >= BAR_ROWS]
+    pairs = ((name, over(many, who.OURS, name)) for name in (who.BARE, *names) if name != who.OURS)
+    means = [f"{name} {geometric_mean(found):.2f} ({len(found)} cells)" for name, found in pairs if found]
+    if means:
+        text += f"\n\nAt M ≥ {BAR_ROWS}, geometric means of the time of ours over: " + ", ".join(means)
+    notes = {f"{row.mode or row.provider}: {row.note}" for row in rows if row.op == "layer" and row.M is None}
+    found = [f"{r.pass_} {_ceiling(r)}" for r in rows if r.op == "ceilings"]
+    below = ["The bound is the roofline of: " + ", ".join(found)] if found else []
+    return "\n\n".join([text, *below, *sorted(notes)])
+
+
+def parts_table(rows: list[Row]) -> str:
+    """The kernels one by one, against the library's bare matmul."""
+    lines = [[r.model, r.layer, f"{r.N} x {r.K}", r.M, r.pass_, r.provider, *_part(r)] for r in rows if r.op == "parts"]
+    headers = ["model", "layer", "N x K", "M", "part", "provider", "us", "GB/s", "TFLOP/s", "over F.linear"]
+    found = [f"{r.pass_} {_ceiling(r)}" for r in rows if r.op == "ceilings"]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True) + "\n\nCeilings: " + ", ".join(found)
+
+
+def _part(row: Row) -> list[str]:
+    if not row.p50_ms:
+        return [row.note]
+    ratio = f"{row.ratio_to_bare:.3f}" if row.ratio_to_bare else ""
+    return [f"{row.p50_ms * 1e3:.2f}", f"{row.gb_per_s:.0f}", f"{row.tflops:.1f}", row.note or ratio]
+
+
+def memory_table(rows: list[Row]) -> str:
+    """What a block keeps and the peak, in MB."""
+    lines = [
+        [r.model, r.dtype, r.M, r.provider, r.pass_, r.note if r.peak_mb is None else f"{r.peak_mb:.3f}"]
+        for r in rows
+        if r.op == "memory"
+    ]
+    return tabulate(lines, ["model", "dtype", "M", "provider", "what", "MiB"], tablefmt="github", disable_numparse=True)
+
+
+def host_table(rows: list[Row]) -> str:
+    """Microseconds of the host per call."""
+    found: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    for r in rows:
+        if r.op == "host" and r.p50_ms:
+            found[r.layer, r.M, r.provider, r.dtype][f"{r.pass_}, {r.mode}"] = r
+    columns = list(dict.fromkeys(f"{r.pass_}, {r.mode}" for r in rows if r.op == "host" and r.p50_ms))
+    lines = [
+        [*key, *(f"{cell[c].p50_ms * 1e3:.1f}" if c in cell else "" for c in columns)] for key, cell in found.items()
+    ]
+    text = tabulate(lines, ["layer", "M", "provider", "dtype", *columns], tablefmt="github", disable_numparse=True)
+    notes = [f"{row.mode or row.provider}: {row.note}" for row in rows if row.op == "host" and row.note]
+    return "\n\n".join([text, *notes])
+
+
+def _ceiling(row: Row) -> str:
+    return f"{row.gb_per_s:.4g} GB/s" if row.gb_per_s else f"{row.tflops:.4g} TFLOP/s"
+
+
+def roofline_table(models: Iterable[str], r: int, rows: Iterable[int]) -> str:
+    """What the roofline allows an H200 and what the model says every provider adds."""
+    found = [roofline.table(model, r, rows) for model in models]
+    lines = [line for _, lines in found for line in lines]
+    text = tabulate(lines, found[0][0], tablefmt="github", disable_numparse=True)
+    ceilings = roofline.H200
+    return f"{ceilings.device}, a model: nothing here is measured ({ceilings.source}).\n\n{text}"
 
 
 def means_table(rows: list[Row]) -> str:
@@ -165,6 +246,17 @@ def markdown(rows: list[Row]) -> str:
             f"Qwen2.5 0.5B to 7B at M ≥ {BAR_ROWS} rows, each over the cells that have both.\n\n"
             + tabulate(lines, headers, tablefmt="github", disable_numparse=True)
         )
+    if "layer" in ops:
+        parts.append(
+            "The seven linear layers of one transformer block: the roofline's bound, the bare layers, and time over "
+            "theirs.\n\n" + layer_table(rows)
+        )
+    if "memory" in ops:
+        parts.append("Memory of one block beside its weights, in MiB.\n\n" + memory_table(rows))
+    if "parts" in ops:
+        parts.append("The kernels one by one (r = 2, bf16).\n\n" + parts_table(rows))
+    if "host" in ops:
+        parts.append("Microseconds of the host for one call of a tiny layer.\n\n" + host_table(rows))
     if "svd" in ops:
         parts.append("Start-up of one layer: the truncated SVD.\n\n" + svd_table(rows))
     if "rollout" in ops:
@@ -191,7 +283,7 @@ def write_readme(readme: Path, results: Path) -> None:
     readme.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}")
 
 
-def plot(rows: list[Row], path: Path) -> None:
+def plot(rows: list[Row], path: Path, op: str = "linear", names: tuple[str, ...] = who.NAMES) -> None:
     """Time over the bare layer against M, a panel per dtype and pass; geometric mean of all shapes at that M."""
     try:
         import matplotlib
@@ -201,7 +293,7 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = cells(rows)
+    found = cells(rows, op)
     dtypes, passes = (sorted({key[i] for key in found}) for i in (2, 4))
     if not found:
         return
@@ -213,15 +305,15 @@ def plot(rows: list[Row], path: Path) -> None:
             axis = axes[i][j]
             group = {k: c for k, c in found.items() if (k[2], k[4]) == (dtype, pass_)}
             Ms = sorted({k[3] for k in group})
-            for color, name in enumerate(who.NAMES):
+            for color, name in enumerate(names):
                 means = [geometric_mean(over((c for k, c in group.items() if k[3] == M), name, who.BARE)) for M in Ms]
                 if not all(map(math.isnan, means)):
                     axis.plot(Ms, means, f"C{color}o-", label=name, zorder=3 if name == who.OURS else 2)
-            axis.set(title=f"{dtype}, {pass_}", xlabel="M (rows)", ylabel="time / bare linear")
+            axis.set(title=f"{dtype}, {pass_}", xlabel="M (rows)", ylabel=f"time / bare {op}")
             axis.set_xscale("log", base=2)
             axis.grid(alpha=0.3)
-    lines, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="lower center", ncols=len(names))
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="lower center", ncols=len(labels))
     first = rows[0]
     figure.suptitle(f"{first.device}, torch {first.torch}, {first.date[:10]}")
     figure.tight_layout(rect=(0, 0.04, 1, 1))

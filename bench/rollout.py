@@ -8,6 +8,12 @@ with many different ones in the batch; providers alternate.
 Agreement: the log-probability of every sampled token as generation computed it (token by token, with a cache) and as
 the training forward computes it (all at once): rolled out with the adapter merged into bf16 weights, as RL stacks do,
 with PEFT unmerged, with ours unmerged, and by the base, whose own difference no adapter can go below.
+
+Then what it takes to make them equal, bit for bit: ours with every operation that depends on how many rows there are
+replaced by one that does not, with each of those replacements taken back by itself, and by itself alone.
+
+Operations: every operation of the model by itself, on random numbers: how many of its results differ between a step of
+generation and a forward over the whole sequences.
 """
 
 from collections.abc import Callable
@@ -15,6 +21,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,18 +30,28 @@ from bench import providers as who
 from bench import shapes, timing
 from bench.rows import Results, Row
 from tinylora.adapters.svd import truncated_svd
+from tinylora.ops import adapted_linear
 
 MERGED = "merged"
+INVARIANT = who.INVARIANT
+# What of a transformer depends on how many rows are computed together; norms, rotations, the embedding and softmax
+# treat every row by itself already.
+LINEARS, ATTENTION, HEAD = PARTS = ("linears", "attention", "head")
+SPEED, AGREEMENT, OPERATIONS = QUESTIONS = ("speed", "agreement", "operations")
 R, U = 2, 13
 # How large v is when agreement is measured: a trained adapter's, not a broken model's.
 SCALE = 0.05
 
 
-def build(model: str, device: torch.device) -> nn.Module:
-    """The model of bench/models/<model>.json in bf16, with random weights."""
+def build(model: str, device: torch.device, blocks: int | None = None) -> nn.Module:
+    """The model of bench/models/<model>.json in bf16, with random weights; of its first `blocks` blocks alone."""
     import transformers
 
-    config = transformers.AutoConfig.for_model(**shapes.config(model))
+    settings = dict(shapes.config(model))
+    if blocks:
+        settings["num_hidden_layers"] = blocks
+        settings.pop("layer_types", None)
+    config = transformers.AutoConfig.for_model(**settings)
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -50,9 +67,10 @@ def values(count: int, scale: float = SCALE) -> list[Tensor]:
     return [scale * torch.randn(U, generator=torch.Generator().manual_seed(i)) for i in range(count)]
 
 
-def ours(base: nn.Module, model: str) -> nn.Module:
+def ours(base: nn.Module, model: str, batch_invariant: bool = False) -> nn.Module:
     """One v for the whole model, with numbers as training would leave them."""
-    adapted = tinylora.apply(base, tinylora.TinyLoraConfig(r=R, u=U, n_tie=shapes.modules(model), sigma="split"))
+    config = tinylora.TinyLoraConfig(r=R, u=U, n_tie=shapes.modules(model), sigma="split")
+    adapted = tinylora.apply(base, config, batch_invariant=batch_invariant)
     (v,) = tinylora.adapter_parameters(adapted)
     with torch.no_grad():
         v.copy_(values(1)[0])
@@ -73,6 +91,36 @@ def peft(base: nn.Module) -> nn.Module:
     return adapted
 
 
+def query_by_query(module, query, key, value, attention_mask, scaling, **_):
+    """Causal attention [B, heads, queries, d] -> [B, queries, heads, d] with every query of every sequence in a call of
+    its own, against the keys up to itself: the same call wherever it stands, and in any company. No padding."""
+    batch, heads, queries, _ = query.shape
+    before = key.shape[2] - queries
+    attended = query.new_empty(batch, queries, heads, value.shape[-1])
+    for b in range(batch):
+        for i in range(queries):
+            own, keys, values = (t[b : b + 1, :, at].contiguous() for t, at in (
+                (query, slice(i, i + 1)), (key, slice(before + i + 1)), (value, slice(before + i + 1))
+            ))  # fmt: skip
+            one = F.scaled_dot_product_attention(own, keys, values, scale=scaling, enable_gqa=True)
+            attended[b, i] = one[0, :, 0]
+    return attended, None
+
+
+def invariant(base: nn.Module, model: str, parts: tuple[str, ...] = PARTS) -> nn.Module:
+    """`ours` with these parts of the model batch invariant: the adapted linear layers, the attention, the head."""
+    from transformers import AttentionInterface
+
+    adapted = ours(base, model, batch_invariant=LINEARS in parts)
+    if ATTENTION in parts:
+        AttentionInterface.register("query_by_query", query_by_query)
+        adapted.set_attn_implementation("query_by_query")
+    if HEAD in parts:
+        adapted.lm_head = tinylora.Linear.wrap(adapted.lm_head)
+        adapted.lm_head.batch_invariant = True
+    return adapted
+
+
 def prompts(batch: int, length: int, vocabulary: int, device: torch.device) -> Tensor:
     return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -83,18 +131,23 @@ def generate(model: nn.Module, tokens: Tensor, new: int, **settings):
     return model.generate(tokens, attention_mask=torch.ones_like(tokens), **plain | settings)
 
 
-def speed(model: str, results: Results, device, batch: int, adapters: list[int], new: int, budget: float) -> None:
+def speed(
+    model: str, results: Results, device, batch: int, adapters: list[int], new: int, budget: float, blocks: int | None
+) -> None:
     """Rows of op "rollout": milliseconds per generate() and tokens per second."""
     calls: dict[str, Callable[[], object]] = {}
-    base = build(model, device)
+    base = build(model, device, blocks)
     tokens = prompts(batch, 8, base.config.vocab_size, device)
     calls[who.BARE] = lambda: generate(base, tokens, new)
-    with tqdm(total=3, desc=f"rollout {model}", unit="model", leave=False) as bar:
-        adapted = ours(build(model, device), model)
+    with tqdm(total=4, desc=f"rollout {model}", unit="model", leave=False) as bar:
+        adapted = ours(build(model, device, blocks), model)
         bar.update()
         calls[who.OURS] = lambda: generate(adapted, tokens, new)
+        pinned = ours(build(model, device, blocks), model, batch_invariant=True)
+        bar.update()
+        calls[INVARIANT] = lambda: generate(pinned, tokens, new)
         for count in adapters:
-            stacked = tinylora.stack(ours(build(model, device), model), [{"v_0": v} for v in values(count)])
+            stacked = tinylora.stack(ours(build(model, device, blocks), model), [{"v_0": v} for v in values(count)])
             ids = torch.arange(batch) % count
 
             def many(stacked=stacked, ids=ids):
@@ -103,7 +156,7 @@ def speed(model: str, results: Results, device, batch: int, adapters: list[int],
 
             calls[f"{who.OURS}, {count} adapters"] = many
         bar.update()
-        theirs = peft(build(model, device))
+        theirs = peft(build(model, device, blocks))
         calls[who.PEFT] = lambda: generate(theirs, tokens, new)
         bar.update()
     with torch.no_grad():
@@ -111,12 +164,17 @@ def speed(model: str, results: Results, device, batch: int, adapters: list[int],
     for name, t in times.items():
         results.add(
             Row(
-                "rollout", model, f"generate, {new} tokens", name, "generate", batch, None, None, R, U, "bf16",
+                "rollout", _called(model, blocks), f"generate, {new} tokens", name, "generate", batch,
+                None, None, R, U, "bf16",
                 p50_ms=t.p50, p20_ms=t.p20, p80_ms=t.p80, rounds=t.rounds,
                 ratio_to_bare=t.p50 / times[who.BARE].p50,
                 note=f"{batch * new / t.p50 * 1e3:.1f} tokens/s",
             )
         )  # fmt: skip
+
+
+def _called(model: str, blocks: int | None) -> str:
+    return f"{model}, {blocks} blocks" if blocks else model
 
 
 @torch.no_grad()
@@ -136,7 +194,7 @@ def rolled_out(model: nn.Module, tokens: Tensor, new: int) -> tuple[Tensor, Tens
     return done.sequences, logits.log_softmax(-1).gather(-1, sampled.unsqueeze(-1)).squeeze(-1)
 
 
-def agreement(model: str, out: Path, device, batch: int, new: int) -> dict[str, Tensor]:
+def agreement(model: str, out: Path, device, batch: int, new: int, blocks: int | None) -> dict[str, Tensor]:
     """|log p of generation - log p of the training forward|, per sampled token, by provider; prints and plots them."""
     tokens = prompts(batch, 8, shapes.config(model)["vocab_size"], device)
     length = tokens.shape[1]
@@ -144,20 +202,91 @@ def agreement(model: str, out: Path, device, batch: int, new: int) -> dict[str, 
 
     def measure(name, sampler, trainer=None):
         sequences, sampled = rolled_out(sampler, tokens, new)
-        differences[name] = (sampled - log_probabilities(trainer or sampler, sequences, length)).abs().flatten()
+        differences[name] = (sampled - log_probabilities(trainer or sampler, sequences, length)).abs().flatten().cpu()
 
-    with tqdm(total=4, desc=f"agreement {model}", unit="model", leave=False) as bar:
-        measure(who.BARE, build(model, device))
+    def fresh() -> nn.Module:
+        return build(model, device, blocks)
+
+    with tqdm(total=5 + 2 * len(PARTS), desc=f"agreement {model}", unit="model", leave=False) as bar:
+        measure(who.BARE, fresh())
         bar.update()
-        measure(who.PEFT, peft(build(model, device)))
+        measure(who.PEFT, peft(fresh()))
         bar.update()
-        trainer = ours(build(model, device), model)
+        trainer = ours(fresh(), model)
         measure(who.OURS, trainer)
         bar.update()
-        measure(MERGED, tinylora.merge(ours(build(model, device), model)), trainer)
+        measure(MERGED, tinylora.merge(ours(fresh(), model)), trainer)
         bar.update()
-    _plot(differences, out / "rollout-agreement.png", model)
+        measure(INVARIANT, invariant(fresh(), model))
+        bar.update()
+        for part in PARTS:
+            measure(f"{INVARIANT}, all but {part}", invariant(fresh(), model, tuple(p for p in PARTS if p != part)))
+            bar.update()
+            measure(f"{INVARIANT}, {part} alone", invariant(fresh(), model, (part,)))
+            bar.update()
+    plotted = {name: d for name, d in differences.items() if not name.startswith(f"{INVARIANT},")}
+    _plot(plotted, out / "rollout-agreement.png", _called(model, blocks))
     return differences
+
+
+def operations(model: str, device, batch: int, length: int, dtype: torch.dtype) -> dict[str, list[int]]:
+    """{operation: how many of the batch * length tokens differ from a forward over all of them}, first where `batch`
+    tokens are computed together, as in a step of generation, then where each is computed alone."""
+    c = shapes.config(model)
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=g) * scale).to(device, dtype)
+
+    heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
+    width = c["hidden_size"] // heads
+    q, k, v = (normal(batch, n, length, width) for n in (heads, groups, groups))
+    gate, up = (normal(batch, length, c["intermediate_size"]) for _ in range(2))
+    hidden, vocabulary = normal(batch, length, c["hidden_size"]), normal(batch, length, c["vocab_size"]).float()
+    found = {}
+
+    def compare(name, step, whole):
+        """step(b, t): position t of sequences b, [sequences, ...]; whole: [batch, length, ...]."""
+        found[name] = [
+            sum(int((step(b, t) != whole[b, t]).flatten(1).any(1).sum()) for t in range(length) for b in sequences)
+            for sequences in ([slice(0, batch)], [slice(b, b + 1) for b in range(batch)])
+        ]
+
+    def rowwise(name, function, *operands):
+        def step(b, t):
+            return function(*(o[b, t : t + 1].contiguous() for o in operands))[:, 0]
+
+        compare(name, step, function(*operands))
+
+    linears = [(layer.name, layer.N, layer.K) for layer in shapes.layers(model)]
+    for name, N, K in [*linears, ("the head, up to 16384", min(16384, c["vocab_size"]), c["hidden_size"])]:
+        weight, down, upper = normal(N, K, scale=K**-0.5), normal(R, K, scale=K**-0.5), normal(N, R)
+        x = normal(batch, length, K)
+        rowwise(f"{name}, F.linear", lambda x, w=weight: F.linear(x, w), x)
+        for fixed in (False, True):
+            called = INVARIANT if fixed else who.OURS
+            rowwise(
+                f"{name}, {called}",
+                lambda x, w=weight, d=down, u=upper, b=fixed: adapted_linear(x, w, d, None, u, batch_invariant=b),
+                x,
+            )
+
+    def attended(b, t, function):
+        """Position t as a step of generation sees it: the last query of t + 1."""
+        return function(q[b, :, t : t + 1], *(o[b, :, : t + 1].contiguous() for o in (k, v)), False)[:, 0]
+
+    def sdpa(query, key, value, causal):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True).transpose(1, 2)
+
+    def alone(query, key, value, causal):
+        return query_by_query(None, query, key, value, None, None)[0]
+
+    for name, function in (("attention, sdpa", sdpa), ("attention, query by query", alone)):
+        compare(name, lambda b, t, f=function: attended(b, t, f), function(q, k, v, True))
+    rowwise("RMSNorm", lambda x: F.rms_norm(x.float(), x.shape[-1:]).to(dtype), hidden)
+    rowwise("silu(gate) * up", lambda a, b: F.silu(a) * b, gate, up)
+    rowwise("log_softmax, fp32", lambda x: x.log_softmax(-1), vocabulary)
+    return found
 
 
 def _plot(differences: dict[str, Tensor], path: Path, model: str) -> None:
@@ -180,9 +309,32 @@ def _plot(differences: dict[str, Tensor], path: Path, model: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def run(results: Results, out: Path, device, model: str, batch: int, adapters: list[int], new: int, budget: float):
-    """Both questions; rows of op "rollout" and <out>/rollout-agreement.png."""
-    speed(model, results, device, batch, adapters, new, budget)
-    for name, d in agreement(model, out, device, batch, new).items():
-        note = f"|Δ log p|: mean {d.mean():.3g}, p99 {d.quantile(0.99):.3g}, largest {d.max():.3g} over {len(d)} tokens"
-        results.add(Row("rollout", model, "agreement", name, "log p", batch, None, None, R, U, "bf16", note=note))
+def run(
+    results: Results,
+    out: Path,
+    device,
+    model: str,
+    batch: int,
+    adapters: list[int],
+    new: int,
+    budget: float,
+    blocks: int | None = None,
+    questions: tuple[str, ...] = QUESTIONS,
+) -> None:
+    """The questions that are asked; rows of op "rollout" and <out>/rollout-agreement.png."""
+    if SPEED in questions:
+        speed(model, results, device, batch, adapters, new, budget, blocks)
+    if OPERATIONS in questions:
+        for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+            total = batch * (8 + new)
+            for name, (step, alone) in operations(model, device, batch, 8 + new, dtype).items():
+                note = (
+                    f"{step} of {total} tokens differ between {batch} rows and {total}, {alone} between 1 and {total}"
+                )
+                results.add(Row("rollout", model, "operation", name, "bits", batch, None, None, R, U, short, note=note))
+    if AGREEMENT in questions:
+        for name, d in agreement(model, out, device, batch, new, blocks).items():
+            mean, top, largest = d.mean(), d.quantile(0.99), d.max()
+            note = f"|Δ log p|: mean {mean:.3g}, p99 {top:.3g}, largest {largest:.3g} over {len(d)} tokens"
+            called = _called(model, blocks)
+            results.add(Row("rollout", called, "agreement", name, "log p", batch, None, None, R, U, "bf16", note=note))

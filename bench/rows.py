@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ OUT = Path(__file__).parent / "out"  # not in git
 class Row:
     """One measurement. A number that was not measured is None, an empty field in the file."""
 
-    op: str  # linear | svd | model
+    op: str  # linear | layer | host | svd | model | peft | rollout | ceilings | parts | memory
     model: str
     layer: str
     provider: str
@@ -36,7 +37,9 @@ class Row:
     p20_ms: float | None = None
     p80_ms: float | None = None
     ratio_to_bare: float | None = None
-    peak_mb: float | None = None  # CUDA only: allocated above what the layer itself holds
+    mode: str = ""  # on a GPU: eager, or captured in a CUDA graph
+    bound_ms: float | None = None  # what the roofline of the same run allows at best
+    peak_mb: float | None = None  # allocated above what the layer itself holds (CUDA only), or kept: see `memory`
     gb_per_s: float | None = None  # the fewest bytes the bare layer must move, per second
     tflops: float | None = None  # the bare layer's operations, per second
     angle_deg: float | None = None  # svd: largest angle to PEFT's subspace (a full SVD)
@@ -89,15 +92,22 @@ def slug(name: str) -> str:
 
 
 class Results:
-    """The rows of one device in `folder`/<device>.csv. New rows replace the earlier ones of the same ops.
+    """The rows of one device in `folder`/<device>.csv. New rows replace the earlier ones of the same ops, or those of
+    them for which `replaced` is true.
 
     As a context: rows given to `add` are in the file at once, whatever happens afterwards.
     """
 
-    def __init__(self, folder: Path, ops: tuple[str, ...], device: torch.device):
+    def __init__(
+        self,
+        folder: Path,
+        ops: tuple[str, ...],
+        device: torch.device,
+        replaced: Callable[[Row], bool] = lambda row: True,
+    ):
         name = device_name(device)
         self.path = folder / f"{slug(name)}.csv"
-        self.ops = ops
+        self.ops, self.replaced = ops, replaced
         self.rows: list[Row] = []
         self._same = {
             "device": name,
@@ -109,7 +119,8 @@ class Results:
         }
 
     def __enter__(self) -> "Results":
-        kept = [row for row in read(self.path) if row.op not in self.ops] if self.path.exists() else []
+        old = read(self.path) if self.path.exists() else []
+        kept = [row for row in old if not (row.op in self.ops and self.replaced(row))]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_suffix(".tmp")
         with fresh.open("w", newline="") as file:

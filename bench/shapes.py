@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 
 MODELS = Path(__file__).parent / "models"
+# The projections of one block by what they read: those of one group read the same activations.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ def models() -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (not name.startswith("Qwen2.5"), block_numbers(name))))
 
 
+def decoders() -> tuple[str, ...]:
+    """The models whose blocks have the projections of SIBLINGS."""
+    return tuple(name for name in models() if config(name)["model_type"] != "bert")
+
+
 @cache
 def config(model: str) -> dict:
     """The config.json of a model."""
@@ -41,8 +48,9 @@ def config(model: str) -> dict:
     return json.loads(path.read_text())
 
 
-def _projections(c: dict) -> dict[str, tuple[int, int, bool]]:
+def projections(model: str) -> dict[str, tuple[int, int, bool]]:
     """{projection: (N, K, bias)} of one transformer block."""
+    c = config(model)
     H, I = c["hidden_size"], c["intermediate_size"]
     if c["model_type"] == "bert":
         square = dict.fromkeys(("query", "key", "value", "attention.output"), (H, H, True))
@@ -68,7 +76,7 @@ def layers(model: str) -> tuple[Layer, ...]:
     """The distinct linear layers inside a model's transformer blocks."""
     c = config(model)
     alike: dict[tuple[int, int, bool], list[str]] = {}
-    for name, shape in _projections(c).items():
+    for name, shape in projections(model).items():
         alike.setdefault(shape, []).append(name)
     depth = c["num_hidden_layers"]
     return tuple(Layer(model, tuple(names), *shape, len(names) * depth) for shape, names in alike.items())
@@ -81,4 +89,4 @@ def modules(model: str) -> int:
 
 def block_numbers(model: str) -> int:
     """Numbers in the linear layers of one transformer block: the size that models are ordered by."""
-    return sum(N * K for N, K, _ in _projections(config(model)).values())
+    return sum(N * K for N, K, _ in projections(model).values())

@@ -20,18 +20,19 @@ SHORT = 5e-3  # seconds
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of one call: median and the spread around it, over `rounds` measurements."""
+    """Milliseconds of one call: median, the spread around it and the shortest, over `rounds` measurements."""
 
     p50: float
     p20: float
     p80: float
+    best: float
     rounds: int
 
     @classmethod
     def of(cls, seconds: list[float]) -> "Times":
         ms = torch.tensor(seconds, dtype=torch.float64) * 1e3
         p50, p20, p80 = (ms.quantile(q).item() for q in (0.5, 0.2, 0.8))
-        return cls(p50, p20, p80, len(seconds))
+        return cls(p50, p20, p80, ms.min().item(), len(seconds))
 
 
 def alternate(
@@ -41,11 +42,13 @@ def alternate(
     budget: float,
     device: torch.device,
     graphs: bool = True,
+    each: int = 1,
 ) -> dict[str, Times]:
     """Times of every call in `calls`, at least MIN_ROUNDS each and about `budget` seconds together.
 
     calls:   what to time, by provider
     rotate:  rotate(i) puts the i-th of `buffers` sets of operands in place, outside the timed region
+    each:    how many calls one of `calls` makes: times are of one
     graphs:  on CUDA, time CUDA graphs (the device's work alone) and not eager calls (launches and Python as well)
     """
     if device.type == "cuda":
@@ -57,9 +60,10 @@ def alternate(
     quiet: dict[str, list[float]] = {name: [] for name in calls}
     slowest = 0.0
     for i, call in enumerate(calls.values()):  # the second call counts: the first compiles, loads and allocates
-        rotate(i % buffers)
-        call()
-        slowest = max(slowest, call())
+        for _ in range(2):
+            rotate(i % buffers)
+            took = call()
+        slowest = max(slowest, took)
     # In a model the layer before ran the same code, on other weights: a short call is timed after an untimed one of
     # its own provider. Straight after another's, its code is not in the caches, and a call of 0.5 ms takes 6 % longer.
     untimed, timed = (1, 2) if slowest < SHORT else (0, 1)
@@ -80,7 +84,8 @@ def alternate(
                         quiet[name].append(elapsed)
     # A call during which the kernel gave one of our cores to somebody else measures that somebody (two threads then
     # wait for each other for whole scheduler ticks); without it, unless hardly any call was left alone.
-    return {name: Times.of(q if len(q) >= MIN_ROUNDS else seconds[name]) for name, q in quiet.items()}
+    chosen = {name: q if len(q) >= MIN_ROUNDS else seconds[name] for name, q in quiet.items()}
+    return {name: Times.of([s / each for s in found]) for name, found in chosen.items()}
 
 
 def _preemptions() -> int:
@@ -112,7 +117,7 @@ def _on_device(call, rotate, buffers, graphs) -> Callable[[], float]:
             call()
 
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    work = _captured(sweep).replay if graphs else sweep
+    work = captured(sweep).replay if graphs else sweep
 
     def seconds() -> float:
         torch.cuda.synchronize()
@@ -125,7 +130,8 @@ def _on_device(call, rotate, buffers, graphs) -> Callable[[], float]:
     return seconds
 
 
-def _captured(sweep) -> torch.cuda.CUDAGraph:
+def captured(sweep) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of this call, after three calls of it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # lazy handles and compilation must happen before the capture

@@ -40,6 +40,7 @@ def apply_core(
     ids,
     rows,
     M,
+    adapters,
     CORE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     R: tl.constexpr,
@@ -50,7 +51,8 @@ def apply_core(
 
     CORE "none":  s = z
     CORE "dense": core is C [R, R]; with U > 0 it is v [U], and C = Σ_a v_a P_a with basis P [U, R, R]
-    CORE "rows":  the same with a first dimension: row m uses core[ids[m]], and -1 gives s = 0
+    CORE "rows":  the same with a first dimension of `adapters`: row m uses core[ids[m]], -1 gives s = 0, and an id that
+                  is neither -1 nor below `adapters` reads nothing and gives NaN
 
     One rank at a time, so that nothing larger than z lives in registers and no dot rounds.
     """
@@ -61,7 +63,7 @@ def apply_core(
         real = ranks < R
         if CORE == "rows":
             own = tl.load(ids + rows, mask=rows < M, other=-1).to(tl.int64)  # [BLOCK_M]
-            adapted = own >= 0
+            adapted = (own >= 0) & (own < adapters)
         s = tl.zeros_like(z)
         for i in range(R):
             z_i = tl.sum(tl.where(ranks[None, :] == i, z, 0.0), axis=1)  # [BLOCK_M]
@@ -84,6 +86,8 @@ def apply_core(
                     else:
                         c += tl.load(core + a).to(tl.float32) * p[None, :]
                 s += z_i[:, None] * c
+        if CORE == "rows":
+            s = tl.where(((own < -1) | (own >= adapters))[:, None], float("nan"), s)
     return s
 
 

@@ -4,7 +4,6 @@ The gradients of q, k and v arrive like that, and one product takes them all: dX
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -13,37 +12,42 @@ from torch import Tensor
 MOST = 3  # q, k, v
 
 
-@dataclass(frozen=True)
 class ColumnBlocks:
-    """One to three tensors [M, K_i] whose columns lie equally far apart."""
+    """One to three tensors [M, K_i] whose columns lie equally far apart.
 
-    tensors: tuple[Tensor, ...]
+    shape:       (M, K) of all together
+    row_strides: of the three; 0 where there is none
+    ends:        behind which column the first and the second block end
+    """
+
+    __slots__ = ("ends", "row_strides", "shape", "tensors")
+
+    def __init__(self, tensors: tuple[Tensor, ...]):
+        self.tensors, first = tensors, tensors[0]
+        if len(tensors) == 1:  # nearly every call: each step here is paid per launch
+            self.shape = M, K = first.shape
+            self.row_strides, self.ends = (first.stride(0), 0, 0), (K, K)
+            return
+        ends = [*accumulate(t.shape[1] for t in tensors)]
+        self.shape = first.shape[0], ends[-1]
+        self.row_strides = (*(t.stride(0) for t in tensors), *[0] * (MOST - len(tensors)))
+        self.ends = ends[0], ends[1]
 
     @classmethod
     def of(cls, x: Tensor | Sequence[Tensor]) -> "ColumnBlocks":
-        tensors = (x,) if isinstance(x, Tensor) else tuple(x)
+        if isinstance(x, Tensor):
+            return cls((x,))
+        tensors = tuple(x)
         if len(tensors) > MOST or len({t.stride(1) for t in tensors}) > 1:
             tensors = (torch.cat(tensors, 1),)
         return cls(tensors)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.tensors[0].shape[0], sum(t.shape[1] for t in self.tensors)
 
     def three(self, of: Callable[[Tensor], object] = lambda t: t) -> tuple:
         """`of` every block, as the kernels take them: None where there is none."""
         return (*map(of, self.tensors), *[None] * (MOST - len(self.tensors)))
 
-    @property
-    def row_strides(self) -> tuple[int, int, int]:
-        return (*(t.stride(0) for t in self.tensors), *[0] * (MOST - len(self.tensors)))
-
-    @property
-    def ends(self) -> tuple[int, int]:
-        """Behind which column the first and the second block end."""
-        ends = [*accumulate(t.shape[1] for t in self.tensors), *[self.shape[1]] * MOST]
-        return ends[0], ends[1]
-
     def divided_by(self, step: int) -> bool:
         """Whether every block is whole steps wide."""
+        if len(self.tensors) == 1:
+            return self.shape[1] % step == 0
         return all(t.shape[1] % step == 0 for t in self.tensors)

@@ -11,7 +11,7 @@ class Core:
 
     values: None, C [r, r], v [u], or one per adapter: [A, r, r], [A, u]
     basis:  P [u, r, r] where values is v
-    ids:    [M] where there is one per adapter; -1 is no adapter
+    ids:    [M] where there is one per adapter; -1 is no adapter, and what names none gives NaN
     transposed: s = z C instead, which is what the backward needs
     """
 
@@ -27,6 +27,11 @@ class Core:
     @property
     def u(self) -> int:
         return 0 if self.basis is None else self.basis.shape[0]
+
+    @property
+    def adapters(self) -> int:
+        """How many there are to choose from by ids."""
+        return 0 if self.ids is None else self.values.shape[0]
 
     def pointers(self, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(values, basis, ids), each contiguous; `unused` stands where there is none."""

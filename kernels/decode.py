@@ -17,7 +17,7 @@ from .scratch import counters
 from .tiles import Decode, period
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "adapters"])
 def decode_kernel(
     x,
     w,
@@ -34,6 +34,7 @@ def decode_kernel(
     z_planes,
     arrived,
     M,
+    adapters,
     N,
     K,
     stride_xm,
@@ -101,7 +102,7 @@ def decode_kernel(
     z_mask = rows & (ranks[None, :] < R)
     z_at = m[:, None] * R + ranks[None, :]
     if INLINE:
-        s_tile = apply_core(z_tile, core, basis, ids, m, M, CORE, TRANSPOSED, R, U, WIDTH)  # [BLOCK_M, WIDTH]
+        s_tile = apply_core(z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, WIDTH)  # [BLOCK_M, WIDTH]
         u_tile = load_up(up, n, 0, N, stride_un, stride_ur, R, WIDTH, WIDTH, x.dtype.element_ty)  # [BLOCK_N, WIDTH]
         acc = dot_wide(u_tile, s_tile.T, acc, PRECISION)
         if tile_n == 0:
@@ -178,6 +179,7 @@ def decode(
         z_planes,
         counters(blocks, x.device) if tile.split > 1 else z,
         M,
+        core.adapters,
         N,
         K,
         *x.stride(),
@@ -201,4 +203,5 @@ def decode(
         BLOCK_K=tile.k,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )

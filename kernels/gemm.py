@@ -320,4 +320,5 @@ def gemm(
         BLOCK_K=tile.k,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )

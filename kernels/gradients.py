@@ -128,7 +128,7 @@ def core_gradient(t: Tensor, z: Tensor, like: Tensor, core: Core, r: int, tile: 
     return out
 
 
-@triton.jit(do_not_specialize=["M", "slice_rows"])
+@triton.jit(do_not_specialize=["M", "adapters", "slice_rows"])
 def factor_gradient_kernel(
     z,
     core,
@@ -139,6 +139,7 @@ def factor_gradient_kernel(
     planes,
     arrived,
     M,
+    adapters,
     slice_rows,
     C,
     stride_xm,
@@ -168,7 +169,9 @@ def factor_gradient_kernel(
         m = m_next + tl.arange(0, BLOCK_M)
         row = m.to(tl.int64)[:, None]
         z_tile = tl.load(z + row * R + ranks[None, :], mask=(m[:, None] < M) & (ranks[None, :] < R), other=0.0)
-        s_tile = apply_core(z_tile, core, basis, ids, m, M, CORE, TRANSPOSED, R, U, BLOCK_R)  # [BLOCK_M, BLOCK_R]
+        s_tile = apply_core(
+            z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, BLOCK_R
+        )  # [BLOCK_M, BLOCK_R]
         x_at = x + row * stride_xm + c.to(tl.int64)[None, :] * stride_xc
         x_tile = tl.load(x_at, mask=(m[:, None] < M) & (c[None, :] < C), other=0.0)  # [BLOCK_M, BLOCK_C]
         acc = dot_wide(x_tile.T, s_tile, acc, PRECISION)
@@ -206,6 +209,7 @@ def factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor, tile: FactorG
         planes,
         arrived,
         M,
+        core.adapters,
         tile.rows,
         C,
         *x.stride(),

@@ -21,7 +21,7 @@ from .tiles import Thin, period
 
 @triton.jit
 def store_rank_rows(
-    z, z_tile, s, core, basis, ids, m, M,
+    z, z_tile, s, core, basis, ids, m, M, adapters,
     R: tl.constexpr, U: tl.constexpr, CORE: tl.constexpr, TRANSPOSED: tl.constexpr,
     STORE_S: tl.constexpr, WIDTH: tl.constexpr, PERIOD: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def store_rank_rows(
     inside = m[:, None] < M
     tl.store(z + row * R + ranks[None, :], z_tile, mask=inside & (ranks[None, :] < R))  # [BLOCK_M, WIDTH]
     if STORE_S:
-        s_tile = apply_core(z_tile, core, basis, ids, m, M, CORE, TRANSPOSED, R, U, WIDTH)  # [BLOCK_M, WIDTH]
+        s_tile = apply_core(z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, WIDTH)  # [BLOCK_M, WIDTH]
         high = s_tile.to(s.dtype.element_ty)
         at = s + row * WIDTH + ranks[None, :]
         tl.store(at, high, mask=inside & (ranks[None, :] < PERIOD))
@@ -70,7 +70,7 @@ def reduce_columns(
     return z_tile
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "adapters"])
 def thin_kernel(
     x,
     x1,
@@ -84,6 +84,7 @@ def thin_kernel(
     planes,
     arrived,
     M,
+    adapters,
     K,
     end,
     end1,
@@ -146,11 +147,11 @@ def thin_kernel(
             for j in range(slices):
                 z_tile += tl.load(planes + j * plane + at, mask=one, other=0.0, cache_modifier=".cg")
             store_rank_rows(
-                z, z_tile, s, core, basis, ids, m, M, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
+                z, z_tile, s, core, basis, ids, m, M, adapters, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
             )  # fmt: skip
     else:
         store_rank_rows(
-            z, z_tile, s, core, basis, ids, m, M, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
+            z, z_tile, s, core, basis, ids, m, M, adapters, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
         )  # fmt: skip
 
 
@@ -180,6 +181,7 @@ def thin(
         planes,
         counters(row_blocks, x.device) if tile.split > 1 else z,
         M,
+        core.adapters,
         K,
         *blocks.ends,
         *blocks.row_strides,
@@ -200,5 +202,6 @@ def thin(
         BLOCK_K=tile.k,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )
     return z, s

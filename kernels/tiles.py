@@ -1,12 +1,19 @@
 """Which kernel runs and with what launch shape: data and arithmetic, no GPU and no maths of the operator.
 
 `choose` is a pure function of the sizes, the dtype and the compute capability. Nothing is timed at run time.
-The constants are a model until a card has been measured; docs/LOG.md says which.
+The constants are a model until a card has been measured; docs/LOG.md says which. What `python -m bench tune` measured
+on a card stands in tables/sm_<capability>.json and comes first; the model serves what no table lists.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
 
 import torch
+
+# A model asks the same few questions at every call: the answers are remembered.
+remembered = lru_cache(maxsize=4096)
 
 # The largest rank the kernels take. Above it the adapter is no longer small against the layer.
 MAX_RANK = 128
@@ -16,6 +23,11 @@ INLINE_RANK = 8
 # the tensor cores, where more than a padded row block is no longer free.
 DECODE_ROWS = 128
 DECODE_ROWS_FP32 = 16
+
+
+# A bound of its own ends ptxas's aim at an occupancy, for which it parks a few words outside the loop in fp32 kernels
+# and in the long one, although nothing runs short: only one program of those fits an SM anyway.
+ALL_REGISTERS = 255
 
 
 def pad(n: int, least: int = 16) -> int:
@@ -35,6 +47,7 @@ class Gemm:
 
     descriptors, programs: bulk copies, by that many programs that walk over all tiles
     subtiles: in how many column blocks a tile is stored; rank: how much of the padded rank one dot takes
+    registers: an upper bound for a thread, None for the compiler's own
     """
 
     m: int
@@ -47,6 +60,7 @@ class Gemm:
     subtiles: int = 1
     group: int = 8
     rank: int = 32
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,7 @@ class Thin:
     width: int
     warps: int = 4
     stages: int = 4
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,7 @@ class Decode:
     split: int
     warps: int = 4
     stages: int = 4
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -150,12 +166,12 @@ def _gemms(chip: Card, descriptors: bool, width: int) -> list[tuple[Gemm, float]
     """Candidates with the share of the peak that a full wave of them reaches."""
     if descriptors:
         rank = chip.rank_in_registers
-        tall = () if width > 32 else ((Gemm(256, 128, 64, 8, 4, True, chip.sms, 4, rank=rank), 1.0),)
-        return [
-            (Gemm(128, 256, 64, 8, 4, True, chip.sms, 4, rank=rank), 1.0),
-            *tall,
-            (Gemm(128, 128, 64, 8, 4, True, chip.sms, 2, rank=rank), 0.9),
-        ]
+
+        def bulk(m: int, n: int) -> Gemm:
+            return Gemm(m, n, 64, 8, 4, True, chip.sms, 4 if m * n > 128 * 128 else 2, 8, rank, ALL_REGISTERS)
+
+        tall = () if width > 32 else ((bulk(256, 128), 1.0),)
+        return [(bulk(128, 256), 1.0), *tall, (bulk(128, 128), 0.9)]
     if chip.shared > 150000:
         wide = () if width > 64 else ((Gemm(128, 256, 32, 8, 4), 1.0),)
         return [*wide, (Gemm(128, 128, 64, 8, 3), 0.9), (Gemm(64, 128, 64, 4, 3), 0.75)]
@@ -178,6 +194,7 @@ def gemm_tile(M: int, N: int, chip: Card, descriptors: bool, width: int, aligned
     return min(_gemms(chip, descriptors, width), key=waves)[0]
 
 
+@remembered
 def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Thin:
     """Enough programs to fill the card: K is cut where M alone gives too few, but never below four steps."""
     width = pad(r)
@@ -187,9 +204,10 @@ def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int,
     if dtype == torch.float32:  # ieee dots hold a whole step of both operands in registers
         m, k = (16 if M <= 16 or width > 64 else 32), (32 if width <= 32 else 16)
     else:
-        m, k = (16 if M <= 16 else 64 if width <= 64 else 32), (128 if width <= 64 and K % 8 == 0 else 64)
+        m = 16 if M <= 16 else 64 if width <= 64 else 32
+        k = 128 if width <= 64 and K % 8 == 0 else 32 if width > 64 and K % 8 else 64
     split = max(1, min(2 * chip.sms // max(1, -(-M // m)), K // (4 * k), 32))
-    return Thin(m, k, split, width, stages=3)
+    return Thin(m, k, split, width, stages=3, registers=ALL_REGISTERS if dtype == torch.float32 else None)
 
 
 def decode_tile(M: int, N: int, K: int, dtype: torch.dtype, chip: Card) -> Decode:
@@ -199,9 +217,11 @@ def decode_tile(M: int, N: int, K: int, dtype: torch.dtype, chip: Card) -> Decod
     stages = 4 if chip.shared > 150000 and dtype != torch.float32 else 3
     blocks = -(-N // 64)
     split = max(1, min(2 * chip.sms // blocks, K // (4 * k), 16))
-    return Decode(m, 64, k, split, 8 if m > 64 and not chip.bulk_copies else 4, stages)
+    registers = ALL_REGISTERS if dtype == torch.float32 else None
+    return Decode(m, 64, k, split, 8 if m > 64 and not chip.bulk_copies else 4, stages, registers)
 
 
+@remembered
 def choose(
     M: int,
     N: int,
@@ -210,13 +230,33 @@ def choose(
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
     descriptors: bool = True,
+    transposed: bool = False,
 ) -> Choice:
-    """What computes Y [M, N] from K, by a model of its time. The backward's dX asks with N and K swapped.
+    """What computes Y [M, N] from K: the card's table, or a model of the time. dX asks with N and K swapped.
 
     capability: the card's, or None for Triton's interpreter: the same choice as on 9.0, in small tiles, and never
     the library, so that every kernel can be run on a CPU.
     descriptors: whether the operands meet the rules of bulk copies (`gemm.fits_descriptors`).
+    transposed: whether w [N, K] is the view of a transposed matrix, as in the backward; tables tell them apart.
     """
+    if descriptors and capability is not None:
+        bucket = next((bound for bound in BUCKETS if bound >= M), BUCKETS[-1])
+        tuned = table(capability).get((N, K, rank_class(r), dtype, transposed, bucket))
+        if tuned is not None:
+            return fitted(tuned, r)
+    return default(M, N, K, r, dtype, capability, descriptors)
+
+
+def default(
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    descriptors: bool = True,
+) -> Choice:
+    """`choose` without a table: the model alone."""
     chip = CARDS[9, 0] if capability is None else card(capability)
     inline = r <= INLINE_RANK
     few = DECODE_ROWS_FP32 if dtype == torch.float32 and capability is not None else DECODE_ROWS
@@ -236,9 +276,8 @@ def choose(
         return Choice(_small(main), thin, None, "Triton's interpreter: the fused matmul in small tiles")
     expand = Gemm(64, 64, 16, 4, 1)
     if dtype == torch.float32:
-        expand = Gemm(
-            32, 64, 16, 4, 1, rank=16
-        )  # ieee dots multiply outside the tensor cores, all operands in registers
+        # ieee dots multiply outside the tensor cores, all operands in registers
+        expand = Gemm(32, 64, 16, 4, 1, rank=16, registers=ALL_REGISTERS)
         return Choice(None, thin, expand, "fp32: the library's matmul is the faster one, the low-rank part is added")
     saved = chip.expand_cost / K
     lost = POINTER_SLACK if chip.bulk_copies and not bulk else chip.slack
@@ -252,24 +291,43 @@ def choose(
 PINNED_ROWS = 1024
 
 
+@remembered
 def pinned(
-    N: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int, int] | None, descriptors: bool = True
+    N: int,
+    K: int,
+    r: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    descriptors: bool = True,
+    transposed: bool = False,
 ) -> Choice:
     """The one choice for every M, so that a row's sums are cut and ordered alike however many rows there are.
 
     The thin pass and the fused matmul, since both walk over blocks of rows that know nothing of each other: decode's
     tile grows with M, and the library does what it likes. No tile is the best for one row and for thousands; this one
-    leans to few rows, which rollouts have: narrow, to occupy more of the card. Arguments as in `choose`.
+    leans to few rows, which rollouts have: narrow, to occupy more of the card. A table may hold one for a shape, under
+    ANY_M, and what it says of single M is ignored. Arguments as in `choose`.
     """
+    if descriptors and capability is not None:
+        tuned = table(capability).get((N, K, rank_class(r), dtype, transposed, ANY_M))
+        if tuned is not None:
+            return fitted(tuned, r)
+    return pinned_default(N, K, r, dtype, capability, descriptors)
+
+
+def pinned_default(
+    N: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int, int] | None, descriptors: bool = True
+) -> Choice:
+    """`pinned` without a table."""
     chip = CARDS[9, 0] if capability is None else card(capability)
     thin = thin_tile(PINNED_ROWS, K, r, dtype, capability)
     why = f"batch invariant: one choice for every M at N = {N}, K = {K}"
     if capability is None:
         return Choice(_small(Gemm(128, 128, 64, 8, 4, descriptors, 1)), thin, None, why)
     if dtype == torch.float32:
-        return Choice(Gemm(16, 64, 16, 4, 2, rank=16), thin, None, why)
+        return Choice(Gemm(16, 64, 16, 4, 2, rank=16, registers=ALL_REGISTERS), thin, None, why)
     if descriptors and chip.bulk_copies:
-        main = Gemm(128, 128, 64, 8, 4, True, chip.sms, 2, rank=chip.rank_in_registers)
+        main = Gemm(128, 128, 64, 8, 4, True, chip.sms, 2, rank=chip.rank_in_registers, registers=ALL_REGISTERS)
     elif descriptors and chip.shared > 150000:
         main = Gemm(128, 128, 64, 8, 3)
     else:
@@ -277,6 +335,7 @@ def pinned(
     return Choice(main, thin, None, why)
 
 
+@remembered
 def core_gradient_tile(M: int, r: int, adapters: int, dtype: torch.dtype, small: bool = False) -> CoreGradient:
     """512 rows a program; with many adapters fewer slices, since each adapter has programs of its own."""
     side = min(pad(r), 32)
@@ -286,6 +345,7 @@ def core_gradient_tile(M: int, r: int, adapters: int, dtype: torch.dtype, small:
     return CoreGradient(64, side, rows, "ieee" if side == 16 or dtype == torch.float32 else "tf32x3")
 
 
+@remembered
 def factor_gradient_tile(M: int, C: int, r: int, small: bool = False) -> FactorGradient:
     """64 columns a program, and enough slices of the rows to fill a card: one choice for all cards."""
     width = pad(r)
@@ -301,3 +361,128 @@ def _small(tile: Decode | Gemm) -> Decode | Gemm:
     if isinstance(tile, Decode):
         return Decode(tile.m, 32, 32, 3, 4, 1)
     return Gemm(32, 32, 32, 4, 1, tile.descriptors, 3, 2 if tile.descriptors else 1, 2, tile.rank)
+
+
+# --- tables: what was measured on a card ------------------------------------------------------------------
+
+TABLES = Path(__file__).parent / "tables"
+# An entry serves all M from the bucket before up to its own, at which it was measured; the last one all above, too.
+BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+ANY_M = 0  # an entry for `pinned`
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Key = tuple[int, int, int, torch.dtype, bool, int]
+
+
+def rank_class(r: int) -> int:
+    """Ranks that one entry serves: those of decode in one launch, then each padded rank by itself."""
+    return INLINE_RANK if r <= INLINE_RANK else pad(r)
+
+
+def fitted(choice: Choice, r: int) -> Choice:
+    """An entry for this rank, which its class allows: the thin pass's width is the padded one."""
+    return choice if choice.thin is None else replace(choice, thin=replace(choice.thin, width=pad(r)))
+
+
+def to_json(choice: Choice) -> dict:
+    """A choice as a table holds it: the kernels that run and their launch shapes."""
+    kinds = {"main": choice.main, "thin": choice.thin, "expand": choice.expand}
+    return {name: {"kernel": type(t).__name__} | asdict(t) for name, t in kinds.items() if t is not None}
+
+
+def from_json(entry: dict, why: str) -> Choice:
+    """The choice that `to_json` wrote; TypeError or KeyError on what it did not."""
+    known = {"Gemm": Gemm, "Thin": Thin, "Decode": Decode}
+    made = {name: known[t["kernel"]](**{k: v for k, v in t.items() if k != "kernel"}) for name, t in entry.items()}
+    return Choice(made.get("main"), made.get("thin"), made.get("expand"), why)
+
+
+def read_table(path: Path) -> dict[Key, Choice]:
+    """The entries of a table, by (N, K, rank class, dtype, transposed, bucket of M or ANY_M)."""
+    entries = {}
+    for e in json.loads(path.read_text())["entries"]:
+        key = e["N"], e["K"], e["rank"], DTYPES[e["dtype"]], e["transposed"], e["M"]
+        entries[key] = from_json(
+            e["choice"], f"measured: {path.name}, {e['ms']} ms against the default's {e['default_ms']}"
+        )
+    return entries
+
+
+@cache
+def table(capability: tuple[int, int]) -> dict[Key, Choice]:
+    """The table of exactly this architecture; empty where nothing has been measured."""
+    path = TABLES / f"sm_{capability[0]}{capability[1]}.json"
+    return read_table(path) if path.exists() else {}
+
+
+def forget() -> None:
+    """Read the tables again, and choose anew: after one of them was written."""
+    for function in (table, choose, pinned):
+        function.cache_clear()
+
+
+def shared_bytes(tile: Gemm | Decode, dtype: torch.dtype) -> int:
+    """About how much shared memory a launch takes, from above: its stages, and what the store passes through."""
+    if isinstance(tile, Decode):
+        return dtype.itemsize * tile.stages * tile.k * (tile.m + tile.n + 16) + 4096
+    stored = tile.m * tile.n // tile.subtiles if tile.descriptors else 0
+    return dtype.itemsize * (tile.stages * tile.k * (tile.m + tile.n) + stored) + 16384
+
+
+def candidates(M: int, N: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[Choice]:
+    """What is worth timing for these sizes and aligned operands, the default first; all of it fits shared memory."""
+    first = default(M, N, K, r, dtype, capability)
+    found = [first]
+    chip = CARDS[9, 0] if capability is None else card(capability)
+    usual = thin_tile(M, K, r, dtype, capability)
+    thins = [usual, *(replace(usual, split=s) for s in (usual.split // 2, usual.split * 2) if 0 < s <= K // usual.k)]
+    if M <= DECODE_ROWS:
+        for n, warps in ((32, 4), (64, 4), (64, 8), (128, 8)):
+            for k in (64, 128) if dtype != torch.float32 else (16, 32):
+                for split in (1, 2, 4, 8, 16):
+                    programs = -(-N // n) * split
+                    too_thin = split > 1 and (split > K // (2 * k) or programs > 6 * chip.sms)
+                    if too_thin or programs < chip.sms // 4:
+                        continue
+                    registers = ALL_REGISTERS if dtype == torch.float32 else None
+                    tile = Decode(pad(M), n, k, split, warps, 4, registers)
+                    thin = None if r <= INLINE_RANK else usual
+                    found.append(Choice(tile, thin, None, "decode"))
+    if dtype != torch.float32:
+        found += [Choice(tile, usual, None, "fused") for tile in _wide_tiles(chip, usual.width)]
+        if isinstance(first.main, Gemm):
+            found += [replace(first, thin=thin) for thin in thins[1:]]
+    if capability is None:
+        return [first, replace(first, thin=thins[-1])]  # a dry run on a CPU tries two
+    expand = Gemm(64, 64, 16, 4, 1) if dtype != torch.float32 else default(8192, N, K, r, dtype, capability).expand
+    found += [Choice(None, thin, expand, "library") for thin in thins]
+    fits = [c for c in found if c.main is None or shared_bytes(c.main, dtype) <= chip.shared]
+    return [c for i, c in enumerate(fits) if _shapes(c) not in map(_shapes, fits[:i])]
+
+
+def pinned_candidates(N: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[Choice]:
+    """The same for `pinned`: fused tiles, and splits of K that no M changes; the default first."""
+    first = pinned_default(N, K, r, dtype, capability)
+    if capability is None or dtype == torch.float32:
+        return [first]
+    chip = card(capability)
+    found = [first, *(replace(first, main=tile) for tile in _wide_tiles(chip, first.thin.width))]
+    for split in (first.thin.split // 2, first.thin.split * 2):
+        if 0 < split <= K // first.thin.k:
+            found.append(replace(first, thin=replace(first.thin, split=split)))
+    fits = [c for c in found if shared_bytes(c.main, dtype) <= chip.shared]
+    return [c for i, c in enumerate(fits) if _shapes(c) not in map(_shapes, fits[:i])]
+
+
+def _shapes(choice: Choice) -> tuple:
+    return choice.main, choice.thin, choice.expand
+
+
+def _wide_tiles(chip: Card, width: int) -> list[Gemm]:
+    """Tiles of the fused matmul: those of the default in other orders and depths, and smaller ones for few rows."""
+    tiles = [tile for tile, _ in _gemms(chip, chip.bulk_copies, width)]
+    tiles += [replace(tile, group=group) for tile in tiles for group in (4, 16)]
+    if chip.bulk_copies:
+        rank = chip.rank_in_registers
+        for m, n, warps in ((64, 128, 4), (64, 256, 8), (128, 64, 4)):
+            tiles.append(Gemm(m, n, 64, warps, 4, True, chip.sms, 2, 8, rank, ALL_REGISTERS))
+    return tiles

@@ -2,7 +2,8 @@
 
     python3 tests/mutants.py [--jobs 2] [--only WORD] [--out FILE]
 
-Every mutant is one replacement in a copy of the checkout; `tests/test_kernels.py` runs there and must fail. The
+Every mutant is one replacement in a copy of the checkout; `tests/test_kernels.py` (for the last two files
+`tests/test_invariant.py`, too) runs there and must fail. The
 last result stands in docs/LOG.md. A mutant that lives names a mask or a term that no test can see.
 """
 
@@ -32,12 +33,13 @@ class Mutant:
 
 M = Mutant
 BLOCKS, GEMM, THIN, DECODE, GRADIENTS = (f"kernels/{n}.py" for n in ("blocks", "gemm", "thin", "decode", "gradients"))
-FUSED = "tinylora/ops/fused.py"
+FUSED, INVARIANT = "tinylora/ops/fused.py", "tinylora/ops/invariant.py"
 
 # The tests that see most mutants of a file: they run first, to save time.
 FIRST = {
     BLOCKS: (
         "every_split_of_k_in_decode",
+        "an_id_out_of_range_reads_nothing_and_gives_nan",
         "rank_r_arrives_in_y_with_more_bits_than_bf16_has",
         "the_thin_pass_keeps_the_core_in_fp32",
         "bitwise_repeatable_and_the_counters_return_to_zero",
@@ -56,7 +58,10 @@ FIRST = {
     DECODE: ("every_split_of_k_in_decode", "strides_and_what_lies_beside_the_operands"),
     GRADIENTS: ("gradients_one_by_one", "strides_and_what_lies_beside_the_operands"),
     FUSED: ("gradients_one_by_one",),
+    INVARIANT: (),
 }
+# What follows if those see nothing.
+ALL = {FUSED: ("tests/test_kernels.py", "tests/test_invariant.py"), INVARIANT: ("tests/test_invariant.py",)}
 
 MUTANTS = [
     # blocks.py
@@ -64,7 +69,10 @@ MUTANTS = [
     M(BLOCKS, "first + tile % height, tile % per_group // height", "first, tile % per_group", "tile order: rows"),
     M(BLOCKS, "acc = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), acc)", "acc = acc", "wide dot: the low half"),
     M(BLOCKS, "mask=rows < M, other=-1", "mask=rows < M, other=0", "ids beyond M", cannot="such rows are never stored"),
-    M(BLOCKS, "adapted = own >= 0", "adapted = own >= -1", "rows without an adapter"),
+    M(BLOCKS, "(own >= 0) & (own < adapters)", "(own >= -1) & (own < adapters)", "rows without an adapter"),
+    M(BLOCKS, "(own >= 0) & (own < adapters)", "own >= 0", "ids of no adapter: nothing is read"),
+    M(BLOCKS, "(own < -1) | (own >= adapters)", "own < -1", "ids of no adapter: too large"),
+    M(BLOCKS, "(own < -1) | (own >= adapters)", "own >= adapters", "ids of no adapter: too small"),
     M(BLOCKS, "ranks[None, :] == i, z, 0.0", "ranks[None, :] <= i, z, 0.0", "core: which rank"),
     M(BLOCKS, "at = i * R + ranks if TRANSPOSED else ranks * R + i", "at = ranks * R + i", "core: transposed"),
     M(BLOCKS, "at = i * R + ranks if TRANSPOSED else ranks * R + i", "at = i * R + ranks", "core: not transposed"),
@@ -202,6 +210,19 @@ MUTANTS = [
     M(FUSED, "factor_gradient(z, ours, dy", "factor_gradient(z, theirs, dy", "dU: s = z Cᵀ"),
     M(FUSED, "or 0 in dy.stride()", "", "a broadcast gradient",
       cannot="pointers take a stride of 0, and `fits_descriptors` refuses it: the copy is for speed"),
+    M(FUSED, "tiles.pinned(N, K, r", "tiles.choose(M, N, K, r", "batch invariant: one choice for every M"),
+    M(FUSED, "theirs, down.T, None, choice, pin)", "theirs, down.T, None, choice)", "batch invariant: dX, too"),
+    M(FUSED, "x.stride() != (K, 1) or x.data_ptr() % 16", "False", "batch invariant: rows with a stride of their own",
+      cannot="the interpreter rounds alike by pointers and by bulk copies"),
+    # invariant.py
+    M(INVARIANT, "padded(x[rows], ROWS, inner)", "padded(x[rows], count, inner)", "blocks: always as many rows"),
+    M(INVARIANT, "if not lies_aligned(w):", "if False:", "blocks: rows that start anywhere are copied"),
+    M(INVARIANT, "core[..., i, :] if transposed else core[..., i]", "core[..., i]", "core: transposed"),
+    M(INVARIANT, "core[..., i, :] if transposed else core[..., i]", "core[..., i, :]", "core: not transposed"),
+    M(INVARIANT, "z[:, i : i + 1]", "z[:, :1]", "core: which rank"),
+    M(INVARIANT, "masked_fill_((adapter_ids < 0).unsqueeze(-1), 0)", "mul_(1)", "rows without an adapter"),
+    M(INVARIANT, "adapter_ids[rows]", "adapter_ids[: count]", "which rows' adapters"),
+    M(INVARIANT, "core, up.t(), bias", "core, up.t(), None", "bias"),
 ]  # fmt: skip
 
 
@@ -231,9 +252,11 @@ def run(mutant: Mutant, folder: Path, timeout: float) -> tuple[bool, str, float]
     started = time.monotonic()
     env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    all_tests = "tests/test_kernels.py"
+    all_tests = ALL.get(mutant.file, ("tests/test_kernels.py",))
     try:
-        for which in ([f"{all_tests}::test_{name}" for name in FIRST[mutant.file]], [all_tests]):
+        for which in ([f"tests/test_kernels.py::test_{name}" for name in FIRST[mutant.file]], all_tests):
+            if not which:
+                continue
             done = subprocess.run(
                 [*pytest, *which], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout
             )

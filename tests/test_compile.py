@@ -35,11 +35,8 @@ def test_every_launch(capability):
 
 def nothing_spills_and_everything_fits(capability, launches):
     limit = tiles.card(capability).shared
-    # For 10.0 ptxas aims at an occupancy, and in corners (fp32, nothing divisible) parks a few words outside the loop.
-    allowed = 32 if capability[0] == 10 else 0
-    spilled = [(launch.stack, launch.registers, key(launch)) for launch in launches if launch.stack > allowed]
+    spilled = [(launch.stack, launch.registers, key(launch)) for launch in launches if launch.stack]
     assert not spilled, spilled
-    assert all(launch.registers < 255 for launch in launches if launch.stack)
     assert max(launch.shared for launch in launches) <= limit
 
 
@@ -63,7 +60,13 @@ def the_long_kernel_keeps_the_hardware_s_pace(capability, launches):
             assert not any(op.startswith(("LDL", "STL", "LDG")) for op in opcodes)
             assert 1 in launch.waits, key(launch)
     for launch in long:
-        if not launch.options["DESCRIPTORS"] and capability[0] == 8 and launch.args[0].stride(0) % 8 == 0:
+        x = launch.args[0]
+        if (
+            not launch.options["DESCRIPTORS"]
+            and capability[0] == 8
+            and x.dtype != torch.float32
+            and x.stride(0) % 8 == 0
+        ):
             assert "cp.async.c" in launch.ptx and "mma.sync" in launch.ptx
 
 

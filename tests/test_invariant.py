@@ -26,10 +26,10 @@ def threads(count):
         torch.set_num_threads(before)
 
 
-def assert_rows_are_independent(problem, alone, parts, invariant=True):
+def assert_rows_are_independent(problem, alone, parts, invariant=True, turned=True):
     """Y and dX of all rows at once, against every row in `alone` by itself and all of them in parts of several sizes.
 
-    A part comes in reverse order, too, and as a view with a row stride of its own.
+    turned: in reverse order and every other row, too. At last as a view with a row stride of its own.
     """
     (x, weight, down, core, up, bias), ids, basis = problem.operands()
     dy = torch.randn(problem.M, problem.N, generator=torch.Generator().manual_seed(1)).to(problem.dtype)
@@ -47,7 +47,7 @@ def assert_rows_are_independent(problem, alone, parts, invariant=True):
     whole = run(everything)
     groups = [everything[m : m + 1] for m in alone]
     groups += [g for size in parts for g in everything.split(size)]
-    groups += [everything.flip(0), everything[1::2]]
+    groups += [everything.flip(0), everything[1::2]] if turned else []
     for rows in groups:
         for name, got, want in zip(("Y", "dX"), run(rows), whole, strict=True):
             assert torch.equal(got, want[rows]), f"{name}: {len(rows)} rows from {rows[0]} on differ"
@@ -62,7 +62,7 @@ CPU = [
     Problem(100, 5, 7, 2),  # MKL rounds by place where rows start anywhere
     Problem(70, 3, 915, 2, f64),
     Problem(100, 1000, 33, 2, f64, core="mixed-rows"),
-    Problem(300, 896, 896, 2, bf16, core="mixed"),
+    Problem(150, 896, 896, 2, bf16, core="mixed"),
     Problem(100, 128, 896, 2, bf16, core="mixed-rows"),
     Problem(100, 896, 384, 20, bf16, core="rows", factors=f32),
     Problem(100, 77, 105, 8, bf16, core="none"),
@@ -72,8 +72,11 @@ CPU = [
 ]
 
 
-@pytest.mark.parametrize("count", [1, 2], ids="{}-threads".format)
-@pytest.mark.parametrize("problem", CPU, ids=lambda p: p.id)
+@pytest.mark.parametrize(
+    "problem, count",
+    [pytest.param(p, 1, id=p.id) for p in CPU]
+    + [pytest.param(p, 2, id=f"{p.id}-2-threads") for p in CPU if p.dtype in (f32, bf16)][::3],
+)
 def test_on_a_cpu(problem, count):
     with threads(count):
         assert_rows_are_independent(problem, (0, 1, 7, problem.M // 2, problem.M - 1), (3, 32, 50))
@@ -149,17 +152,16 @@ def interpreted(monkeypatch):
 
 
 KERNELS = [
-    Problem(130, 72, 104, 2, bf16, core="mixed-rows"),  # bulk copies
-    Problem(67, 72, 104, 13, f16, core="none"),
-    Problem(67, 77, 105, 3, f32, core="mixed"),  # pointers
-    Problem(40, 40, 72, 20, f32, core="rows"),
+    Problem(70, 72, 104, 2, bf16, core="mixed-rows"),  # bulk copies
+    Problem(40, 40, 72, 13, f16, core="none"),
+    Problem(40, 77, 105, 3, f32, core="rows"),  # pointers
 ]
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 @pytest.mark.parametrize("problem", KERNELS, ids=lambda p: p.id)
 def test_in_the_kernels(problem, interpreted):
-    assert_rows_are_independent(problem, (0, 37, problem.M - 1), (35,))
+    assert_rows_are_independent(problem, (0, 37, problem.M - 1), (35,), turned=False)
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -181,7 +183,7 @@ def test_in_the_kernels_a_split_of_k_that_follows_m_is_seen(interpreted, monkeyp
     pinned = tiles.pinned
     monkeypatch.setattr(fused, "_linear", by_rows)
     with pytest.raises(AssertionError, match="differ"):
-        assert_rows_are_independent(Problem(130, 40, 104, 2), (0, 40, 129), (50,))
+        assert_rows_are_independent(Problem(130, 40, 104, 2), (0,), (50,))
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), None], ids=str)
@@ -208,7 +210,7 @@ def test_where_it_cannot_be_had_is_an_error(monkeypatch):
         _computes(OnGpu(), None, None, None, None, True)
 
 
-@pytest.mark.parametrize("core", ["dense", "mixed-rows"])
+@pytest.mark.parametrize("core", ["mixed-rows"])
 def test_gradcheck_opcheck_and_compile(core):
     operands, ids, basis = Problem(4, 5, 6, 2, f64, core=core).operands()
     leaves = [None if t is None else t.requires_grad_() for t in operands]

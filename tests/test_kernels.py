@@ -250,6 +250,29 @@ def test_rows_without_an_adapter_are_the_base_layer_whatever_the_others_hold():
         assert y[ids == 0].isnan().any(1).all()
 
 
+@pytest.mark.parametrize(
+    "M, r, core", [(9, 3, "rows"), (9, 13, "mixed-rows"), (130, 2, "mixed-rows"), (130, 3, "rows")]
+)
+def test_an_id_out_of_range_reads_nothing_and_gives_nan(M, r, core, monkeypatch):
+    """As on a GPU, where nobody looks at the ids first."""
+    monkeypatch.setattr(eager, "check_ids", lambda *_: None)
+    (x, weight, down, c, up, bias), ids, basis = Problem(M, 40, 72, r, core=core).operands()
+    leaves = [t.requires_grad_() for t in (x, down, c, up)]
+    good = adapted_linear(x, weight, down, c, up, bias, ids, basis=basis)
+    want = torch.autograd.grad(good.sum(), leaves)
+    wrong, bad = ids.clone(), torch.zeros(M, dtype=torch.bool)
+    for m, id in ((1, len(c)), (2, -2), (5, 1 << 40), (8, -(1 << 40))):
+        wrong[m], bad[m] = id, True
+    y = adapted_linear(x, weight, down, c, up, bias, wrong, basis=basis)
+    assert y[bad].isnan().all() and torch.equal(y[~bad], good[~bad])
+    dx, ddown, dc, dup = torch.autograd.grad(y.sum(), leaves)
+    assert dx[bad].isnan().all() and torch.equal(dx[~bad], want[0][~bad])
+    assert ddown.isnan().all() and dup.isnan().all()  # sums over all rows
+    kept = ids.masked_fill(bad, -1)
+    without = adapted_linear(x, weight, down, c, up, bias, kept, basis=basis)
+    torch.testing.assert_close(dc, torch.autograd.grad(without.sum(), c)[0])
+
+
 @pytest.mark.parametrize("problem", [Problem(130, 72, 104, 2, bf16), Problem(17, 77, 100, 3, bf16)], ids=lambda p: p.id)
 def test_bitwise_repeatable_and_the_counters_return_to_zero(problem, monkeypatch):
     from tinylora.kernels import decode, gradients, thin

@@ -131,6 +131,15 @@ def _info(options: argparse.Namespace) -> None:
     print(tabulate(_adapter_rows(options.adapter) if options.adapter else _machine_rows(), tablefmt="plain"))
 
 
+def _invariant(device: torch.device, path: str) -> str:
+    """Whether a row's result can be the same in any company on this device, and how."""
+    if path.startswith(dispatch.KERNELS):
+        return "yes: one launch shape for every number of rows; an error for operands that no kernel takes"
+    if device.type == "cpu":
+        return "yes: products of a fixed number of rows"
+    return "no: an error, since the library's matmul rounds a row by how many there are"
+
+
 def _adapter_rows(folder: str) -> list[tuple[str, object]]:
     header, tensors = read(f"{folder}/{FILE}")
     trained = {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
@@ -170,6 +179,7 @@ def _machine_rows() -> list[tuple[str, object]]:
         ("GPU", ", ".join(torch.cuda.get_device_name(d) for d in gpus) or "none"),
         *((f"bf16 on {d}", path(d, bf16)) for d in (torch.device("cpu"), *gpus)),
         *((f"fp64 on {d}", path(d, torch.float64)) for d in gpus),
+        *((f"batch_invariant on {d}", _invariant(d, path(d, bf16))) for d in (torch.device("cpu"), *gpus)),
         ("patch_peft", f"covers {', '.join(covered())}" if version("peft") != "not installed" else "needs peft"),
         ("", "tinylora.integrations.peft.counts() says in your process which calls were covered, and why others not"),
         ("factor cache", cache_folder()),

@@ -27,8 +27,8 @@ MIXED_RANK = 32
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    """The card's, or None in the interpreter."""
-    return None if interpreting() else capability_of(device)
+    """The card's, or None in the interpreter, whose tensors are a CPU's: others need not read the environment."""
+    return None if device.type == "cpu" and interpreting() else capability_of(device)
 
 
 def _current(device: torch.device):
@@ -84,9 +84,9 @@ def _linear(
         # A view of x that bulk copies refuse must not take another path than its rows do elsewhere.
         if x.stride() != (K, 1) or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)
-        choice = tiles.pinned(N, K, r, dtype, _capability(device), fits_descriptors(x, w))
+        choice = tiles.pinned(N, K, r, dtype, _capability(device), fits_descriptors(x, w), w.stride(1) != 1)
     elif choice is None:
-        choice = tiles.choose(M, N, K, r, dtype, _capability(device), fits_descriptors(x, w))
+        choice = tiles.choose(M, N, K, r, dtype, _capability(device), fits_descriptors(x, w), w.stride(1) != 1)
     s = None
     if choice.thin is not None:
         z, s = thin(x, down, core, choice.thin, precision, want_s=True)
@@ -124,7 +124,7 @@ def forward(
     """(Y, z) for x of [M, K]; `choice` and `pin` as in `_linear`."""
     if adapter_ids is not None and adapter_ids.device.type == "cpu":
         eager.check_ids(adapter_ids, core.shape[0])
-    if x.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
+    if x.is_cpu and x.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
         wide = (None if t is None else t.float() for t in (x, weight, down, core, up, bias))
         y, z = forward(*wide, adapter_ids, None if basis is None else basis.float(), choice, pin)
         return y.to(x.dtype), z
@@ -152,7 +152,7 @@ def backward(
     dX with t comes from one call of the forward's kernels; dC reads t and z alone; dD reads X once and dU reads
     dY once, and only where they are needed. dW and db are the library's.
     """
-    if dy.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
+    if dy.is_cpu and dy.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
         wide = (None if t is None else t.float() for t in (dy, x, z, weight, down, core, up))
         grads = backward(*wide, adapter_ids, None if basis is None else basis.float(), need, choice, pin)
         like = (dy, weight, down, core, up, dy)
@@ -168,7 +168,7 @@ def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice
     values, own_basis = _mixed_inside(core, basis)
     ours = Core(values, own_basis, adapter_ids)
     theirs = Core(values, own_basis, adapter_ids, transposed=True)
-    small = interpreting()
+    small = dy.is_cpu and interpreting()
     dy = _walkable(dy)
     if need_x:
         dx, t = _linear(dy, weight.T, up.T, theirs, down.T, None, choice, pin)
@@ -195,7 +195,7 @@ def backward_of_parts(dys, z, weight, down, core, up, adapter_ids, basis, need_x
 
     One launch for t and q, one matmul for dX, one launch for dC, however many layers there are.
     """
-    if dys[0].dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
+    if dys[0].is_cpu and dys[0].dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
         wide = (None if t is None else t.float() for t in (z, weight, down, core, up))
         basis = None if basis is None else basis.float()
         wide_dys = [dy.float() for dy in dys]
@@ -226,8 +226,8 @@ def _core_gradient(t: Tensor, z: Tensor, core: Tensor, ours: Core, basis: Tensor
     """dC, or dv, in the core's dtype; `ours` is the core as the kernels take it, `dtype` dY's."""
     M, r = t.shape
     adapters = core.shape[0] if ours.ids is not None else 1
-    like = ours.values if ours.values.dtype == torch.float32 else ours.values.float()
-    dcore = core_gradient(t, z, like, ours, r, tiles.core_gradient_tile(M, r, adapters, dtype, interpreting()))
+    like, small = ours.values.float(), t.is_cpu and interpreting()
+    dcore = core_gradient(t, z, like, ours, r, tiles.core_gradient_tile(M, r, adapters, dtype, small))
     return (eager.mix_gradient(dcore, basis) if ours.basis is None else dcore).to(core.dtype)
 
 

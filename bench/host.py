@@ -1,0 +1,250 @@
+"""`python -m bench host`: microseconds of the host per call of one layer so small that its arithmetic is nothing.
+
+On a CPU that is the whole call; on a GPU the time until the call returns, the device idle before it, and with CUDA
+graphs the replay of a hundred calls divided by a hundred. "hot": calls follow one another. "cold": between two calls
+twice the last cache's bytes are written, as a model's weights go through it between two layers.
+
+Without a GPU also the kernels' path, with their launches stubbed out: all Python from the layer down to Triton's
+launcher, which then does nothing. The driver's own part of a launch is not in it.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from bench import block, timing
+from bench import providers as who
+from bench.linear import DTYPES
+from bench.providers import Case
+from bench.rows import Results, Row
+
+HOT, COLD, CAPTURED = "hot", "cold", "captured"
+QUIET, FORWARD, BACKWARD = PASSES = ("forward, no grad", "forward", "backward")
+FUNCTION, OPERATOR, STUBBED = "F.linear", "adapted_linear", "launches stubbed out"
+SIZE = 64  # N and K of the layer, at one row
+# The two ways through the kernels, by rows; the layers' N and K are of a size that decides for the fused matmul.
+KERNEL_ROWS = {"decode": 1, "fused matmul": 256}
+KERNEL_SIZE = 512
+IN_A_GRAPH = 100
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Host:
+    """One way to call. forward: the inputs -> one output or several; trains: what trains beside the inputs."""
+
+    name: str
+    forward: Callable[..., Tensor | tuple[Tensor, ...]]
+    trains: list[Tensor]
+
+
+def one_layer(case: Case) -> list[Host]:
+    """F.linear and the bare layer, PEFT's layer, ours, and the operator under it."""
+    from tinylora.ops import adapted_linear
+
+    f, linear = case.factors, case.linear
+    made = [Host(FUNCTION, lambda x: F.linear(x, linear.weight, linear.bias), [])]
+    for name in (who.BARE, who.PEFT, who.OURS):
+        with contextlib.suppress(ImportError):  # a machine without PEFT measures the others
+            p = who.make(name, linear, f)
+            made.append(Host(name, p.forward, [] if p.trains is None else [p.trains]))
+    v, basis = f.v.float().requires_grad_(), f.basis.float()
+
+    def operator(x):
+        return adapted_linear(x, linear.weight, f.down, v, f.up, linear.bias, basis=basis)
+
+    return [*made, Host(OPERATOR, operator, [v])]
+
+
+def seven_layers(case: block.Case, names: tuple[str, ...]) -> list[Host]:
+    """A block as in `bench layer`: what siblings cost and spare the host."""
+    made = []
+    for name in names:
+        with contextlib.suppress(ImportError):
+            ((forward, trains),) = case.provider(name).copies
+            made.append(Host(name, forward, trains))
+    return made
+
+
+class Calls:
+    """Every provider's call in one pass, and what has to happen between two: `between` is not timed."""
+
+    def __init__(self, providers: list[Host], xs: list[Tensor], dys: list[Tensor], pass_: str, flush: Callable):
+        self.providers, self.xs, self.dys, self.pass_, self.flush = providers, xs, dys, pass_, flush
+        self.outputs: dict[str, Tensor | tuple[Tensor, ...]] = {}
+
+    def between(self, _: int = 0) -> None:
+        if self.pass_ == BACKWARD:
+            self.outputs = {p.name: p.forward(*self.xs) for p in self.providers}
+        self.flush()
+        if self.xs[0].is_cuda:
+            torch.cuda.synchronize()
+
+    def call(self, p: Host) -> Callable[[], object]:
+        xs, dys = self.xs, self.dys
+        if self.pass_ == BACKWARD:
+            wanted = [*xs, *p.trains]
+            return lambda: torch.autograd.grad(self.outputs[p.name], wanted, dys)
+        if self.pass_ == FORWARD:
+            return lambda: p.forward(*xs)
+
+        def quiet():
+            with torch.no_grad():
+                return p.forward(*xs)
+
+        return quiet
+
+    def times(self, budget: float) -> dict[str, timing.Times]:
+        calls = {p.name: self.call(p) for p in self.providers}
+        return timing.alternate(calls, self.between, 1, budget, CPU)  # the host's clock, on a GPU, too
+
+
+def flusher(mode: str) -> Callable[[], None]:
+    """What empties the host's caches between two calls, or nothing."""
+    if mode != COLD:
+        return lambda: None
+    buffer = torch.zeros(2 * timing.last_level_cache(CPU), dtype=torch.int8)
+    return lambda: buffer.add_(1)
+
+
+def run(results: Results, device: torch.device, dtype: str, budget: float) -> None:
+    """Rows of op "host"."""
+    cuda = device.type == "cuda"
+    case = Case(SIZE, SIZE, True, DTYPES[dtype], device, 2, 13)
+    (x,), (dy,) = case.operands(1, 1)
+    seven = _seven(SIZE, DTYPES[dtype], device)
+    (xs,), (dys,) = seven.operands(1)
+    everybody = seven_layers(seven, (who.BARE, who.PEFT, who.ALONE, who.OURS))
+    measured = [("layer", one_layer(case), [x], [dy]), ("block of seven", everybody, xs, dys)]
+    total = len(PASSES) * 2 * (3 if cuda else 2 + 2 * len(KERNEL_ROWS))
+    with tqdm(total=total, desc="host", unit="cell", dynamic_ncols=True) as bar:
+
+        def measure(layer, size, found, xs, dys, kind=dtype, modes=(HOT, COLD)):
+            for mode in modes:
+                for pass_ in PASSES:
+                    calls = Calls(found, xs, dys, pass_, flusher(mode))
+                    if mode != CAPTURED:
+                        times = calls.times(budget / total)
+                    elif pass_ != BACKWARD:  # whose graph would be of another forward
+                        times = _captured(calls, budget / total)
+                    else:
+                        times = {}
+                    for name, t in times.items():
+                        row = Row("host", "", layer, name, pass_, *size, 2, 13, kind, mode=mode, rounds=t.rounds)
+                        row.p50_ms, row.p20_ms, row.p80_ms = t.p50, t.p20, t.p80
+                        base = times.get(FUNCTION) or times.get(who.BARE)
+                        row.ratio_to_bare = t.p50 / base.p50 if base else None
+                        results.add(row)
+                    bar.update()
+
+        for layer, found, xs, dys in measured:
+            measure(layer, (1, SIZE, SIZE), found, xs, dys, modes=(HOT, COLD, CAPTURED) if cuda else (HOT, COLD))
+        if cuda:
+            return
+        results.add(Row("host", "", "layer", "", "", mode=CAPTURED, note="not measured: CUDA graphs need a GPU"))
+        try:
+            import triton  # noqa: F401
+        except ImportError as error:
+            results.add(Row("host", "", "kernels", STUBBED, "", note=f"not measured: {error}"))
+            return
+        size = (KERNEL_SIZE, KERNEL_SIZE)
+        for way, M in KERNEL_ROWS.items():
+            case, seven = Case(*size, True, torch.bfloat16, device, 2, 13), _seven(KERNEL_SIZE, torch.bfloat16, device)
+            ours = who.make(who.OURS, case.linear, case.factors)
+            one = [Host(f"ours, {STUBBED}", ours.forward, [ours.trains])]
+            several = seven_layers(seven, (who.ALONE, who.OURS))
+            several = [Host(f"{p.name}, {STUBBED}", p.forward, p.trains) for p in several]
+            with launches_stubbed_out():
+                measure(f"layer, {way}", (M, *size), one, *case.operands(M, 1), "bf16")
+                (xs,), (dys,) = seven.operands(M)
+                measure(f"block of seven, {way}", (M, *size), several, xs, dys, "bf16")
+
+
+def _seven(size: int, dtype: torch.dtype, device: torch.device) -> block.Case:
+    """Seven layers of [size, size]."""
+    shape = dict.fromkeys(block.NAMES, (size, size, False))
+    return block.Case(shape, dtype, device, 2, 13, lambda size: 1)
+
+
+def _captured(calls: Calls, budget: float) -> dict[str, timing.Times]:
+    """The host's part of a replay, for one of the calls in the graph."""
+    replays = {}
+    for p in calls.providers:
+        call = calls.call(p)
+        replays[p.name] = timing.captured(lambda call=call: [call() for _ in range(IN_A_GRAPH)]).replay
+    return timing.alternate(replays, calls.between, 1, budget, CPU, each=IN_A_GRAPH)
+
+
+@contextlib.contextmanager
+def launches_stubbed_out(capability: tuple[int, int] = (9, 0)) -> Iterator[list[str]]:
+    """CPU tensors take the kernels' path as on a card of this capability, and a launch ends where the driver's would
+    begin: nothing is compiled, nothing is computed, results are whatever memory held. Yields the kernels' names.
+
+    Triton's own Python (binding of arguments, their specialisation, its cache) runs as it is.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from tinylora.kernels import decode, gradients, scratch, thin
+    from tinylora.ops import dispatch, fused, siblings
+    from tinylora.ops import linear as operator
+
+    launched: list[str] = []
+    jitted: list[JITFunction] = []
+    zeros: dict[torch.device, Tensor] = {}
+
+    def cached_counters(n, device):  # on a card they are allocated once
+        if len(zeros.get(device, ())) < n:
+            zeros[device] = torch.zeros(max(n, 1 << 14), dtype=torch.int32)
+        return zeros[device]
+
+    def compiled(self, key, signature, device, *_):
+        name = self.fn.__name__
+        launch = SimpleNamespace(
+            run=lambda *args: launched.append(name),
+            launch_metadata=lambda *args: None,
+            function=0,
+            packed_metadata=(),
+        )
+        self.device_caches[device][0][key] = launch
+        jitted.append(self)
+        return launch
+
+    def computes(x, weight, down, core, up, batch_invariant):
+        factors = tuple(t.dtype for t in (down, up, core) if t is not None)
+        version = dispatch.triton_version()
+        dispatch.route("cuda", weight.dtype, factors, down.shape[0], capability, dispatch.interpreting(), version)
+        return fused.invariant if batch_invariant else fused
+
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    driver = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: "stub",  # a key of Triton's caches
+        get_current_stream=lambda device=None: 0,
+        get_active_torch_device=lambda: CPU,
+    )
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
+    try:
+        with contextlib.ExitStack() as stack:
+            for module in (decode, thin, gradients, scratch):
+                stack.enter_context(mock.patch.object(module, "counters", cached_counters))
+            stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compiled))
+            stack.enter_context(mock.patch.object(fused, "capability_of", lambda device: capability))
+            stack.enter_context(mock.patch.object(operator, "_computes", computes))
+            # The backward of siblings asks by itself.
+            stack.enter_context(mock.patch.object(siblings, "interpreting", lambda: True))
+            stack.enter_context(mock.patch.object(siblings, "route_of", lambda *_: (dispatch.KERNELS, "")))
+            yield launched
+    finally:
+        triton.runtime.driver._active = before
+        for function in jitted:
+            function.device_caches.pop("stub", None)

@@ -1,0 +1,151 @@
+"""`python -m bench layer`: the seven linear layers of a transformer block, every provider, against the roofline.
+
+What is timed: a forward without gradients, and a forward with the backward to the four inputs and the seven v, of
+`bench.block.Block`: the linear layers alone, q, k, v on one tensor and gate, up on another. On a GPU eagerly, and
+captured in a CUDA graph. Outputs and gradients of every provider are held against fp64 before. The device's ceilings
+are measured in the same run, and every row carries the least time that they allow. On a CPU `compiled addmm` is
+measured in the first dtype alone.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from bench import block, roofline, shapes, timing
+from bench import providers as who
+from bench.check import WrongResult
+from bench.linear import BOTH, DTYPES, PASSES, _peak_mb
+from bench.rows import Results, Row
+
+EAGER, CAPTURED = "eager", "captured"
+CPU_ROWS, CUDA_ROWS = (1, 16, 256), (1, 16, 128, 1024, 8192)
+CPU_MODELS, CUDA_MODELS = ("Qwen2.5-0.5B",), ("Qwen2.5-1.5B", "Qwen2.5-7B")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """models x dtypes x rows x passes x providers, in about `budget` seconds of timing."""
+
+    models: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    rows: tuple[int, ...]
+    providers: tuple[str, ...] = block.PROVIDERS
+    budget: float = 110.0
+    r: int = 2
+    u: int = 13
+
+
+def run(plan: Plan, results: Results, device: torch.device) -> list[str]:
+    """Measure; rows of ops "layer" and "ceilings" go to `results`. Returns what the budget did not reach, in words."""
+    deadline = time.perf_counter() + plan.budget
+    ceilings, rows = roofline.measure(device, plan.dtypes, 0.05 * plan.budget)
+    for row in rows:
+        results.add(row)
+    modes = (CAPTURED, EAGER) if device.type == "cuda" else (EAGER,)
+    if device.type != "cuda":
+        results.add(Row("layer", "", "block", "", "", mode=CAPTURED, note="not measured: CUDA graphs need a GPU"))
+    cells = [(model, dtype, M) for model in plan.models for dtype in plan.dtypes for M in plan.rows]
+    left = sum(map(_weight, cells))
+    missed: list[str] = []
+    case, of = None, None
+    with tqdm(total=len(cells), desc="layer", unit="cell", dynamic_ncols=True) as bar:
+        for cell in cells:
+            model, dtype, M = cell
+            bar.set_postfix_str(f"{model} {dtype} M = {M}")
+            if time.perf_counter() > deadline:
+                missed.append(f"{model} {dtype}, M = {M}")
+                continue
+            if of != (model, dtype):
+                case = present = weights64 = None  # what the last one held goes first
+                case = block.Case(
+                    shapes.projections(model), DTYPES[dtype], device, plan.r, plan.u,
+                    lambda size: timing.buffers_past_cache(size, device),
+                )  # fmt: skip
+                weights64 = {name: weight.double() for name, weight in case.weights[0].items()}
+                present = _make(plan, case, results, model, dtype)
+                of = model, dtype
+            share = max(0.0, deadline - time.perf_counter()) * _weight(cell) / left
+            _cell(plan, case, weights64, present, cell, modes, share, ceilings, results, device)
+            left -= _weight(cell)
+            bar.update()
+    return missed
+
+
+def _weight(cell: tuple[str, str, int]) -> float:
+    """A cell's claim on the budget: a fixed part, and its operations."""
+    model, _, M = cell
+    return 0.3 + sum(g.operations(M, 0) for g in roofline.groups(model)) / 2.5e9
+
+
+def _make(plan, case, results, model, dtype) -> dict[str, block.Provider]:
+    """The providers of a block. One that cannot be made (PEFT not installed, say) leaves a row that says so."""
+    present = {}
+    for name in plan.providers:
+        if name == who.PEFT_SAME_DTYPE and dtype == "fp32":
+            continue  # an fp32 base has fp32 adapters either way: this is `peft`
+        if name == who.COMPILED_ADDMM and case.device.type == "cpu" and dtype != plan.dtypes[0]:
+            continue  # compiling takes longer than timing all the others does
+        try:
+            present[name] = case.provider(name)
+        except ImportError as error:
+            results.add(_row(plan, (model, dtype, None), name, "", "", note=f"not measured: {error}"))
+    return present
+
+
+def _cell(plan, case, weights64, present, cell, modes, budget, ceilings, results, device) -> None:
+    """All providers, passes and modes at one M: first the gate, then the times."""
+    model, dtype, M = cell
+    start = time.perf_counter()
+    xs, dys = case.operands(M)
+    gate = block.Gate(case, xs[0], dys[0], weights64)
+    good = {}
+    for name, provider in present.items():
+        try:
+            gate.admit(provider)
+            good[name] = provider
+        except Exception as error:  # a provider that fails must not take the others' rows with it
+            why = f"wrong: {error}" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}: {error}"
+            for pass_ in PASSES:
+                results.add(_row(plan, cell, name, pass_, "", note=" ".join(why.split())[:200]))
+    del gate
+    work, size = roofline.groups(model), DTYPES[dtype].itemsize
+    budget = max(0.0, budget - (time.perf_counter() - start))
+    turn = Turn()
+    for pass_ in PASSES:
+        calls = {name: _call(provider, turn, xs, dys, pass_) for name, provider in good.items()}
+        for mode in modes:
+            share = budget / len(PASSES) / len(modes)
+            times = timing.alternate(calls, turn, case.buffers, share, device, graphs=mode == CAPTURED) if calls else {}
+            for name, t in times.items():
+                row = _row(plan, cell, name, pass_, mode)
+                row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds
+                row.ratio_to_bare = t.p50 / times[who.BARE].p50 if who.BARE in times else None
+                rank = 0 if name == who.BARE else plan.r
+                row.bound_ms = 1e3 * roofline.bound(work, M, rank, dtype, size, ceilings, pass_)
+                directions = 2 if pass_ == BOTH else 1
+                row.tflops = directions * sum(g.operations(M, 0) for g in work) / t.p50 / 1e9
+                row.gb_per_s = directions * size * sum(g.numbers(M, 0) for g in work) / t.p50 / 1e6
+                row.peak_mb = _peak_mb(calls[name], device)
+                results.add(row)
+
+
+class Turn:
+    """Which copy of the weights and operands is used."""
+
+    i = 0
+
+    def __call__(self, i: int) -> None:
+        self.i = i
+
+
+def _call(provider: block.Provider, turn: Turn, xs, dys, pass_: str):
+    if pass_ == BOTH:
+        return lambda: provider.gradients(turn.i, xs[turn.i], dys[turn.i])
+    return lambda: provider.forward(turn.i, xs[turn.i])
+
+
+def _row(plan, cell, provider, pass_, mode, note="") -> Row:
+    model, dtype, M = cell
+    return Row("layer", model, "block", provider, pass_, M, None, None, plan.r, plan.u, dtype, mode=mode, note=note)

@@ -1,0 +1,97 @@
+"""`bench gpu`: a dry run of every stage; stages that fail or hang leave the others alone; a second call goes on."""
+
+import pytest
+import torch
+
+from bench import gpu, rows
+from bench.__main__ import COMMANDS, main
+
+CPU = torch.device("cpu")
+
+
+def statuses(out) -> dict[str, str]:
+    return {name: stage["status"] for name, stage in gpu.read(out)["stages"].items()}
+
+
+def test_a_dry_run_of_every_stage(tmp_path, capsys):
+    pytest.importorskip("peft")
+    pytest.importorskip("triton")
+    threads = torch.get_num_threads()
+    try:
+        done = main(["gpu", "--dry-run", "--out", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert done == 0, printed + (tmp_path / gpu.LOG).read_text()
+    there = [s.name for s in gpu.STAGES if s.dry is not None]
+    assert [s.name for s in gpu.STAGES if s.name not in there] == ["tune"]  # which has a dry run of its own
+    assert statuses(tmp_path) == dict.fromkeys(there, gpu.FINISHED)
+    assert "nothing in it is a measurement of a GPU" in printed and gpu.read(tmp_path)["dry_run"] is True
+    (path,) = tmp_path.glob("*.csv")
+    found = rows.read(path)
+    assert {r.op for r in found} >= {"parts", "ceilings", "linear", "layer", "host", "memory", "rollout"}
+    assert {r.device for r in found} == {rows.device_name(CPU)}
+    assert {r.note for r in found if r.op == "parts"} == {"launches stubbed out: not a measurement"}
+    assert {r.M for r in found if r.op == "layer" and r.p50_ms} == {1, 8}  # decode's rows left layer's alone
+    assert {r.pass_ for r in found if r.op == "rollout"} == {"generate", "log p", "bits"}  # of two stages
+    table = (tmp_path / gpu.TABLE).read_text()
+    assert "The kernels one by one" in table and "The seven linear layers" in table and "Memory of one block" in table
+    assert main(["gpu", "--dry-run", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("finished before") == len(there)
+
+
+class Fake:
+    """A stage of `python -m timeit`, which runs a statement without importing torch."""
+
+    bench = tests = what = keep = ""
+    dry = ()
+
+    def __init__(self, name, statement):
+        self.name, self.statement = name, statement
+
+    def arguments(self, out, dry):
+        return ["timeit", "-n1", "-r1", self.statement]
+
+
+def test_stages_that_fail_or_hang_leave_the_others_alone(tmp_path, monkeypatch, capsys):
+    def stages(*, hanging, failing):
+        return Fake("hangs", hanging), Fake("fails", failing), Fake("good", "print('the good one ran')")
+
+    slow = f"import time; open(r'{tmp_path}/started', 'w'); time.sleep(60); open(r'{tmp_path}/survived', 'w')"
+    monkeypatch.setattr(gpu, "STAGES", stages(hanging=slow, failing="1 / 0"))
+    assert gpu.run(tmp_path, (), False, (), limit=4.0) == 1
+    assert statuses(tmp_path) == {"hangs": gpu.LATE, "fails": gpu.FAILED, "good": gpu.FINISHED}
+    assert gpu.read(tmp_path)["stages"]["fails"]["rc"] == 1
+    assert "the good one ran" in capsys.readouterr().out and (tmp_path / "started").exists()
+    monkeypatch.setattr(gpu, "STAGES", stages(hanging="pass", failing="1 / 0"))
+    assert gpu.run(tmp_path, (), False, ()) == 1
+    assert statuses(tmp_path) == {"hangs": gpu.FINISHED, "fails": gpu.FAILED, "good": gpu.FINISHED}
+    assert capsys.readouterr().out.count("the good one ran") == 0  # it had finished
+    assert gpu.run(tmp_path, ("good",), False, ()) == 0
+    assert "the good one ran" in capsys.readouterr().out  # it was named
+    assert (tmp_path / gpu.LOG).read_text().count("=== good") == 2
+    assert not (tmp_path / "survived").exists()
+
+
+def test_what_a_stage_writes_elsewhere_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    stage = Fake("tune", "open('tables/sm_90.json', 'w').write('[]')")
+    stage.keep = "tables"
+    (tmp_path / "tables").mkdir()
+    monkeypatch.setattr(gpu, "STAGES", (stage,))
+    assert gpu.run(tmp_path / "out", (), False, ()) == 0
+    assert (tmp_path / "out/tables/sm_90.json").read_text() == "[]"
+
+
+def test_a_dry_run_and_measurements_do_not_mix(tmp_path):
+    with pytest.raises(ValueError, match="bench/results"):
+        gpu.run(rows.RESULTS, (), True, COMMANDS)
+    gpu.write(tmp_path, {"dry_run": True, "stages": {}})
+    with pytest.raises(ValueError, match="holds a dry run"):
+        gpu.run(tmp_path, (), False, COMMANDS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_measured(capsys):
+    assert main(["gpu"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
