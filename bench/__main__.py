@@ -16,6 +16,7 @@ import torch
 from bench import (
     analysis,
     block,
+    demo,
     gpu,
     host,
     layer,
@@ -50,7 +51,7 @@ examples:
   python -m bench --out bench/results && python -m bench table    renew the results in git and in the README"""
 
 COMMANDS = ("linear", "layer", "host", "memory", "svd", "model", "peft", "rollout", "analysis")
-COMMANDS += ("parts", "tune", "roofline", "gpu", "table")
+COMMANDS += ("demo", "parts", "tune", "roofline", "gpu", "table")
 MAIN_BUDGET = 150.0
 NOISY = 1.3  # spread of a typical cell from which on a run should not be trusted; 1.1 on a quiet machine
 
@@ -152,6 +153,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--pretraining", type=int, default=500, help="steps on prose (default %(default)s)")
     p.add_argument("--steps", type=int, default=150, help="steps on code, for every rate (default %(default)s)")
 
+    p = what.add_parser("demo", help=demo.__doc__.split(": ", 1)[1].splitlines()[0], description=demo.__doc__)
+    p.add_argument("--out", type=Path, default=rows.OUT, help="its folder demo/ takes the results (default bench/out)")
+    part = p.add_mutually_exclusive_group()
+    for flag, about in demo.MINUTES.items():
+        part.add_argument(f"--{flag}", dest="part", action="store_const", const=flag, help=about)
+    p.set_defaults(part="demo")
+
     p = what.add_parser("rollout", help=rollout.__doc__.split(": ", 1)[1].splitlines()[0], description=rollout.__doc__)
     common(p)
     p.add_argument("--model", choices=shapes.models(), default="Qwen2.5-0.5B", help="(default %(default)s)")
@@ -206,6 +214,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.what == "table":
         report.write_readme(args.readme, args.results)
+        return 0
+    if args.what == "demo":
+        demo.run(args.out, args.part)
         return 0
     if args.what == "tune":
         return _tune(args)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bench import block, roofline
+from bench import block, demo, roofline
 from bench import providers as who
 from bench.linear import PASSES
 from bench.rows import Row, read
@@ -270,12 +270,13 @@ def markdown(rows: list[Row]) -> str:
 
 
 def write_readme(readme: Path, results: Path) -> None:
-    """Replace what stands between the two marks in the README by the tables of every CSV in `results`."""
+    """Replace what stands between the README's two marks by the tables of every CSV in `results`, and the demo's."""
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme} has no single pair of marks {BEGIN} and {END}")
     files = sorted(results.glob("*.csv"))
     bodies = [markdown(rows) for rows in map(read, files) if rows]
+    bodies += filter(None, [demo.markdown(results / "demo")])
     body = "\n\n".join(bodies) or "Nothing has been measured yet."
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)

@@ -12,7 +12,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # From the bottom up; a layer may import those before it and itself.
-LAYERS = ("kernels", "ops", "adapters", "nn", "tasks", "recipes", "analysis", "integrations", "cli_train", "cli")
+LAYERS = (
+    "kernels",
+    "ops",
+    "adapters",
+    "nn",
+    "tasks",
+    "recipes",
+    "analysis",
+    "evolution",
+    "integrations",
+    "cli_train",
+    "cli",
+)
 
 
 def layer_of(module: str) -> int | None:

@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from tinylora import recipes
 from tinylora.adapters import CONFIGS
-from tinylora.integrations import evaluate, training
+from tinylora.integrations import evaluate, evolving, training
 from tinylora.integrations.peft_files import load
 from tinylora.integrations.problems import load_problems
 from tinylora.integrations.transformers import load_model
@@ -44,15 +44,32 @@ _OF = {
         "max-length": (int, "sft.max_length", "tokens of a problem with its solution; what is longer is cut"),
     },
 }
+_OF["es"] = {
+    "lr": (float, "es.learning_rate", "length of a step, in the units of v"),
+    "sigma": (float, "es.sigma", "how far from v the perturbed adapters are"),
+    "population": (int, "es.population", "perturbed adapters in a generation, an even number"),
+    "prompts": (int, "es.prompts", "problems in a generation, the same for each of them"),
+    "temperature": (float, "es.temperature", "of the answers; 0 is greedy"),
+    "epochs": (float, "es.num_train_epochs", "passes over the data"),
+    "max-completion-length": (int, "es.max_completion_length", "tokens"),
+    "reward": _OF["grpo"]["reward"],
+}
+_NOT_OF = {"es": ("batch-size", "micro-batch-size")}
 _HELP = {
     "grpo": "reinforcement learning: sampled answers, rewarded if right (TRL's GRPOTrainer)",
     "sft": "supervised fine-tuning on the data's own solutions (TRL's SFTTrainer)",
+    "es": "evolution strategies: no gradients, every perturbed adapter of a generation in one generate()",
 }
+
+
+def _flags(command: str) -> dict[str, tuple]:
+    """The flags of a command that stand for a value of the recipe."""
+    return {flag: what for flag, what in (_COMMON | _OF[command]).items() if flag not in _NOT_OF.get(command, ())}
 
 
 def add(commands) -> None:
     """Add `train` and `eval` to the subparsers of `tinylora`."""
-    train = commands.add_parser("train", help="train an adapter: grpo or sft")
+    train = commands.add_parser("train", help="train an adapter: grpo, sft or es")
     kinds = train.add_subparsers(required=True, metavar="method")
     for command, about in _HELP.items():
         _add_training(kinds, command, about)
@@ -72,7 +89,7 @@ def _add_training(kinds, command: str, about: str) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT, with its own settings")
     parser.add_argument("--adapter", dest="adapter.kind", choices=CONFIGS, help="default: the recipe's")
     values = recipes.load(recipes.DEFAULT)
-    for flag, (kind, name, what) in (_COMMON | _OF[command]).items():
+    for flag, (kind, name, what) in _flags(command).items():
         default = f"{recipes.DEFAULT}: {_get(values, name)}" if name != "steps" else "the recipe's epochs"
         parser.add_argument(
             f"--{flag}", dest=name, type=kind, metavar=kind.__name__.upper(), help=f"{what} ({default})"
@@ -81,7 +98,7 @@ def _add_training(kinds, command: str, about: str) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    flags = {name for _, name, _ in (_COMMON | _OF[options.command]).values()} | {"adapter.kind"}
+    flags = {name for _, name, _ in _flags(options.command).values()} | {"adapter.kind"}
     asked = {n: v for n, v in vars(options).items() if n in flags and v is not None}
     for name in ("model", "data"):  # a run may be resumed from elsewhere
         if name in asked and Path(asked[name]).exists():
@@ -97,7 +114,10 @@ def _train(options: argparse.Namespace) -> None:
         for name, value in asked.items():
             section, _, key = name.rpartition(".")
             (settings[section] if section else settings)[key] = value
-    folder = training.run(options.command, settings, options.out, options.resume)
+    if options.command == "es":
+        folder = evolving.run(settings, options.out, options.resume)
+    else:
+        folder = training.run(options.command, settings, options.out, options.resume)
     print(f"{folder}: score it with tinylora eval --model {settings['model']} --adapter {folder}")
 
 

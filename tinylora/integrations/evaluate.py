@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from tinylora.integrations.transformers import as_prompt
+from tinylora.integrations.transformers import prompt_ids
 from tinylora.tasks import gsm8k
 from tinylora.tasks.gsm8k import Problem
 from tinylora.tasks.intervals import wilson
@@ -20,13 +20,7 @@ def complete(model: nn.Module, tokenizer, prompts: Sequence[str], *, max_new_tok
     Each prompt is a user's turn of the chat template where there is one. Nothing of the model's own generation
     settings acts but its end-of-text tokens: Qwen2.5's would penalise repetition, even in a greedy search.
     """
-    ids = []
-    for text in prompts:
-        turn = as_prompt(tokenizer, text)
-        if not isinstance(turn, str):
-            text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        # a chat template writes its own special tokens
-        ids.append(tokenizer(text, add_special_tokens=isinstance(turn, str))["input_ids"])
+    ids = [prompt_ids(tokenizer, text) for text in prompts]
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}
     completions = [""] * len(prompts)

@@ -69,3 +69,12 @@ def load_model(name: str | os.PathLike, dtype: str):
 def as_prompt(tokenizer, text: str):
     """The text as a user's turn where the tokenizer has a chat template (TRL's form), and as it is where not."""
     return text if tokenizer.chat_template is None else [{"role": "user", "content": text}]
+
+
+def prompt_ids(tokenizer, text: str) -> list[int]:
+    """The text's token ids as `as_prompt` puts it to the model, ready for the answer to follow."""
+    turn = as_prompt(tokenizer, text)
+    if not isinstance(turn, str):
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    # a chat template writes its own special tokens
+    return tokenizer(text, add_special_tokens=isinstance(turn, str))["input_ids"]

@@ -3,8 +3,8 @@
     {"about": "...", "model": {"value": "Qwen/...", "source": "paper", "note": "section 5.1"}, "grpo": {...}, ...}
 
 source: "paper" for what the paper states, "ours" for what it leaves open and we chose; the note says where, or why.
-The sections "grpo" and "sft" hold arguments of TRL's GRPOConfig and SFTConfig by their own names, "adapter" those of
-our configs. `SCHEMA` is all that a recipe has.
+The sections "grpo" and "sft" hold arguments of TRL's GRPOConfig and SFTConfig by their own names, "es" those of
+`tinylora.integrations.evolving`, "adapter" those of our configs. `SCHEMA` is all that a recipe has.
 """
 
 import json
@@ -18,7 +18,7 @@ SOURCES = ("paper", "ours")
 SCHEMA: dict[str, Any] = {
     "model": str, "data": str, "split": str, "dtype": str, "instruction": str, "reward": str, "seed": int,
     "batch_size": int, "micro_batch_size": int, "save_every": int,
-    "adapter": dict, "grpo": dict, "sft": dict,
+    "adapter": dict, "grpo": dict, "sft": dict, "es": dict,
     "eval": {"split": str, "max_completion_length": int, "batch_size": int},
 }  # fmt: skip
 

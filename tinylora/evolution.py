@@ -1,0 +1,165 @@
+"""Training without gradients: evolution strategies over an adapter's few numbers, a whole generation per generate().
+
+    v ← v + η / n · Σᵢ Fᵢ εᵢ         ε [n, d] ~ N(0, I) in pairs ±ε, F the fitness at v + σ εᵢ, standardised
+
+d numbers (13, say) are so few that n perturbed adapters fit into one batch: row i·m + j runs adapter i on prompt j, by
+`tinylora.stack` and `tinylora.adapter_ids`. There is no backward pass, no optimiser state and no log-probability, and
+the reward need not be of the kind that sampling makes smooth: greedy answers can be scored as they are.
+
+After Salimans et al., arXiv 1703.03864 (antithetic pairs; one step size). Standardising the fitness is GRPO's
+advantage, taken over adapters in the place of completions: it makes η the length of a step where the fitness is linear.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tinylora.adapters import Adapter, noise
+from tinylora.nn.model import named_numbers, shared_of
+from tinylora.nn.rows import adapter_ids, stack
+
+Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one step saw and did: the perturbed adapters' mean and best reward and its spread, |Δv|, texts generated."""
+
+    number: int
+    reward: float
+    best: float
+    spread: float
+    moved: float
+    completions: int
+
+
+class Evolution:
+    """Evolution strategies on a model with a TinyLoRA or LoRA-XS adapter; each `step` is one generation.
+
+        es = Evolution(model, tokenizer, reward, max_new_tokens=256)
+        for prompts, answers in batches:
+            print(es.step(tokenizer(prompts).input_ids, answers))
+
+    tokenizer:      has a pad_token; padding is done here, on the left
+    reward:         (completions, answers), two lists of one length, to as many finite numbers
+    population (n): perturbed adapters in a generation, even: they come in pairs v ± σ ε
+    sigma (σ), lr (η): in the units of v. A step is about η long; σ is how far around v the reward is looked at
+    temperature:    of the rollouts; 0 is greedy, and then the reward of greedy answers is what rises
+    seed, number:   generation `number` draws its ε, and its samples, from (seed, number) alone: a run that is
+                    continued with the numbers of the adapter and `number` is the run that was not interrupted
+
+    The generate() of a step has n · len(prompts) rows. The adapter's parameters are updated in place after it.
+    ValueError: no adapter of that name, one of another kind, modules_to_save (they cannot differ by row), a merged
+    model, an odd or non-positive population, sigma or lr not above 0, no pad_token.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        reward: Reward,
+        *,
+        max_new_tokens: int,
+        population: int = 64,
+        sigma: float = 0.1,
+        lr: float = 0.1,
+        temperature: float = 0.0,
+        seed: int = 0,
+        number: int = 0,
+        name: str = "default",
+    ):
+        shared = shared_of(model, name)
+        kind = type(shared.config).__name__
+        if type(next(iter(shared.layers.values()))).row_core is Adapter.row_core:
+            raise ValueError(f"adapter {name!r} is of {kind}, expected TinyLoraConfig or LoraXSConfig: see stack")
+        if shared.config.modules_to_save:
+            raise ValueError(
+                f"adapter {name!r} has modules_to_save {list(shared.config.modules_to_save)}, expected none: "
+                "they are whole weights, and one batch holds one of each"
+            )
+        if population < 2 or population % 2:
+            raise ValueError(f"population is {population}, expected an even number, 2 or more: pairs v ± σ ε")
+        for what, value in (("sigma", sigma), ("lr", lr)):
+            if not value > 0:
+                raise ValueError(f"{what} is {value}, expected a number above 0")
+        if temperature < 0:
+            raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or above")
+        if tokenizer.pad_token_id is None:
+            raise ValueError("tokenizer has no pad_token, expected one: prompts of a batch differ in length")
+        self.model, self.tokenizer, self.reward, self.name = model, tokenizer, reward, name
+        self.population, self.sigma, self.lr, self.seed, self.number = population, sigma, lr, seed, number
+        # Of the model's own generation settings only its ends of text act: Qwen2.5's would penalise repetition.
+        self.generation = {"max_new_tokens": max_new_tokens, "num_beams": 1, "repetition_penalty": 1.0}
+        self.generation |= {"pad_token_id": tokenizer.pad_token_id, "do_sample": temperature > 0}
+        if temperature > 0:
+            self.generation |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+
+    def step(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> Generation:
+        """One generation on these prompts (token ids), the same for every perturbed adapter, and the update.
+
+        ValueError: no prompts, not as many answers, a reward that gives not as many numbers or one that is not finite.
+        """
+        mean = self.numbers()
+        half = noise.normal(self.seed, f"generation {self.number}", self.population // 2, len(mean))
+        epsilon = torch.cat((half, -half))
+        rewards = self.rewards(mean + self.sigma * epsilon, prompts, answers)
+        fitness = rewards.mean(1)
+        spread = fitness.std(correction=0)
+        step = torch.zeros_like(mean)
+        if spread > 0:  # otherwise all did equally well, and there is nowhere to go
+            step = self.lr * (epsilon.T @ ((fitness - fitness.mean()) / spread)) / self.population
+            self._write(mean + step)
+        done = (fitness.mean(), fitness.max(), spread, step.norm())
+        self.number += 1
+        return Generation(self.number, *(float(x) for x in done), rewards.numel())
+
+    def numbers(self) -> Tensor:
+        """The adapter's d numbers, flat, fp32, on the CPU."""
+        return torch.cat([p.detach().float().cpu().flatten() for p in self._parameters().values()])
+
+    def rewards(self, adapters: Tensor, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> Tensor:
+        """What each of `adapters` [n, d] earns on each prompt, [n, m]: one generate() of n · m rows."""
+        if len(prompts) != len(answers) or not prompts:
+            raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers, expected as many, at least one")
+        stack(self.model, [self._named(numbers) for numbers in adapters], self.name)
+        count, width, device = len(adapters), max(map(len, prompts)), self._device()
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        of_row = torch.arange(count, device=device).repeat_interleave(len(prompts))
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+                torch.manual_seed(self.seed * 1_000_003 + self.number)
+                with adapter_ids(self.model, of_row, self.name):
+                    out = self.model.generate(
+                        input_ids=ids.repeat(count, 1), attention_mask=mask.repeat(count, 1), **self.generation
+                    )
+        finally:
+            self.model.train(training)
+        texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        found = torch.tensor([float(r) for r in self.reward(texts, list(answers) * count)])
+        if len(found) != len(texts) or not found.isfinite().all():
+            raise ValueError(
+                f"reward gave {len(found)} numbers for {len(texts)} completions, or one not finite: expected as many"
+            )
+        return found.view(count, len(prompts))
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {n: t for n, t in named_numbers(self.model, self.name).items() if isinstance(t, nn.Parameter)}
+
+    def _named(self, numbers: Tensor) -> dict[str, Tensor]:
+        own = self._parameters()
+        parts = numbers.split([p.numel() for p in own.values()])
+        return {n: part.view(p.shape) for (n, p), part in zip(own.items(), parts, strict=True)}
+
+    @torch.no_grad()
+    def _write(self, numbers: Tensor) -> None:
+        for (_, value), p in zip(self._named(numbers).items(), self._parameters().values(), strict=True):
+            p.copy_(value)
+
+    def _device(self) -> torch.device:
+        return next(iter(self._parameters().values())).device

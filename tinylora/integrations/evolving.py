@@ -1,0 +1,138 @@
+"""A run of evolution strategies in a folder, like those of `training`: logged, checkpointed, resumable. No TRL.
+
+    run.json        the settings, written once at the start: a resumed run has the same
+    log.jsonl       one line a generation: reward, best, spread, strict, lenient, moved, completions
+    checkpoint-<n>  the adapter after n generations, the last two: its numbers and n are all the state there is
+    adapter         the result, as `tinylora.save` writes it
+
+A run killed at any moment and resumed gives the curve of one that was not.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from tinylora.adapters import config_from_dict
+from tinylora.evolution import Evolution
+from tinylora.integrations import problems as data
+from tinylora.integrations import training
+from tinylora.integrations.training import ADAPTER, LOG, RUN
+from tinylora.integrations.transformers import load_model, prompt_ids
+from tinylora.nn import checkpoint
+from tinylora.nn.model import apply
+from tinylora.tasks import gsm8k
+
+KEYS = ("population", "prompts", "sigma", "learning_rate", "temperature", "max_completion_length", "num_train_epochs")
+_SHOWN = ("reward", "best", "spread", "strict", "lenient", "moved")
+
+
+def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) -> Path:
+    """Evolve as `settings` say (a recipe's values), in the folder `out`. Returns the adapter's.
+
+    settings["es"] has KEYS: those of `Evolution`, the prompts of a generation, and passes over the data. "steps"
+    beside them stands for so many generations instead. Rewards, resuming and errors are those of `training.run`;
+    ValueError, too, for an adapter whose thin factors train: see `Evolution`.
+    """
+    out, es = Path(out), settings["es"]
+    odd = sorted(es.keys() ^ set(KEYS))
+    if odd:
+        raise ValueError(f"es.{odd[0]} is {'missing' if odd[0] in KEYS else 'unknown'}, expected {', '.join(KEYS)}")
+    if settings["reward"] not in gsm8k.SCORERS:
+        raise ValueError(f"reward is {settings['reward']!r}, expected one of {', '.join(gsm8k.SCORERS)}")
+    if resume:
+        stored = training.read_run(out)
+    elif (out / RUN).exists():
+        raise ValueError(f"{out} holds a run already ({RUN}), expected another folder, or --resume to go on with it")
+    problems = data.load_problems(settings["data"], settings["split"])
+    if not 0 < es["prompts"] <= len(problems):
+        raise ValueError(f"es.prompts is {es['prompts']}, expected 1 to {len(problems)}, the problems that there are")
+    seen = data.digest(problems)
+    if resume and stored["data_digest"] != seen:
+        raise ValueError(f"{settings['data']} has other problems than when {out} was started, expected the same")
+    model, tokenizer = load_model(settings["model"], settings["dtype"])
+    apply(model, config_from_dict({"seed": settings["seed"]} | settings["adapter"]))
+    start = _last_checkpoint(model, out) if resume else 0
+    scores: dict[str, float] = {}
+
+    def reward(completions: Sequence[str], finals: Sequence[str]) -> list[float]:
+        pairs = list(zip(completions, finals, strict=True))
+        found = {name: [float(score(*pair)) for pair in pairs] for name, score in gsm8k.SCORERS.items()}
+        scores.update({name: sum(values) / len(values) for name, values in found.items()})
+        return found[settings["reward"]]
+
+    evolution = Evolution(
+        model, tokenizer, reward, max_new_tokens=es["max_completion_length"], population=es["population"],
+        sigma=es["sigma"], lr=es["learning_rate"], temperature=es["temperature"], seed=settings["seed"], number=start,
+    )  # fmt: skip
+    if not resume:
+        what = {"command": "es", "settings": settings, "data_digest": seen, "versions": training.versions()}
+        _write(out / RUN, json.dumps(what, indent=1, ensure_ascii=False) + "\n")
+    kept = [json.dumps(entry) + "\n" for entry in training.read_log(out / LOG) if entry["step"] <= start]
+    _write(out / LOG, "".join(kept))  # what a killed run did after its last checkpoint is done again
+    an_epoch = len(problems) // es["prompts"]
+    steps = settings.get("steps") or round(es["num_train_epochs"] * an_epoch)
+    whence = f", resumed from checkpoint-{start}" if start else ", from the beginning" if resume else ""
+    print(f"es: {len(evolution.numbers()):,} numbers evolve, {len(problems):,} problems, {steps} generations{whence}")
+    with tqdm(total=steps, initial=start, unit="generation", disable=None) as bar:
+        for step in range(start + 1, steps + 1):
+            chosen = _problems_of(step - 1, an_epoch, problems, es["prompts"], settings["seed"])
+            texts = [gsm8k.prompt(p.question, settings["instruction"]) for p in chosen]
+            done = evolution.step([prompt_ids(tokenizer, text) for text in texts], [p.final for p in chosen])
+            entry = {"step": step} | dataclasses.asdict(done) | scores
+            del entry["number"]
+            _append(out / LOG, json.dumps(entry) + "\n")
+            shown = {k: f"{entry[k]:.3g}" for k in _SHOWN}
+            bar.set_postfix(shown)
+            bar.update()
+            if bar.disable:
+                print(f"generation {step}/{steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+            if step % settings["save_every"] == 0:
+                checkpoint.save(model, out / f"checkpoint-{step}")
+                for _, old in _checkpoints(out)[2:]:
+                    shutil.rmtree(old)
+    checkpoint.save(model, out / ADAPTER)
+    return out / ADAPTER
+
+
+def _problems_of(number: int, an_epoch: int, problems: Sequence, count: int, seed: int) -> list:
+    """The problems of a generation: every epoch has an order of its own, by the seed and the epoch alone."""
+    epoch, place = divmod(number, an_epoch)
+    order = random.Random(f"{seed} {epoch}").sample(range(len(problems)), len(problems))
+    return [problems[i] for i in order[place * count : (place + 1) * count]]
+
+
+def _checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """The run's checkpoints, the newest first."""
+    found = [(p.name.removeprefix("checkpoint-"), p) for p in out.glob("checkpoint-*")]
+    return sorted(((int(n), p) for n, p in found if n.isdecimal()), reverse=True)
+
+
+def _last_checkpoint(model, out: Path) -> int:
+    """Load the newest checkpoint that is whole; 0 if there is none. One that is not is named on stderr."""
+    for number, path in _checkpoints(out):
+        try:
+            checkpoint.load(model, path)
+        except ValueError as error:
+            print(f"{path} is not whole and is passed over: {error}", file=sys.stderr)
+        else:
+            return number
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    checkpoint.write_whole(path, lambda scratch: Path(scratch).write_text(text, encoding="utf-8"))
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
