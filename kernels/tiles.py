@@ -205,7 +205,9 @@ def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int,
         m, k = (16 if M <= 16 or width > 64 else 32), (32 if width <= 32 else 16)
     else:
         m = 16 if M <= 16 else 64 if width <= 64 else 32
-        k = 128 if width <= 64 and K % 128 == 0 else 32 if width > 64 and K % 8 else 64  # masked steps are wide enough
+        # A masked step of 128 fits the registers beside 16 rows only.
+        whole = K % 128 == 0 or (M <= 16 and K % 8 == 0)
+        k = 128 if width <= 64 and whole else 32 if width > 64 and K % 8 else 64
     split = max(1, min(2 * chip.sms // max(1, -(-M // m)), K // (4 * k), 32))
     return Thin(m, k, split, width, stages=3, registers=ALL_REGISTERS if dtype == torch.float32 else None)
 
