@@ -98,6 +98,24 @@ def test_is_adapted_linear_on_weights_in_parts(problem, side_by_side):
         assert_as_good_as_torch(name, got[name], true[name], torchs[name])
 
 
+def test_large_fp32_products_come_one_by_one(monkeypatch):
+    (x, weight, down, core, up, bias), ids, basis = Problem(9, 48, 32, 2, core="mixed-rows").operands()
+    weights, biases = weight.split([16, 32]), bias.split([16, 32])
+    whole = adapted_linears(x, weights, down, core, up, biases, ids, basis)
+    monkeypatch.setattr("tinylora.ops.siblings.WIDE_ON_CPU", 100)
+    for with_bias in (True, False):
+        expected = [y if with_bias else y - b for y, b in zip(whole, biases, strict=True)]
+        got = adapted_linears(x, weights, down, core, up, biases if with_bias else [], ids, basis)
+        torch.testing.assert_close(list(got), expected)
+
+
+def test_a_base_that_trains_gets_its_gradient(calls):
+    model = adapted(layers=1)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_()
+    model(tokens(), labels=tokens()).loss.backward()
+    assert calls == {"group": 1, "alone": 4} and model.model.layers[0].mlp.up_proj.weight.grad.norm() > 0
+
+
 def test_outputs_may_be_changed_in_place_and_one_may_stay_unused():
     (x, weight, down, core, up, _), ids, basis = Problem(6, 24, 16, 2).operands()
     x.requires_grad_()

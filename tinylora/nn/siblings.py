@@ -160,6 +160,8 @@ class Siblings:
         for layer in self.layers:
             if layer.active != name or layer.merged is not None or layer.batch_invariant:
                 return None
+            if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
+                return None  # somebody thawed the base: the group's operator has no gradient for it
         adapters = [layer.adapters._modules[name] for layer in self.layers]
         if first.training and any(a.dropout for a in adapters):
             return None

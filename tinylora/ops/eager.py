@@ -203,6 +203,32 @@ def backward(
     return dx, dweight, ddown, dcore, dup, dbias
 
 
+def forward_of_parts(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    biases: Sequence[Tensor],
+    adapter_ids: Tensor | None,
+    basis: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """([Y_1 | .. | Y_G], z) of layers that share x, one product each, every Y_i finished while it is in the cache."""
+    if adapter_ids is not None:
+        check_ids(adapter_ids, core.shape[0])
+    z = thin(x, down)
+    s = apply_core(z, mix(core, basis), adapter_ids)
+    y = x.new_empty(x.shape[0], up.shape[0])
+    sizes = [w.shape[0] for w in weights]
+    for i, (weight, own, u) in enumerate(zip(weights, y.split(sizes, 1), up.split(sizes), strict=True)):
+        if biases:
+            torch.addmm(biases[i], x, weight.t(), out=own)
+        else:
+            torch.mm(x, weight.t(), out=own)
+        add_product(own, s, u.t())
+    return y, z
+
+
 def backward_of_parts(
     dys: Sequence[Tensor],
     z: Tensor | None,
