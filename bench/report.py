@@ -216,7 +216,7 @@ def rollout_table(rows: list[Row]) -> str:
         [
             r.model,
             r.M,
-            r.layer,
+            f"{r.layer}, {r.dtype}" if r.layer == "operation" else r.layer,
             r.provider,
             f"{r.ratio_to_bare:.2f}" if r.ratio_to_bare else "",
             r.note.replace("|", "\\|"),
@@ -260,7 +260,13 @@ def markdown(rows: list[Row]) -> str:
     if "svd" in ops:
         parts.append("Start-up of one layer: the truncated SVD.\n\n" + svd_table(rows))
     if "rollout" in ops:
-        parts.append("Rollouts with the adapter in place (random weights, bf16).\n\n" + rollout_table(rows))
+        brief = [r for r in rows if r.layer != "operation" and not r.provider.endswith(" alone")]
+        brief = [r for r in brief if ", all but " not in r.provider]
+        parts.append(
+            "Rollouts with the adapter in place (random weights, bf16). In the last row attention and the head are "
+            "made batch invariant, too, by the benchmark: transformers' own attention rounds a token by how many there "
+            "are. Which operations do stands in the CSV, one by one.\n\n" + rollout_table(brief)
+        )
     if "model" in ops:
         parts.append("A whole pretrained model, every linear layer adapted.\n\n" + model_table(rows))
     if "peft" in ops:
