@@ -9,7 +9,7 @@ KERNEL_TESTS := tests/test_kernels.py tests/test_compile.py tests/test_counts.py
 
 help:
 	@echo "make bench        the benchmark on this machine's device: a table, a CSV and a plot in bench/out/"
-	@echo "make demo         GRPO, SFT and evolution strategies with 13 numbers, on a model trained here: 5 minutes in all"
+	@echo "make demo         GRPO, SFT and evolution strategies with 13 numbers, on a model trained here: 4 minutes in all"
 	@echo "make test         all tests"
 	@echo "make peft-test    PEFT's own tests, with PEFT patched"
 	@echo "make lint         ruff check and ruff format --check"

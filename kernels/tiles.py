@@ -209,7 +209,8 @@ def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int,
         whole = K % 128 == 0 or (M <= 16 and K % 8 == 0)
         k = 128 if width <= 64 and whole else 32 if width > 64 and K % 8 else 64
     split = max(1, min(2 * chip.sms // max(1, -(-M // m)), K // (4 * k), 32))
-    return Thin(m, k, split, width, stages=3, registers=ALL_REGISTERS if dtype == torch.float32 else None)
+    bounded = dtype == torch.float32 or m == 16
+    return Thin(m, k, split, width, stages=3, registers=ALL_REGISTERS if bounded else None)
 
 
 def decode_tile(M: int, N: int, K: int, dtype: torch.dtype, chip: Card) -> Decode:

@@ -19,7 +19,7 @@ from tinylora.kernels.gemm import fits_descriptors, gemm
 from tinylora.kernels.gradients import core_gradient, factor_gradient
 from tinylora.kernels.thin import thin
 from tinylora.ops import eager
-from tinylora.ops.dispatch import capability_of, interpreting
+from tinylora.ops.dispatch import capability_of, interpreting, triton_version
 
 # Up to this many products r u the kernels mix C = Σᵢ vᵢ Pᵢ themselves, on the way; above, one launch does it.
 MIXED_INSIDE = 512
@@ -36,6 +36,12 @@ def _current(device: torch.device):
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def _one_loop_only(capability: tuple[int, int] | None) -> bool:
+    """Whether the long kernel must not take column blocks: of three loops in a row Triton 3.6 makes an empty kernel for
+    10.0. 3.9 does not; the versions between were not looked at."""
+    return capability is not None and capability[0] == 10 and triton_version() < (3, 9)
 
 
 def _precision() -> str:
@@ -105,6 +111,8 @@ def _linear(
         # Few rows: a copy of them is nothing beside W.
         decode(xs[0] if len(xs) == 1 else torch.cat(xs, 1), w, down, core, up, bias, y, z, s, choice.main, precision)
     else:
+        if len(xs) > 1 and choice.main.descriptors and _one_loop_only(_capability(device)):
+            x = torch.cat(xs, 1)
         gemm(x, w, y, s, up, bias, choice.main, precision)
     return y, z
 
