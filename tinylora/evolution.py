@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tinylora.adapters import Adapter, noise
+from tinylora.adapters import noise
 from tinylora.nn.model import named_numbers, shared_of
 from tinylora.nn.rows import adapter_ids, stack
 
@@ -72,7 +72,7 @@ class Evolution:
     ):
         shared = shared_of(model, name)
         kind = type(shared.config).__name__
-        if type(next(iter(shared.layers.values()))).row_core is Adapter.row_core:
+        if not next(iter(shared.layers.values())).core_alone_trains:
             raise ValueError(f"adapter {name!r} is of {kind}, expected TinyLoraConfig or LoraXSConfig: see stack")
         if shared.config.modules_to_save:
             raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tinylora.adapters import STACKED, Adapter, Rows
+from tinylora.adapters import STACKED, Rows
 from tinylora.nn.checkpoint import FILE, read
 from tinylora.nn.model import named_numbers, refuse_merged, shared_of
 
@@ -28,8 +28,9 @@ def stack(
     trains = {n: t for n, t in named_numbers(model, name).items() if isinstance(t, nn.Parameter)}
     if not adapters:
         raise ValueError("adapters is empty, expected at least one")
-    if type(next(iter(shared.layers.values()))).row_core is Adapter.row_core:
-        next(iter(shared.layers.values())).row_core()  # which says why not
+    one = next(iter(shared.layers.values()))
+    if not one.core_alone_trains:
+        one.row_core()  # which says why not
     sets = []
     for i, adapter in enumerate(adapters):
         if not isinstance(adapter, Mapping):

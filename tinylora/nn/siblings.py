@@ -180,16 +180,14 @@ class Siblings:
         weights = [layer.weight for layer in self.layers]
         biases = [] if first.bias is None else [layer.bias for layer in self.layers]
         ids = None if rows is None else rows.of(x)
+        operands = weights, wide.down, core, wide.up, biases, ids, wide.basis
         device = weight.device.type
-        if torch.is_autocast_enabled(device):
-            if weight.dtype != torch.get_autocast_dtype(device):
-                return None
-            with torch.autocast(device, enabled=False):
-                x = x.to(weight.dtype)
-                return list(adapted_linears(x, weights, wide.down, core, wide.up, biases, ids, wide.basis))
-        if x.dtype != weight.dtype:
+        if not torch.is_autocast_enabled(device):
+            return list(adapted_linears(x, *operands)) if x.dtype == weight.dtype else None
+        if weight.dtype != torch.get_autocast_dtype(device):
             return None
-        return list(adapted_linears(x, weights, wide.down, core, wide.up, biases, ids, wide.basis))
+        with torch.autocast(device, enabled=False):
+            return list(adapted_linears(x.to(weight.dtype), *operands))
 
 
 def _wide(adapters: list[Adapter]) -> Wide | None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tinylora.ops import eager, linear
-from tinylora.ops.dispatch import TORCH, interpreting, route_of
 
 
 def adapted_linears(
@@ -68,7 +67,7 @@ WIDE_ON_CPU = 1 << 22
 
 def _on_torch(x, weights, down, core, up) -> bool:
     """Whether torch's calls compute these operands, not kernels."""
-    return (x.is_cpu and not interpreting()) or route_of(x, weights[0], down, core, up)[0] == TORCH
+    return linear._computes(x, weights[0], down, core, up, False) is eager
 
 
 def _forward(x, weights, down, core, up, biases, adapter_ids, basis) -> tuple[Tensor, Tensor]:
