@@ -240,9 +240,6 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0)) -> Iterator[list[
             stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compiled))
             stack.enter_context(mock.patch.object(fused, "capability_of", lambda device: capability))
             stack.enter_context(mock.patch.object(operator, "_computes", computes))
-            # The backward of siblings asks by itself.
-            stack.enter_context(mock.patch.object(siblings, "interpreting", lambda: True))
-            stack.enter_context(mock.patch.object(siblings, "route_of", lambda *_: (dispatch.KERNELS, "")))
             yield launched
     finally:
         triton.runtime.driver._active = before
