@@ -194,7 +194,7 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0)) -> Iterator[list[
     from triton.runtime.jit import JITFunction
 
     from tinylora.kernels import decode, gradients, scratch, thin
-    from tinylora.ops import dispatch, fused, siblings
+    from tinylora.ops import dispatch, fused
     from tinylora.ops import linear as operator
 
     launched: list[str] = []
