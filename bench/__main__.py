@@ -183,7 +183,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=25.0, help="time limit; run again to go on (default %(default)g)")
     p.add_argument("--dry-run", action="store_true", help="in Triton's interpreter, with tiny sizes; needs --out")
 
-    p = what.add_parser("table", help="rewrite the results in README.md from bench/results/*.csv")
+    p = what.add_parser(
+        "table", help="rewrite the tables of README.md and bench/results/README.md from bench/results/*.csv"
+    )
     p.add_argument("--readme", type=Path, default=rows.ROOT / "README.md")
     p.add_argument("--results", type=Path, default=rows.RESULTS)
     return main

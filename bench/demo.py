@@ -495,7 +495,7 @@ replication of its result on GSM8K."""
 
 
 def markdown(folder: Path) -> str:
-    """The demo's results as the README shows them, "" if there are none."""
+    """The demo's results as bench/results/README.md shows them, "" if there are none."""
     rows = read(folder / "demo.csv")
     if not rows:
         return ""
@@ -503,7 +503,7 @@ def markdown(folder: Path) -> str:
         f"{rows[0]['device']}; torch {rows[0]['torch']}, transformers {rows[0]['transformers']}, TRL {rows[0]['trl']}"
     )
     head = f"`make demo` (**{where}**; commit {rows[0]['commit']}, {rows[0]['date'][:10]}):"
-    figure = "![accuracy against trained parameters](bench/results/demo/demo.png)"
+    figure = "![accuracy against trained parameters](demo/demo.png)"
     return f"{head}\n\n{table(rows)}\n\n{figure}"
 
 

@@ -1,4 +1,4 @@
-"""What the rows say: tables, the means that the project is held to, a plot, and the results in the README."""
+"""What the rows say: tables, the means that the project is held to, a plot, and the two READMEs that show them."""
 
 import math
 from collections import defaultdict
@@ -7,11 +7,13 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bench import block, demo, roofline
+from bench import block, demo, peft, roofline
 from bench import providers as who
 from bench.linear import PASSES
 from bench.rows import Row, read
 
+HOW = """Every figure is a row in a CSV beside this file, with its commit, device and versions. Where tinylora loses,
+the row stays. `python -m bench` measures, `python -m bench table` writes this file."""
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 BARS = {who.PEFT: 0.85, who.BARE: 1.25}  # ours over each, at most, on a CPU
 BAR_ROWS = 16  # the bars are about M of at least this
@@ -228,16 +230,67 @@ def rollout_table(rows: list[Row]) -> str:
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
-def markdown(rows: list[Row]) -> str:
-    """The results of one device as the README shows them."""
+def _where(rows: list[Row]) -> str:
     first = rows[0]
     versions = f"torch {first.torch}" + (f", triton {first.triton}" if first.device.startswith("NVIDIA") else "")
     threads = f", {first.threads} thread{'s' * (first.threads > 1)}" if first.threads else ""
+    return f"**{first.device}**{threads}; {versions}, PEFT {first.peft}; {first.date[:10]}"
+
+
+def summary(rows: list[Row]) -> str:
+    """The results of one device in one table: ours and PEFT's, a line for each question."""
+    lines: list[list[str]] = []
+
+    def ratios(what: str, found: Iterable[dict[str, Row]], name: str = who.OURS, base: str = who.BARE) -> None:
+        found = list(found)
+        values = [over(found, name, base), over(found, who.PEFT, base)]
+        if values[0]:
+            lines.append([what, *map(_mean, values)])
+
+    for op, what in (("linear", "one linear layer"), ("layer", "seven linear layers of a block, siblings as groups")):
+        for dtype in sorted({r.dtype for r in rows if r.op == op and r.dtype}):
+            found = barred(rows) if op == "linear" else cells(rows, op)
+            group = [c for key, c in found.items() if key[2] == dtype and key[3] >= BAR_ROWS]
+            ratios(f"{what}, {dtype}, M ≥ {BAR_ROWS}", group)
+    for key, cell in _by(rows, "model", lambda r: (r.model, r.pass_, r.dtype)):
+        if key[1] != "startup":
+            ratios(", ".join(key), [cell])
+    for (model, batch), cell in _by(rows, "rollout", lambda r: (r.model, r.M)):
+        for name in cell:
+            if name.startswith(who.OURS):
+                extra = name.removeprefix(who.OURS)
+                one = {name: cell[name]} | {n: cell[n] for n in (who.BARE, who.PEFT) if n in cell and not extra}
+                ratios(f"generate(), {model}, batch {batch}{extra}", [one | {who.BARE: cell[who.BARE]}], name)
+    patched: dict[tuple, list] = defaultdict(list)
+    for (adapter, pass_, _), cell in _by(rows, "peft", lambda r: (r.layer, r.pass_, r.dtype)):
+        patched[adapter, pass_].append(cell)
+    for (adapter, pass_), found in patched.items():
+        ratios(f"PEFT's {adapter} with `patch_peft()`: {pass_}", found, peft.PATCHED)
+    for (spectrum, shape), cell in _by(rows, "svd", lambda r: (r.layer, f"{r.N} x {r.K}")):
+        seconds = [f"{cell[n].p50_ms / 1e3:.2f} s" if n in cell else "" for n in (who.OURS, who.PEFT)]
+        lines.append([f"start-up of one {shape} layer, {spectrum}", *seconds])
+    drift = {r.provider: r.note for r in rows if r.op == "rollout" and r.layer == "agreement"}
+    for name, what in ((who.OURS, "unmerged"), (who.INVARIANT, "batch_invariant"), ("merged", "merged into bf16")):
+        if name in drift:
+            means = [drift[n].split("mean ")[1].split(",")[0] if n in drift else "" for n in (name, who.PEFT)]
+            lines.append([f"rollout against training, mean \\|Δ log p\\|, {what}", *means[: 2 - (name != who.OURS)]])
+    text = tabulate(lines, ["time over the same without an adapter", "ours", "PEFT"], "github", disable_numparse=True)
+    return f"{_where(rows)}\n\n{text}"
+
+
+def _by(rows: list[Row], op: str, key) -> list[tuple[tuple, dict[str, Row]]]:
+    """The timed rows of an op by `key`, and in each by provider."""
+    found: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if row.op == op and row.p50_ms:
+            found[key(row)][row.provider] = row
+    return list(found.items())
+
+
+def markdown(rows: list[Row]) -> str:
+    """All results of one device, as bench/results/README.md shows them."""
     commits = sorted({row.commit for row in rows if row.commit})
-    where = (
-        f"**{first.device}**{threads}; {versions}, PEFT {first.peft}; commit {', '.join(commits)}, {first.date[:10]}"
-    )
-    parts = [where]
+    parts = [f"{_where(rows)}; commit {', '.join(commits)}"]
     ops = {row.op for row in rows}
     if "linear" in ops:
         headers, lines = means(rows)
@@ -276,16 +329,19 @@ def markdown(rows: list[Row]) -> str:
 
 
 def write_readme(readme: Path, results: Path) -> None:
-    """Replace what stands between the README's two marks by the tables of every CSV in `results`, and the demo's."""
+    """Replace what stands between the README's two marks by a table per CSV in `results`, and renew README.md there,
+    which has all tables and the demo's."""
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme} has no single pair of marks {BEGIN} and {END}")
-    files = sorted(results.glob("*.csv"))
-    bodies = [markdown(rows) for rows in map(read, files) if rows]
-    bodies += filter(None, [demo.markdown(results / "demo")])
-    body = "\n\n".join(bodies) or "Nothing has been measured yet."
+    measured = [rows for rows in map(read, sorted(results.glob("*.csv"))) if rows]
+    body = "\n\n".join(map(summary, measured)) or "Nothing has been measured yet."
+    if not any(rows[0].device.startswith("NVIDIA") for rows in measured):
+        body += "\n\nOn a GPU: not measured."
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
+    whole = [*map(markdown, measured), *filter(None, [demo.markdown(results / "demo")])]
+    (results / "README.md").write_text("\n\n".join(["# Results", HOW, *whole]) + "\n")
     readme.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}")
 
 

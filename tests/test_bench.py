@@ -256,15 +256,17 @@ def test_model(tmp_path, monkeypatch):
 
 
 def test_the_table_is_written_between_the_marks_and_again_the_same(small, tmp_path):
-    with rows.Results(tmp_path, ("linear",), CPU) as results:
+    out = tmp_path / "results"
+    with rows.Results(out, ("linear",), CPU) as results:
         linear.run(plan(providers=("bare", "plain", "ours")), results, CPU)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    command = ["table", "--readme", str(readme), "--results", str(tmp_path)]
+    command = ["table", "--readme", str(readme), "--results", str(out)]
     assert main(command) == 0
-    once = readme.read_text()
+    once, whole = readme.read_text(), (out / "README.md").read_text()
     assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once
-    assert results.rows[0].device in once and "| bf16" in once and "| fp32" in once
+    assert results.rows[0].device in once and "layer, bf16, M ≥ 16" in once and "On a GPU: not measured." in once
+    assert "| bf16" in whole and "| fp32" in whole
     assert main(command) == 0
     assert readme.read_text() == once
     readme.write_text("no marks")
