@@ -247,11 +247,15 @@ def summary(rows: list[Row]) -> str:
         if values[0]:
             lines.append([what, *map(_mean, values)])
 
-    for op, what in (("linear", "one linear layer"), ("layer", "seven linear layers of a block, siblings as groups")):
-        for dtype in sorted({r.dtype for r in rows if r.op == op and r.dtype}):
-            found = barred(rows) if op == "linear" else cells(rows, op)
-            group = [c for key, c in found.items() if key[2] == dtype and key[3] >= BAR_ROWS]
-            ratios(f"{what}, {dtype}, M ≥ {BAR_ROWS}", group)
+    for dtype in sorted({key[2] for key in barred(rows)}):
+        group = [c for key, c in barred(rows).items() if key[2] == dtype]
+        ratios(f"one linear layer, {dtype}, M ≥ {BAR_ROWS}", group)
+    blocks: dict[str, list] = defaultdict(list)
+    for (_, _, dtype, M, pass_), cell in cells(rows, "layer").items():
+        few = "<" if M < BAR_ROWS else "≥"
+        blocks[f"a block's linear layers, {dtype}, M {few} {BAR_ROWS}, {pass_.split(', ')[1]}"].append(cell)
+    for what in sorted(blocks):
+        ratios(what, blocks[what])
     for key, cell in _by(rows, "model", lambda r: (r.model, r.pass_, r.dtype)):
         if key[1] != "startup":
             ratios(", ".join(key), [cell])
