@@ -157,11 +157,14 @@ class Module(torch.nn.Module):
     def __init__(self, problem):
         super().__init__()
         (_, *operands), self.ids, self.basis = problem.operands()
-        self.operands = torch.nn.ParameterList(operands)
+        names = ("weight", "down", "core", "up", "bias")
+        for name, operand in zip(names, operands, strict=True):  # torch 2.11 does not trace a ParameterList unpacked
+            self.register_parameter(name, None if operand is None else torch.nn.Parameter(operand))
 
     def forward(self, x):
         ids = None if self.ids is None else (x[..., 0] * 9).long() % 4 - 1
-        return F.gelu(adapted_linear(F.silu(x), *self.operands, ids, basis=self.basis))
+        y = adapted_linear(F.silu(x), self.weight, self.down, self.core, self.up, self.bias, ids, basis=self.basis)
+        return F.gelu(y)
 
 
 @pytest.mark.parametrize("core", ["dense", "mixed-rows"])
