@@ -24,6 +24,7 @@ LAYERS = (
     "integrations",
     "cli_train",
     "cli",
+    "__main__",
 )
 
 

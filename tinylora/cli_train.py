@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from tinylora import recipes
 from tinylora.adapters import CONFIGS
-from tinylora.integrations import evaluate, evolving, training
+from tinylora.integrations import evaluate, evolving, processes, training
 from tinylora.integrations.peft_files import load
 from tinylora.integrations.problems import load_problems
 from tinylora.integrations.transformers import load_model
@@ -118,7 +118,9 @@ def _train(options: argparse.Namespace) -> None:
         folder = evolving.run(settings, options.out, options.resume)
     else:
         folder = training.run(options.command, settings, options.out, options.resume)
-    print(f"{folder}: score it with tinylora eval --model {settings['model']} --adapter {folder}")
+    processes.end()
+    if processes.rank() == 0:
+        print(f"{folder}: score it with tinylora eval --model {settings['model']} --adapter {folder}")
 
 
 def _add_eval(commands) -> None:

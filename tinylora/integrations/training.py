@@ -6,6 +6,9 @@
     adapter         the result, as `tinylora.save` writes it
 
 A run killed at any moment and resumed gives the curve of one that was not.
+
+Under torchrun or accelerate launch the processes share every step's batch, and v is the same on all (DDP). The first
+writes the folder; a checkpoint has the random generators of each.
 """
 
 import contextlib
@@ -26,6 +29,7 @@ from tqdm.auto import tqdm
 import tinylora
 from tinylora.adapters import config_from_dict
 from tinylora.integrations import problems as data
+from tinylora.integrations import processes
 from tinylora.integrations.transformers import as_prompt, load_model
 from tinylora.integrations.trl import adapter_trainer, last_checkpoint, load_adapter
 from tinylora.nn import checkpoint
@@ -46,8 +50,9 @@ _SHOWN = ("loss", *_NAMES.values(), "mean_token_accuracy")
 
 @contextlib.contextmanager
 def _quiet():
-    """Without warnings of TRL's own use of transformers, which nobody here can heed."""
+    """Without warnings of TRL's and accelerate's own calls, which nobody here can heed."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*(gradient|activation)_checkpointing.*", category=FutureWarning)
         yield
 
@@ -58,13 +63,14 @@ def run(command: str, settings: dict[str, Any], out: str | os.PathLike, resume: 
 
     settings may have "steps" beside a recipe's keys: so many instead of the recipe's epochs. With `resume` the run in
     `out` goes on from its last whole checkpoint, with its own settings: see `resumed`.
-    ValueError: a run in `out` and no `resume`, or none and `resume`; settings that do not fit each other, the model
-    or TRL; data that has changed since. ImportError without trl.
+    ValueError: a run in `out` and no `resume`, or none and `resume`; settings that do not fit each other, the model,
+    the number of processes or TRL; data, or a number of processes, that has changed since. ImportError without trl.
     """
     out = Path(out)
     require_trl()
     if resume:
         stored = read_run(out)
+        _same_processes(stored, out)
     elif (out / RUN).exists():
         raise ValueError(f"{out} holds a run already ({RUN}), expected another folder, or --resume to go on with it")
     problems = data.load_problems(settings["data"], settings["split"])
@@ -76,21 +82,25 @@ def run(command: str, settings: dict[str, Any], out: str | os.PathLike, resume: 
     arguments(command, settings, out)  # whatever is wrong with the settings is said before a model is loaded
     start = last_checkpoint(out) if resume else None
     model, tokenizer = load_model(settings["model"], settings["dtype"])
-    apply(model, config)
+    with processes.one_first():  # it decomposes the weights, and the others find that on the disk
+        apply(model, config)
     trainer = make_trainer(command, model, tokenizer, problems, settings, out)
+    processes.wait()  # nobody looks for a run, or a checkpoint, in the folder any more
     if not resume:
-        what = {"command": command, "settings": settings, "data_digest": seen, "versions": versions()}
-        text = json.dumps(what, indent=1, ensure_ascii=False) + "\n"
-        checkpoint.write_whole(out / RUN, lambda path: Path(path).write_text(text, encoding="utf-8"))
+        write_run(out, command, settings, seen)
     count = sum(p.numel() for p in adapter_parameters(model))
     steps = total_steps(command, settings, len(problems))
     whence = f", resumed from {start.name}" if start else ", from the beginning" if resume else ""
-    print(f"{command}: {count:,} numbers train, {len(problems):,} problems, {steps} steps{whence}", flush=True)
+    if processes.rank() == 0:
+        several = f", {processes.count()} processes" if processes.count() > 1 else ""
+        what = f"{count:,} numbers train, {len(problems):,} problems, {steps} steps"
+        print(f"{command}: {what}{several}{whence}", flush=True)
     if start and int(start.name.rpartition("-")[2]) >= steps:
         load_adapter(model, start)  # all done but for the result: TRL would train a step more
     else:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-    checkpoint.save(model, out / ADAPTER)
+    if processes.rank() == 0:
+        checkpoint.save(model, out / ADAPTER)
     return out / ADAPTER
 
 
@@ -111,6 +121,14 @@ def resumed(command: str, out: str | os.PathLike, asked: dict[str, Any]) -> dict
     return settings
 
 
+def write_run(out: Path, command: str, settings: dict[str, Any], data_digest: str) -> None:
+    """What a resumed run has to have in common with this one, and what it ran on. The first process writes it."""
+    what = {"command": command, "settings": settings, "data_digest": data_digest, "processes": processes.count()}
+    text = json.dumps(what | {"versions": versions()}, indent=1, ensure_ascii=False) + "\n"
+    if processes.rank() == 0:
+        checkpoint.write_whole(out / RUN, lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+
 def read_run(out: str | os.PathLike) -> dict[str, Any]:
     """What a run's folder says of it. ValueError if there is no run."""
     path = Path(out) / RUN
@@ -122,6 +140,15 @@ def read_run(out: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
+def _same_processes(stored: dict[str, Any], out: Path) -> None:
+    before = stored.get("processes", 1)
+    if before != processes.count():
+        raise ValueError(
+            f"the run in {out} has {before} processes, and now there are {processes.count()}: expected as many, for "
+            f"each samples with random numbers of its own (torchrun --nproc-per-node {before} -m tinylora ...)"
+        )
+
+
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
     """A log's lines. A last one that was being written when the process died is not among them."""
     path = Path(path)
@@ -130,14 +157,19 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def check(command: str, settings: dict[str, Any], problems: int) -> None:
-    """ValueError unless batch, groups and data fit each other, and the run is one process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, expected one process: batch_size counts one's")
+    """ValueError unless batch, groups, data and the number of processes fit each other."""
     if settings.get("steps") is not None and settings["steps"] < 1:
         raise ValueError(f"steps is {settings['steps']}, expected at least 1")
-    batch, micro = settings["batch_size"], _micro(settings)
-    if batch < 1 or micro < 1 or batch % micro:
-        raise ValueError(f"batch_size is {batch}, expected a multiple of micro_batch_size, {micro}")
+    batch, share, several = settings["batch_size"], processes.count(), processes.count() > 1
+    if batch < 1 or batch % share:
+        raise ValueError(
+            f"batch_size is {batch} sequences, expected "
+            + (f"a multiple of {share}: so many processes share it" if several else "at least 1")
+        )
+    micro = settings["micro_batch_size"]
+    if micro < 1 or batch // share % _micro(settings):
+        each = f", {batch // share} for each of {share} processes" if several else ""
+        raise ValueError(f"batch_size is {batch}{each}, expected a multiple of micro_batch_size, {micro}")
     if settings["reward"] not in gsm8k.SCORERS:
         raise ValueError(f"reward is {settings['reward']!r}, expected one of {', '.join(gsm8k.SCORERS)}")
     if command == "grpo" and batch % settings["grpo"]["num_generations"]:
@@ -176,7 +208,7 @@ def _problems_a_step(command: str, settings: dict[str, Any]) -> int:
 
 
 def _micro(settings: dict[str, Any]) -> int:
-    return min(settings["micro_batch_size"], settings["batch_size"])
+    return min(settings["micro_batch_size"], settings["batch_size"] // processes.count())
 
 
 def make_trainer(
@@ -225,7 +257,8 @@ def arguments(command: str, settings: dict[str, Any], out: str | os.PathLike):
         "seed": settings["seed"],
         "max_steps": settings.get("steps") or -1,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": settings["batch_size"] // micro,
+        "gradient_accumulation_steps": settings["batch_size"] // (micro * processes.count()),
+        "ddp_broadcast_buffers": False,  # the frozen factors: 20 MB of a 7B model at every forward, the same everywhere
         "bf16": False,  # no autocast: the base has its dtype, v is fp32, rollouts and training compute the same
         "use_cpu": not torch.cuda.is_available(),
         "save_steps": settings["save_every"],

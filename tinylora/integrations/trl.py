@@ -8,6 +8,7 @@
     lm_head       an adapter there is refused: TRL multiplies by lm_head.weight itself, and would never train it
     use_vllm      refused: TRL would send vLLM the base's weights, and a v that no layer there knows
     sync_ref      (sync_ref_model) refused: there is no second model to synchronise
+    use_reentrant refused in several processes where layers share what trains: DDP would stop in the first backward
 
 Rollouts run the adapted layers, unmerged, in `model.generate`: the base's weights are never written.
 A model that PEFT adapted passes through: TRL knows those, and only the data order is ours.
@@ -25,9 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tinylora.integrations import processes
 from tinylora.nn import checkpoint
 from tinylora.nn.linear import Linear
-from tinylora.nn.model import adapted_layers, adapter_names, disabled, saved_modules
+from tinylora.nn.model import STORE, adapted_layers, adapter_names, disabled, saved_modules
 from tinylora.nn.saved_module import SavedModule
 
 RUNNING = "running.safetensors"
@@ -110,6 +112,17 @@ def _refuse(model: nn.Module, config) -> None:
         )
     if getattr(config, "sync_ref_model", False):
         raise ValueError("sync_ref_model is True, expected False: the reference is this model with its adapter off")
+    reentrant = (getattr(config, "gradient_checkpointing_kwargs", None) or {}).get("use_reentrant", False)
+    if processes.count() > 1 and reentrant and not config.ddp_static_graph and _tied(model):
+        raise ValueError(
+            f"gradient_checkpointing_kwargs has use_reentrant True, expected False with {processes.count()} processes: "
+            "each layer's backward is then one of its own, and DDP takes the first layer's gradient of a shared v for all"
+        )
+
+
+def _tied(model: nn.Module) -> bool:
+    """Whether several layers share numbers that train."""
+    return any(p.requires_grad for p in model._modules[STORE].parameters())
 
 
 def _run_disabled(model: nn.Module, **inputs):
@@ -189,8 +202,9 @@ def _running(model: nn.Module, name: str) -> dict[str, Tensor]:
 def last_checkpoint(folder: str | os.PathLike) -> Path | None:
     """The newest checkpoint in a run's folder that is whole, None if there is none.
 
-    One that was being written when the process died is passed over, and said so on stderr: every file is opened, and
-    the trainer's state, which is written last, has to be that of its step.
+    One that was being written when a process died is passed over, and said so on stderr: every file is opened, and
+    the trainer's state, which the first process writes last, has to be that of its step. Every process of the run has
+    its random generators there: one that was written by more processes, or fewer, than there are now is not whole.
     """
     found = []
     for path in Path(folder).glob("checkpoint-*"):
@@ -201,7 +215,8 @@ def last_checkpoint(folder: str | os.PathLike) -> Path | None:
         reason = _incomplete(path, step)
         if reason is None:
             return path
-        print(f"{path} is not whole and is passed over: {reason}", file=sys.stderr)
+        if processes.rank() == 0:
+            print(f"{path} is not whole and is passed over: {reason}", file=sys.stderr)
     return None
 
 
@@ -214,7 +229,9 @@ def _incomplete(path: Path, step: int) -> str | None:
             load_file(path / "adapter_model.safetensors")
         else:
             checkpoint.read(path / checkpoint.FILE)
-        for name in (_OPTIMIZER, _SCHEDULER, *(p.name for p in path.glob("rng_state*.pth"))):
+        several = processes.count() > 1
+        generators = [f"rng_state_{i}.pth" for i in range(processes.count())] if several else ["rng_state.pth"]
+        for name in (_OPTIMIZER, _SCHEDULER, *generators):
             damaged = zipfile.ZipFile(path / name).testzip()  # torch.save writes zip files: nothing is unpickled here
             if damaged is not None:
                 return f"{name} is damaged"

@@ -1,0 +1,5 @@
+"""python -m tinylora, and torchrun -m tinylora: the command `tinylora`."""
+
+from tinylora.cli import main
+
+raise SystemExit(main())

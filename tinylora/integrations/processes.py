@@ -1,0 +1,64 @@
+"""The processes of one run, one to a GPU, as torchrun and accelerate launch start them. One process needs none of this.
+
+Between `start` (TRL's own arguments start them, too) and `end` they can wait for each other and put things together.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import distributed
+
+
+def count() -> int:
+    """How many processes the launcher started; known before they are connected."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """This one's number. 0 writes the files and prints."""
+    return int(os.environ.get("RANK", 0))
+
+
+def start() -> None:
+    """Connect the processes, each with a GPU of its own where there are GPUs."""
+    if count() == 1 or distributed.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if count() > 1:
+        distributed.barrier()
+
+
+@contextlib.contextmanager
+def one_first() -> Iterator[None]:
+    """What stands in it is done by one process of each machine, and then by the others, who find its work on the disk."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        wait()
+    yield
+    if first:
+        wait()
+
+
+def gathered(item: Any) -> list[Any]:
+    """Every process's item (anything that pickles), by their numbers, on all of them."""
+    if count() == 1:
+        return [item]
+    found: list[Any] = [None] * count()
+    distributed.all_gather_object(found, item)
+    return found
+
+
+def end() -> None:
+    """Part them, when all have come this far."""
+    if count() > 1:
+        wait()
+        distributed.destroy_process_group()
