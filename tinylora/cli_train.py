@@ -157,9 +157,11 @@ def _eval(options: argparse.Namespace) -> None:
     if options.out and Path(options.out).exists():
         raise ValueError(f"{options.out} exists, expected a new file to write to")
     problems = load_problems(settings["data"], settings["eval"]["split"])[: options.limit]
+    processes.start()
     model, tokenizer = load_model(settings["model"], settings["dtype"])
     if options.adapter:
-        load(model, options.adapter)
+        with processes.one_first():
+            load(model, options.adapter)
     found = evaluate.evaluate(
         model,
         tokenizer,
@@ -168,6 +170,9 @@ def _eval(options: argparse.Namespace) -> None:
         max_completion_length=settings["eval"]["max_completion_length"],
         batch_size=settings["eval"]["batch_size"],
     )
+    processes.end()
+    if processes.rank() > 0:
+        return
     rows = [
         (name, f"{s['correct']} of {found['problems']}", f"{s['pass@1']:.1%}", f"{s['low']:.1%} to {s['high']:.1%}")
         for name, s in found["scores"].items()

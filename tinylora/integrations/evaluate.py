@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from tinylora.integrations import processes
 from tinylora.integrations.transformers import prompt_ids
 from tinylora.tasks import gsm8k
 from tinylora.tasks.gsm8k import Problem
@@ -28,7 +29,8 @@ def complete(model: nn.Module, tokenizer, prompts: Sequence[str], *, max_new_tok
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    with tqdm(total=len(prompts), desc="generating", unit="problem", disable=None) as bar:
+    silent = None if processes.rank() == 0 else True
+    with tqdm(total=len(prompts), desc="generating", unit="problem", disable=silent) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             width = max(len(ids[i]) for i in batch)
@@ -58,11 +60,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """pass@1 by each scorer, with Wilson's 95 % interval, and every completion.
 
+    Under torchrun each process answers its share of the problems, and each returns the whole.
+
     One greedy completion a problem. {"problems": n, "scores": {scorer: {"correct", "pass@1", "low", "high"}},
     "completions": [{"question", "final", "completion", scorer: bool, ...}]}.
     """
     prompts = [gsm8k.prompt(p.question, instruction) for p in problems]
-    texts = complete(model, tokenizer, prompts, max_new_tokens=max_completion_length, batch_size=batch_size)
+    rank, count = processes.rank(), processes.count()
+    mine = complete(model, tokenizer, prompts[rank::count], max_new_tokens=max_completion_length, batch_size=batch_size)
+    texts = [""] * len(prompts)
+    for other, found in enumerate(processes.gathered(mine)):
+        texts[other::count] = found
     records = [
         {"question": p.question, "final": p.final, "completion": text}
         | {name: score(text, p.final) for name, score in gsm8k.SCORERS.items()}

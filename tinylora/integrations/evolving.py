@@ -6,6 +6,9 @@
     adapter         the result, as `tinylora.save` writes it
 
 A run killed at any moment and resumed gives the curve of one that was not.
+
+Under torchrun each process evaluates its share of a generation's adapters; all then take the same step, and the first
+writes the folder.
 """
 
 import dataclasses
@@ -18,12 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from tinylora.adapters import config_from_dict
 from tinylora.evolution import Evolution
 from tinylora.integrations import problems as data
-from tinylora.integrations import training
+from tinylora.integrations import processes, training
 from tinylora.integrations.training import ADAPTER, LOG, RUN
 from tinylora.integrations.transformers import load_model, prompt_ids
 from tinylora.nn import checkpoint
@@ -32,6 +37,17 @@ from tinylora.tasks import gsm8k
 
 KEYS = ("population", "prompts", "sigma", "learning_rate", "temperature", "max_completion_length", "num_train_epochs")
 _SHOWN = ("reward", "best", "spread", "strict", "lenient", "moved")
+
+
+class _SharedOut(Evolution):
+    """Each process's generate() has every n-th adapter, n processes, and all get all rewards: so they agree on v."""
+
+    def rewards(self, adapters: Tensor, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> Tensor:
+        mine = super().rewards(adapters[processes.rank() :: processes.count()], prompts, answers)
+        found = torch.empty(len(adapters), len(prompts))
+        for rank, rewards in enumerate(processes.gathered(mine)):
+            found[rank :: processes.count()] = rewards
+        return found
 
 
 def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) -> Path:
@@ -47,8 +63,13 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
         raise ValueError(f"es.{odd[0]} is {'missing' if odd[0] in KEYS else 'unknown'}, expected {', '.join(KEYS)}")
     if settings["reward"] not in gsm8k.SCORERS:
         raise ValueError(f"reward is {settings['reward']!r}, expected one of {', '.join(gsm8k.SCORERS)}")
+    if processes.count() > 1 and es["population"] < processes.count():
+        raise ValueError(
+            f"es.population is {es['population']}, expected at least {processes.count()}: so many processes share it"
+        )
     if resume:
         stored = training.read_run(out)
+        training.same_processes(stored, out)
     elif (out / RUN).exists():
         raise ValueError(f"{out} holds a run already ({RUN}), expected another folder, or --resume to go on with it")
     problems = data.load_problems(settings["data"], settings["split"])
@@ -57,37 +78,50 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
     seen = data.digest(problems)
     if resume and stored["data_digest"] != seen:
         raise ValueError(f"{settings['data']} has other problems than when {out} was started, expected the same")
+    processes.start()
     model, tokenizer = load_model(settings["model"], settings["dtype"])
-    apply(model, config_from_dict({"seed": settings["seed"]} | settings["adapter"]))
+    with processes.one_first():  # it decomposes the weights, and the others find that on the disk
+        apply(model, config_from_dict({"seed": settings["seed"]} | settings["adapter"]))
     start = _last_checkpoint(model, out) if resume else 0
-    scores: dict[str, float] = {}
+    scores: dict[str, list[float]] = {}
 
     def reward(completions: Sequence[str], finals: Sequence[str]) -> list[float]:
         pairs = list(zip(completions, finals, strict=True))
         found = {name: [float(score(*pair)) for pair in pairs] for name, score in gsm8k.SCORERS.items()}
-        scores.update({name: sum(values) / len(values) for name, values in found.items()})
+        scores.update(found)
         return found[settings["reward"]]
 
-    evolution = Evolution(
+    evolution = _SharedOut(
         model, tokenizer, reward, max_new_tokens=es["max_completion_length"], population=es["population"],
         sigma=es["sigma"], lr=es["learning_rate"], temperature=es["temperature"], seed=settings["seed"], number=start,
     )  # fmt: skip
+    processes.wait()  # nobody looks for a run, or a checkpoint, in the folder any more
+    writes = processes.rank() == 0
     if not resume:
-        what = {"command": "es", "settings": settings, "data_digest": seen, "versions": training.versions()}
-        _write(out / RUN, json.dumps(what, indent=1, ensure_ascii=False) + "\n")
-    kept = [json.dumps(entry) + "\n" for entry in training.read_log(out / LOG) if entry["step"] <= start]
-    _write(out / LOG, "".join(kept))  # what a killed run did after its last checkpoint is done again
+        training.write_run(out, "es", settings, seen)
+    if writes:  # what a killed run did after its last checkpoint is done again
+        kept = [json.dumps(entry) + "\n" for entry in training.read_log(out / LOG) if entry["step"] <= start]
+        checkpoint.write_whole(out / LOG, lambda path: Path(path).write_text("".join(kept), encoding="utf-8"))
     an_epoch = len(problems) // es["prompts"]
     steps = settings.get("steps") or round(es["num_train_epochs"] * an_epoch)
     whence = f", resumed from checkpoint-{start}" if start else ", from the beginning" if resume else ""
-    print(f"es: {len(evolution.numbers()):,} numbers evolve, {len(problems):,} problems, {steps} generations{whence}")
-    with tqdm(total=steps, initial=start, unit="generation", disable=None) as bar:
+    if writes:
+        several = f", {processes.count()} processes" if processes.count() > 1 else ""
+        what = f"{len(evolution.numbers()):,} numbers evolve, {len(problems):,} problems, {steps} generations"
+        print(f"es: {what}{several}{whence}", flush=True)
+    with tqdm(total=steps, initial=start, unit="generation", disable=None if writes else True) as bar:
         for step in range(start + 1, steps + 1):
             chosen = _problems_of(step - 1, an_epoch, problems, es["prompts"], settings["seed"])
             texts = [gsm8k.prompt(p.question, settings["instruction"]) for p in chosen]
             done = evolution.step([prompt_ids(tokenizer, text) for text in texts], [p.final for p in chosen])
-            entry = {"step": step} | dataclasses.asdict(done) | scores
+            everybodys = processes.gathered(scores)
+            if not writes:
+                continue
+            entry = {"step": step} | dataclasses.asdict(done)
             del entry["number"]
+            for name in scores:
+                values = [value for own in everybodys for value in own[name]]
+                entry[name] = sum(values) / len(values)
             _append(out / LOG, json.dumps(entry) + "\n")
             shown = {k: f"{entry[k]:.3g}" for k in _SHOWN}
             bar.set_postfix(shown)
@@ -98,7 +132,8 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
                 checkpoint.save(model, out / f"checkpoint-{step}")
                 for _, old in _checkpoints(out)[2:]:
                     shutil.rmtree(old)
-    checkpoint.save(model, out / ADAPTER)
+    if writes:
+        checkpoint.save(model, out / ADAPTER)
     return out / ADAPTER
 
 
@@ -121,14 +156,11 @@ def _last_checkpoint(model, out: Path) -> int:
         try:
             checkpoint.load(model, path)
         except ValueError as error:
-            print(f"{path} is not whole and is passed over: {error}", file=sys.stderr)
+            if processes.rank() == 0:
+                print(f"{path} is not whole and is passed over: {error}", file=sys.stderr)
         else:
             return number
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    checkpoint.write_whole(path, lambda scratch: Path(scratch).write_text(text, encoding="utf-8"))
 
 
 def _append(path: Path, text: str) -> None:

@@ -39,7 +39,7 @@ def wait() -> None:
 
 @contextlib.contextmanager
 def one_first() -> Iterator[None]:
-    """What stands in it is done by one process of each machine, and then by the others, who find its work on the disk."""
+    """What stands in it is done by one process of each machine, then by the others, who find its work on the disk."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
         wait()

@@ -70,7 +70,7 @@ def run(command: str, settings: dict[str, Any], out: str | os.PathLike, resume: 
     require_trl()
     if resume:
         stored = read_run(out)
-        _same_processes(stored, out)
+        same_processes(stored, out)
     elif (out / RUN).exists():
         raise ValueError(f"{out} holds a run already ({RUN}), expected another folder, or --resume to go on with it")
     problems = data.load_problems(settings["data"], settings["split"])
@@ -140,7 +140,8 @@ def read_run(out: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def _same_processes(stored: dict[str, Any], out: Path) -> None:
+def same_processes(stored: dict[str, Any], out: Path) -> None:
+    """ValueError unless there are as many processes as when the run in `out` was started."""
     before = stored.get("processes", 1)
     if before != processes.count():
         raise ValueError(

@@ -116,7 +116,7 @@ def _refuse(model: nn.Module, config) -> None:
     if processes.count() > 1 and reentrant and not config.ddp_static_graph and _tied(model):
         raise ValueError(
             f"gradient_checkpointing_kwargs has use_reentrant True, expected False with {processes.count()} processes: "
-            "each layer's backward is then one of its own, and DDP takes the first layer's gradient of a shared v for all"
+            "each layer's backward is then one of its own, and DDP takes the first one's gradient of a shared v for all"
         )
 
 
