@@ -227,9 +227,17 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
     (tmp_path / "run" / "run.json").write_text(json.dumps(moved))
     (changed / "train.jsonl").write_text("\n".join((changed / "train.jsonl").read_text().splitlines()[::-1]))
     fails("has other problems than when", resume=True, data=changed)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    fails("expected one process", resume=True, data=changed)
-    monkeypatch.delenv("WORLD_SIZE")
+    with monkeypatch.context() as launched:
+        launched.setenv("WORLD_SIZE", "2")
+        fails("has 1 processes, and now there are 2", resume=True, data=changed)
+        (tmp_path / "run").rename(tmp_path / "before")
+        fails("batch_size is 15 sequences, expected a multiple of 2: so many processes share it", batch_size=15)
+        fails("batch_size is 24, 12 for each of 2 processes, expected a multiple of micro_batch_size, 8", batch_size=24)
+        fails("expected a multiple of num_generations, 4", batch_size=6)
+        es = ["train", "es", "--data", str(tiny / "data"), "--out", str(tmp_path / "run"), "--population", "2"]
+        launched.setenv("WORLD_SIZE", "4")
+        assert cli.main(es) == 2 and "es.population is 2, expected at least 4" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "trl", None)
     fails('pip install "tinylora[rl]"')
 
