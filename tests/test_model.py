@@ -241,18 +241,22 @@ def test_apply_that_fails_leaves_the_model_as_it_was():
 
 
 def test_two_processes_train_alike_and_ddp_shares_v(tmp_path):
-    """DDP over two gloo ranks: the tied v's gradient is the mean of the ranks', and equal on both."""
+    """DDP and FSDP2 over two gloo ranks: the tied v's gradient is the mean of the ranks', and equal on both.
+
+    What is saved of a sharded v is all of it, and loads.
+    """
     import subprocess
     import sys
 
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path],
         capture_output=True, text=True, timeout=240, env=_environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("agrees") == 6, done.stdout
+    assert done.stdout.count("comes back") == 6, done.stdout
 
 
 def _environment():
@@ -264,7 +268,7 @@ def _environment():
 
 
 DDP = """
-import torch, torch.distributed as dist, tinylora
+import sys, torch, torch.distributed as dist, tinylora
 from models import qwen2
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -297,6 +301,24 @@ for kind in ("ddp", "fsdp per layer", "fsdp root"):
     grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
     torch.testing.assert_close(grads, want, rtol=1e-4, atol=1e-6)
     print(kind, "agrees", flush=True)
+    folder = f"{sys.argv[1]}/{kind}"
+    with torch.no_grad():
+        for i, v in enumerate(tinylora.adapter_parameters(m)):
+            v.fill_(0.1).mul_(i + 1)
+    tinylora.save(m, folder)
+    dist.barrier()
+    with torch.no_grad():
+        for v in tinylora.adapter_parameters(m):
+            v.fill_(7)
+    tinylora.load(m, folder)
+    for model_ in (m, tinylora.load(model(), folder)):
+        for i, v in enumerate(tinylora.adapter_parameters(model_)):
+            v = v.full_tensor() if hasattr(v, "full_tensor") else v
+            assert torch.equal(v, torch.full_like(v, 0.1) * (i + 1))
+    with torch.no_grad():
+        sharded, plain = run(ids).logits, tinylora.load(model(), folder)(ids).logits
+    torch.testing.assert_close(sharded, plain)
+    print(kind, "comes back", flush=True)
 dist.destroy_process_group()
 """
 

@@ -142,9 +142,11 @@ def test_evolution_in_two_processes_is_that_in_one(tiny, two, tmp_path):
     assert all(torch.equal(ours[name], v) and v.abs().min() > 0 for name, v in theirs.items())
 
 
-def test_what_ddp_would_stop_at_is_refused(two):
-    for one in of_both(two, "reentrant"):
-        assert "use_reentrant True, expected False with 2 processes" in one["error"]
+def test_what_several_processes_cannot_do_is_refused(two):
+    for one in of_both(two, "refused"):
+        reentrant, sharded = one["errors"]
+        assert "use_reentrant True, expected False with 2 processes" in reentrant
+        assert "fsdp is on, expected it off" in sharded and "use SFTTrainer itself with FSDP2" in sharded
 
 
 def test_kill_9_of_a_process_and_resume_give_the_curve_of_an_uninterrupted_run(tiny, two, tmp_path):

@@ -127,18 +127,20 @@ def scenarios(tiny, out):
 
     yield "script", script
 
-    def reentrant():
+    def refused():
         model, tokenizer = load_model(tiny / "model", "float32")
         tinylora.apply(model, tinylora.TinyLoraConfig(n_tie=4))
-        args = trl.SFTConfig(output_dir=str(out / "no"), use_cpu=True, bf16=False, report_to=[],
-                             gradient_checkpointing_kwargs={"use_reentrant": True})  # fmt: skip
         rows = Dataset.from_dict({"prompt": ["1 + 1?"], "completion": [" 2"]})
-        try:
-            adapter_trainer(trl.SFTTrainer)(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
-        except ValueError as error:
-            return {"error": str(error)}
+        errors = []
+        for more in ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, {"fsdp": True}):
+            args = trl.SFTConfig(output_dir=str(out / "no"), use_cpu=True, bf16=False, report_to=[], **more)
+            try:
+                adapter_trainer(trl.SFTTrainer)(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+            except ValueError as error:
+                errors.append(str(error))
+        return {"errors": errors}
 
-    yield "reentrant", reentrant
+    yield "refused", refused
 
 
 if __name__ == "__main__":

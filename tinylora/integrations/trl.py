@@ -8,6 +8,7 @@
     lm_head       an adapter there is refused: TRL multiplies by lm_head.weight itself, and would never train it
     use_vllm      refused: TRL would send vLLM the base's weights, and a v that no layer there knows
     sync_ref      (sync_ref_model) refused: there is no second model to synchronise
+    fsdp          refused, and deepspeed, too: their checkpoints are of the whole model
     use_reentrant refused in several processes where layers share what trains: DDP would stop in the first backward
 
 Rollouts run the adapted layers, unmerged, in `model.generate`: the base's weights are never written.
@@ -53,7 +54,7 @@ def adapter_trainer(trainer: type) -> type:
             config = kwargs.get("args") or next((a for a in args if hasattr(a, "output_dir")), None)
             beta = getattr(config, "beta", 0.0) if ours and _has_reference(trainer) else 0.0
             if ours:
-                _refuse(model, config)
+                _refuse(model, config, trainer)
             if beta:
                 config.beta = 0.0  # while it builds, for with another one it loads the base model a second time
             try:
@@ -98,7 +99,7 @@ def _has_reference(trainer: type) -> bool:
     return issubclass(trainer, GRPOTrainer)
 
 
-def _refuse(model: nn.Module, config) -> None:
+def _refuse(model: nn.Module, config, trainer: type) -> None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if isinstance(head, Linear | SavedModule):
         raise ValueError(
@@ -112,6 +113,14 @@ def _refuse(model: nn.Module, config) -> None:
         )
     if getattr(config, "sync_ref_model", False):
         raise ValueError("sync_ref_model is True, expected False: the reference is this model with its adapter off")
+    sharded = {"fsdp": "FSDP", "deepspeed": "DEEPSPEED"}
+    for what, variable in sharded.items():
+        if getattr(config, what, None) or os.environ.get(f"ACCELERATE_USE_{variable}", "").lower() in ("true", "1"):
+            raise ValueError(
+                f"{what} is on, expected it off: several processes by themselves are data parallel (DDP). Where the "
+                f"base does not fit on one GPU, use {trainer.__name__} itself with FSDP2, whose checkpoints are of the "
+                "whole model, and tinylora.save in all processes at the end"
+            )
     reentrant = (getattr(config, "gradient_checkpointing_kwargs", None) or {}).get("use_reentrant", False)
     if processes.count() > 1 and reentrant and not config.ddp_static_graph and _tied(model):
         raise ValueError(

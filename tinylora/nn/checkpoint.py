@@ -48,10 +48,11 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
 
     factors: also write the frozen factors, (N + K) · r numbers a layer, for whoever must not recompute them.
     The file is written beside its place and moved there whole: an interruption leaves the previous one. Merged or
-    not, active or not, the adapter is the same. ValueError if the model has no adapter of that name.
+    not, active or not, the adapter is the same. Of a model that FSDP2 has sharded every process must call it, as its
+    processes put the numbers together. ValueError if the model has no adapter of that name.
     """
     shared = shared_of(model, name)
-    tensors = {n: p.detach().cpu().contiguous() for n, p in named_numbers(model, name).items()}
+    tensors = {n: _whole(p.detach()).cpu().contiguous() for n, p in named_numbers(model, name).items()}
     factors = factors or shared.foreign
     if shared.foreign:
         for n, t in _rebuilt(shared).items():
@@ -159,7 +160,7 @@ def restore(
                 t.copy_(tensors[f"foreign.{n}"])
     with torch.no_grad():
         for n, p in named_numbers(model, name).items():
-            p.copy_(trained[n])
+            p.copy_(_sharded_as(p, trained[n]))
     return model
 
 
@@ -189,6 +190,20 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     if claimed != _checksum(header, tensors):
         raise ValueError(f"{path} is damaged: its checksum is not that of its contents")
     return header, tensors
+
+
+def _whole(t: Tensor) -> Tensor:
+    """A tensor that FSDP2 sharded over the processes, on each of them; any other as it is."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def _sharded_as(p: Tensor, t: Tensor) -> Tensor:
+    """t as `p` is: sharded over the processes if FSDP2 has sharded p, as it is if not."""
+    if not hasattr(p, "full_tensor"):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
 
 
 def _rebuilt(shared: Shared) -> dict[str, Tensor]:
