@@ -12,7 +12,7 @@ import psutil
 import pytest
 import tiny_gsm8k
 import torch
-from two_ranks import ES, GROUP, GRPO, SFT, settings
+from two_ranks import ES, GROUP, GRPO, SFT, answers, settings
 
 from tinylora.integrations import evolving, training
 from tinylora.integrations.trl import last_checkpoint
@@ -140,6 +140,19 @@ def test_evolution_in_two_processes_is_that_in_one(tiny, two, tmp_path):
     assert log(two / "es") == log(tmp_path)
     ours, theirs = numbers(two / "es" / "adapter"), numbers(tmp_path / "adapter")
     assert all(torch.equal(ours[name], v) and v.abs().min() > 0 for name, v in theirs.items())
+
+
+def test_each_process_answers_its_share_of_an_evaluation_and_has_the_whole(tiny, two):
+    first, second = of_both(two, "evaluated")
+    assert first == second == answers(tiny)
+    assert len({c["completion"] for c in first["completions"]}) > 1
+
+
+def test_all_processes_go_back_to_the_best_checkpoint(two):
+    first, second = of_both(two, "best")
+    assert first == second and not first["best"].endswith("checkpoint-3")
+    saved = numbers(first["best"])
+    assert first["numbers"] == [torch.cat([saved[f"v_{i}"] for i in range(len(saved))]).tolist()]
 
 
 def test_what_several_processes_cannot_do_is_refused(two):

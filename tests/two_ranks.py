@@ -18,6 +18,8 @@ from transformers import TrainerCallback
 import tinylora
 from tinylora import recipes
 from tinylora.integrations import evolving, processes, training
+from tinylora.integrations.evaluate import evaluate
+from tinylora.integrations.problems import load_problems
 from tinylora.integrations.transformers import load_model
 from tinylora.integrations.trl import adapter_trainer
 from tinylora.nn.model import named_numbers
@@ -67,6 +69,17 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.numbers.append(flat(named_numbers(self.model).values()))
+
+
+def answers(tiny):
+    """What `evaluate` finds, with an adapter that gives several answers: the model by itself has one for all."""
+    model, tokenizer = load_model(tiny / "model", "float32")
+    tinylora.apply(model, tinylora.TinyLoraConfig(u=13, n_tie=100))
+    with torch.no_grad():
+        for v in tinylora.adapter_parameters(model):
+            v.normal_(std=4, generator=torch.Generator().manual_seed(1))
+    problems, instruction = load_problems(tiny / "data", "train"), settings(tiny)["instruction"]
+    return evaluate(model, tokenizer, problems, instruction=instruction, max_completion_length=10, batch_size=3)
 
 
 def flat(tensors):
@@ -126,6 +139,27 @@ def scenarios(tiny, out):
         return {"numbers": [flat(tinylora.adapter_parameters(runpy.run_path(str(path))["model"]))]}
 
     yield "script", script
+
+    yield "evaluated", lambda: answers(tiny)
+
+    def best():
+        """Evaluation in training shares the problems, too, and all go back to the best checkpoint."""
+        model, tokenizer = load_model(tiny / "model", "float32")
+        rows = Dataset.from_dict({"prompt": ["1 + 1?", "2 + 2?"], "completion": [" two", " four"]})
+        args = trl.SFTConfig(
+            output_dir=str(out / "best"), use_cpu=True, bf16=False, report_to=[], max_steps=3, learning_rate=0.1,
+            eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+            metric_for_best_model="eval_loss", greater_is_better=True, disable_tqdm=True,
+            per_device_train_batch_size=1, per_device_eval_batch_size=1,
+        )  # fmt: skip
+        trainer = adapter_trainer(trl.SFTTrainer)(
+            model=tinylora.apply(model, tinylora.TinyLoraConfig(u=2, n_tie=4)),
+            args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
+        )  # fmt: skip
+        trainer.train()
+        return {"numbers": [flat(named_numbers(model).values())], "best": trainer.state.best_model_checkpoint}
+
+    yield "best", best
 
     def refused():
         model, tokenizer = load_model(tiny / "model", "float32")

@@ -6,6 +6,7 @@ Between `start` (TRL's own arguments start them, too) and `end` they can wait fo
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def start() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # The first to finish its share waits for the last one, whose answers may be longer: torch's 10 minutes are few.
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
 
 
 def wait() -> None:

@@ -226,9 +226,12 @@ def make_trainer(
     operator here as everywhere). ValueError for a setting that TRL does not have.
     """
     require_trl()
+    import datasets
     import trl
     from transformers import PrinterCallback, ProgressCallback
 
+    if processes.rank() > 0:
+        datasets.disable_progress_bars()
     trainer = {"grpo": trl.GRPOTrainer, "sft": trl.SFTTrainer}[command]
     extra = {"reward_funcs": [_reward(name) for name in gsm8k.SCORERS]} if command == "grpo" else {}
     made = adapter_trainer(trainer)(

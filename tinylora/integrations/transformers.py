@@ -4,6 +4,8 @@ import os
 
 from torch import nn
 
+from tinylora.integrations import processes
+
 
 def meta_model(config: str | os.PathLike) -> nn.Module:
     """The model that a config describes, on the meta device: all shapes, no memory.
@@ -37,7 +39,7 @@ def meta_model(config: str | os.PathLike) -> nn.Module:
 
 
 def load_model(name: str | os.PathLike, dtype: str):
-    """(model, tokenizer) of a causal language model from a folder or the Hub, on the GPU where there is one.
+    """(model, tokenizer) of a causal language model from a folder or the Hub, on the process's GPU where there is one.
 
     dtype: of the weights, "bfloat16", "float16" or "float32". ValueError if there is no such model or it has no
     tokenizer, ImportError without transformers.
@@ -51,6 +53,8 @@ def load_model(name: str | os.PathLike, dtype: str):
 
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"dtype is {dtype!r}, expected bfloat16, float16 or float32")
+    if processes.rank() > 0:
+        transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -123,8 +124,9 @@ def fingerprint(digests: Mapping[str, tuple[str, str]]) -> str:
 
 
 def _progress(items: list, what: str) -> Iterable:
-    """A progress bar where there is something to wait for and someone to see it."""
-    return tqdm(items, desc=what, unit="layer", leave=False, disable=None if len(items) > 1 else True)
+    """A progress bar where there is something to wait for and someone to see it: of several processes, the first's."""
+    silent = len(items) < 2 or os.environ.get("RANK", "0") != "0"
+    return tqdm(items, desc=what, unit="layer", leave=False, disable=silent or None)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:
