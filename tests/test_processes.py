@@ -12,6 +12,7 @@ import psutil
 import pytest
 import tiny_gsm8k
 import torch
+from filelock import FileLock
 from two_ranks import ES, GROUP, GRPO, SFT, answers, settings
 
 from tinylora.integrations import evolving, training
@@ -41,14 +42,19 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tiny, tmp_path_factory):
-    """The folder in which two processes did all of tests/two_ranks.py."""
-    out = tmp_path_factory.mktemp("two")
-    with (out / "output").open("w") as output:
-        done = subprocess.run(
-            [*TORCHRUN, str(ROOT / "tests" / "two_ranks.py"), str(tiny), str(out)],
-            stdout=output, stderr=output, timeout=300, env=environment(),
-        )  # fmt: skip
-    assert done.returncode == 0, (out / "output").read_text()[-5000:]
+    """The folder in which two processes did all of tests/two_ranks.py: once, even if pytest-xdist spreads this file."""
+    own = tmp_path_factory.getbasetemp()
+    out = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "two_ranks"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            out.mkdir()
+            with (out / "output").open("w") as output:
+                done = subprocess.run(
+                    [*TORCHRUN, str(ROOT / "tests" / "two_ranks.py"), str(tiny), str(out)],
+                    stdout=output, stderr=output, timeout=400, env=environment(),
+                )  # fmt: skip
+            (out / "rc").write_text(str(done.returncode))
+    assert (out / "rc").exists() and (out / "rc").read_text() == "0", (out / "output").read_text()[-5000:]
     return out
 
 

@@ -482,7 +482,9 @@ def test_the_plain_script_of_the_docs(tiny, tmp_path, monkeypatch):
 def test_the_commands_of_the_docs_are_commands():
     lines = (Path(__file__).parents[1] / "docs" / "training.md").read_text().splitlines()
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("tinylora ")]
-    assert len(commands) >= 8
+    launched = [shlex.split(line) for line in lines if line.startswith(("torchrun ", "accelerate ")) and "-m " in line]
+    commands += [command[command.index("tinylora") + 1 :] for command in launched]
+    assert len(commands) >= 13 and len(launched) >= 5
     for command in commands:
         if "--help" in command:
             with pytest.raises(SystemExit, match="0"):

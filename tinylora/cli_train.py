@@ -23,8 +23,8 @@ _COMMON = {
     "steps": (int, "steps", "optimiser steps"),
     "seed": (int, "seed", "of the adapter, the order of the data and the sampling"),
     "dtype": (str, "dtype", "of the frozen base: bfloat16, float16 or float32; v is fp32"),
-    "batch-size": (int, "batch_size", "sequences in a step: for GRPO prompts times group size"),
-    "micro-batch-size": (int, "micro_batch_size", "sequences in one forward and backward, at most"),
+    "batch-size": (int, "batch_size", "sequences in a step, of all processes: for GRPO prompts times group size"),
+    "micro-batch-size": (int, "micro_batch_size", "sequences in one forward and backward of a process, at most"),
     "save-every": (int, "save_every", "steps between checkpoints"),
     "r": (int, "adapter.r", "rank"),
     "u": (int, "adapter.u", "TinyLoRA: length of each v"),
@@ -81,7 +81,9 @@ def _add_training(kinds, command: str, about: str) -> None:
         command,
         help=about,
         description=f"{about}. What no flag says is the recipe's. A run killed at any moment goes on with --resume "
-        "and gives the curve of one that was not. The result is OUT/adapter, the log OUT/log.jsonl.",
+        "and gives the curve of one that was not. The result is OUT/adapter, the log OUT/log.jsonl. Several GPUs: "
+        f"torchrun --standalone --nproc-per-node 8 -m tinylora train {command} ...; the processes share the "
+        + ("generation." if command == "es" else "batch."),
     )
     parser.add_argument("--out", required=True, help="the run's folder")
     known = ", ".join(recipes.names())
@@ -129,7 +131,8 @@ def _add_eval(commands) -> None:
         "eval",
         help="what a model scores on GSM8K, with an adapter or without: pass@1, strict and lenient",
         description="pass@1 on GSM8K by both scorers, with 95 % confidence intervals (Wilson): one greedy completion "
-        "a problem. strict counts the right number behind ####, as the prompt asks for; lenient counts it anywhere.",
+        "a problem. strict counts the right number behind ####, as the prompt asks for; lenient counts it anywhere. "
+        "Several GPUs: torchrun --standalone --nproc-per-node 8 -m tinylora eval ...; the processes share the problems.",
     )
     parser.add_argument("--model", help=f"a model folder, or a name on the Hub ({values['model']})")
     parser.add_argument("--adapter", help="a folder that tinylora.save, a run or PEFT's save_pretrained wrote")
