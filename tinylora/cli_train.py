@@ -132,7 +132,7 @@ def _add_eval(commands) -> None:
         help="what a model scores on GSM8K, with an adapter or without: pass@1, strict and lenient",
         description="pass@1 on GSM8K by both scorers, with 95 % confidence intervals (Wilson): one greedy completion "
         "a problem. strict counts the right number behind ####, as the prompt asks for; lenient counts it anywhere. "
-        "Several GPUs: torchrun --standalone --nproc-per-node 8 -m tinylora eval ...; the processes share the problems.",
+        "Several GPUs: torchrun --standalone --nproc-per-node 8 -m tinylora eval ...; the processes share problems.",
     )
     parser.add_argument("--model", help=f"a model folder, or a name on the Hub ({values['model']})")
     parser.add_argument("--adapter", help="a folder that tinylora.save, a run or PEFT's save_pretrained wrote")
