@@ -191,29 +191,22 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0)) -> Iterator[list[
     """
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
-    from tinylora.kernels import decode, gradients, scratch, thin
+    from tinylora.kernels import scratch, tiles
     from tinylora.ops import dispatch, fused
     from tinylora.ops import linear as operator
 
     launched: list[str] = []
     jitted: list[JITFunction] = []
-    zeros: dict[torch.device, Tensor] = {}
-
-    def cached_counters(n, device):  # on a card they are allocated once
-        if len(zeros.get(device, ())) < n:
-            zeros[device] = torch.zeros(max(n, 1 << 14), dtype=torch.int32)
-        return zeros[device]
 
     def compiled(self, key, signature, device, *_):
         name = self.fn.__name__
-        launch = SimpleNamespace(
-            run=lambda *args: launched.append(name),
-            launch_metadata=lambda *args: None,
-            function=0,
-            packed_metadata=(),
-        )
+        launch = object.__new__(CompiledKernel)
+        launch.src, launch.name, launch.module, launch._module_pid = None, name, 0, None
+        launch.function, launch.packed_metadata = 0, ()
+        launch._run = lambda *args: launched.append(name)
         self.device_caches[device][0][key] = launch
         jitted.append(self)
         return launch
@@ -235,11 +228,18 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0)) -> Iterator[list[
     triton.runtime.driver.set_active(driver)
     try:
         with contextlib.ExitStack() as stack:
-            for module in (decode, thin, gradients, scratch):
-                stack.enter_context(mock.patch.object(module, "counters", cached_counters))
-            stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compiled))
-            stack.enter_context(mock.patch.object(fused, "capability_of", lambda device: capability))
-            stack.enter_context(mock.patch.object(operator, "_computes", computes))
+            for owner, name, stub in (
+                (JITFunction, "_do_compile", compiled),
+                (fused, "capability_of", lambda device: capability),
+                (fused, "interpreting", lambda: False),
+                (fused, "_remembers", lambda device: True),
+                (scratch, "kept_by_stream", lambda device: True),
+                (scratch, "_to_keep", lambda make: make()),
+                (operator, "_computes", computes),
+            ):
+                stack.enter_context(mock.patch.object(owner, name, stub))
+            for kept in (tiles.ways, scratch._planes, scratch._counters, scratch._views):
+                stack.enter_context(mock.patch.dict(kept, clear=True))
             yield launched
     finally:
         triton.runtime.driver._active = before

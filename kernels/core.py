@@ -1,12 +1,11 @@
 """The core as the kernels take it: which kind, which pointers."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Core:
+class Core(NamedTuple):
     """C of s = z Cᵀ: none (the identity), one for all rows, or one per row by ids; C itself, or v with P.
 
     values: None, C [r, r], v [u], or one per adapter: [A, r, r], [A, u]
@@ -35,4 +34,9 @@ class Core:
 
     def pointers(self, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(values, basis, ids), each contiguous; `unused` stands where there is none."""
-        return tuple(unused if t is None else t.contiguous() for t in (self.values, self.basis, self.ids))
+        values, basis, ids, _ = self
+        return (
+            unused if values is None else values.contiguous(),
+            unused if basis is None else basis.contiguous(),
+            unused if ids is None else ids.contiguous(),
+        )

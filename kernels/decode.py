@@ -6,6 +6,8 @@ A slice of K is a term of both sums: X Wᵀ = Σ_j X_j W_jᵀ, and ((X Dᵀ) C�
 program applies the core and U to its own slice's z, and no program waits for another's.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from .blocks import apply_core, dot_wide, last_to_arrive, load_s, load_up
 from .core import Core
-from .scratch import counters
+from .launch import Launch
+from .scratch import workspace
 from .tiles import Decode, period
 
 
@@ -138,70 +141,76 @@ def decode_kernel(
         tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
 
 
-def decode(
+def plan_decode(
     x: Tensor,
     w: Tensor,
     down: Tensor,
     core: Core,
     up: Tensor,
     bias: Tensor | None,
-    y: Tensor,
-    z: Tensor,
-    s: Tensor | None,
+    width: int | None,
     tile: Decode,
     precision: str,
-) -> None:
-    """Write Y into y [M, N] and z into z [M, r], both contiguous; with s from `thin`, z is left alone.
+) -> Callable[..., None]:
+    """What writes Y for operands like these: a function of (x, w, down, core, up, bias, y, z, s).
 
-    x [M, K], w [N, K], down [r, K], up [N, r] in any strides.
+    x [M, K], w [N, K], down [r, K], up [N, r] in any strides; Y goes into y [M, N] and z into z [M, r] fp32, both
+    contiguous, or z is None and nobody wants it. width: that of s from `thin`, with which z is left alone, or None.
+    Like these are operands of the same shapes, strides, dtypes and device; the function may get them transposed, since
+    it takes nothing but their addresses.
     """
     M, K = x.shape
     N = w.shape[0]
     r = down.shape[0]
-    inline = s is None
+    inline = width is None
     blocks = -(-N // tile.n)
-    planes = z_planes = z
-    if tile.split > 1:
-        planes = torch.empty(tile.split, M, N, dtype=torch.float32, device=x.device)
-        z_planes = torch.empty(tile.split, M, r, dtype=torch.float32, device=x.device)
-    width = 16 if inline else s.shape[1]
-    decode_kernel[(blocks, tile.split)](
-        x,
-        w,
-        down,
-        *core.pointers(z),
-        up,
-        bias.contiguous() if bias is not None else z,
-        z if inline else s,
-        y,
-        z,
-        planes,
-        z_planes,
-        counters(blocks, x.device) if tile.split > 1 else z,
-        M,
-        core.adapters,
-        N,
-        K,
-        *x.stride(),
-        *w.stride(),
-        *down.stride(),
-        *up.stride(),
-        R=r,
-        U=core.u,
-        CORE=core.kind,
-        TRANSPOSED=core.transposed,
-        INLINE=inline,
-        WIDTH=width,
-        PERIOD=width if inline else period(x.dtype, r),
-        BLOCK_R=min(width, 16 if x.dtype == torch.float32 else 64),
-        HAS_BIAS=bias is not None,
-        EVEN_K=K % tile.k == 0,
-        PRECISION=precision,
-        SPLIT_K=tile.split > 1,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_K=tile.k,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        maxnreg=tile.registers,
+    split = tile.split > 1
+    width = width or 16
+    launch = Launch(
+        decode_kernel,
+        (blocks, tile.split),
+        (M, core.adapters, N, K, *x.stride(), *w.stride(), *down.stride(), *up.stride()),
+        {
+            "R": r,
+            "U": core.u,
+            "CORE": core.kind,
+            "TRANSPOSED": core.transposed,
+            "INLINE": inline,
+            "WIDTH": width,
+            "PERIOD": width if inline else period(x.dtype, r),
+            "BLOCK_R": min(width, 16 if x.dtype == torch.float32 else 64),
+            "HAS_BIAS": bias is not None,
+            "EVEN_K": K % tile.k == 0,
+            "PRECISION": precision,
+            "SPLIT_K": split,
+            "BLOCK_M": tile.m,
+            "BLOCK_N": tile.n,
+            "BLOCK_K": tile.k,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+            "maxnreg": tile.registers,
+        },
     )
+    device, sizes = x.device, (tile.split * M * N, tile.split * M * r) if split else ()
+
+    def run(x, w, down, core, up, bias, y, z, s=None):
+        if z is None:
+            z, *planes = workspace(device, (M * r, *sizes), blocks if split else 0)
+        elif split:
+            planes = workspace(device, sizes, blocks)
+        if not split:
+            planes = z, z, z
+        launch(
+            x,
+            w,
+            down,
+            *core.pointers(z),
+            up,
+            z if bias is None else bias.contiguous(),
+            z if s is None else s,
+            y,
+            z,
+            *planes,
+        )
+
+    return run

@@ -5,15 +5,15 @@
 The same kernel computes dX = dY W + Q D: W is then seen through its transpose, and D takes U's place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .blocks import load_s, load_up, tile_order
 from .columns import ColumnBlocks
+from .launch import Launch
 from .tiles import Gemm, period
 
 
@@ -252,6 +252,89 @@ def fits_descriptors(x: Tensor | Sequence[Tensor], w: Tensor) -> bool:
     return (aligned(w) or aligned(w.T)) and N * w.element_size() % 16 == 0
 
 
+def plan_gemm(
+    x: Tensor | Sequence[Tensor] | None,
+    w: Tensor | None,
+    y: Tensor,
+    width: int,
+    up: Tensor,
+    bias: Tensor | None,
+    tile: Gemm,
+    precision: str,
+) -> Callable[..., None]:
+    """What writes Y = X Wᵀ + S Uᵀ + b into y for operands like these; without x and w, Y += S Uᵀ.
+
+    A function of (x, w, y, s, up, bias): x [M, K], w [N, K], up [N, r] in any strides, y [M, N] with a contiguous last
+    dimension; s [M, width] as `thin` writes it: width >= r, and [high | low] halves where width is 16 and r at most 8.
+    x may come as up to three tensors side by side. Like these are operands of the same shapes, strides, dtypes and
+    device; w, up, and x alone, may then come transposed, since nothing but their addresses is taken.
+    """
+    M, N = y.shape
+    expand = x is None
+    blocks = ColumnBlocks.of(y if expand else x)
+    K = 0 if expand else blocks.shape[1]
+    r = up.shape[1]
+    tiles = -(-M // tile.m) * -(-N // tile.n)
+    programs = min(tiles, tile.programs) if tile.descriptors else tiles
+    k_major = expand or w.stride(1) == 1
+    boxes: tuple[tuple, ...] = ()
+    strides: tuple[int, ...] = (0,) * 6
+    if tile.descriptors:
+        rows = w if k_major else w.T
+        boxes = (
+            *((place, t.shape, t.stride(), [tile.m, tile.k]) for place, t in enumerate(blocks.tensors)),
+            (3, rows.shape, rows.stride(), [tile.n, tile.k] if k_major else [tile.k, tile.n]),
+            (4, y.shape, y.stride(), [tile.m, tile.n // tile.subtiles]),
+        )
+    elif not expand:
+        strides = (*blocks.row_strides, blocks.tensors[0].stride(1), *w.stride())
+    launch = Launch(
+        gemm_kernel,
+        (programs,),
+        (
+            M,
+            N,
+            K,
+            *((0, 0) if expand else blocks.ends),
+            *strides,
+            0 if tile.descriptors else y.stride(0),
+            *up.stride(),
+        ),
+        {
+            "BLOCKS": len(blocks.tensors),
+            "R": r,
+            "WIDTH": width,
+            "PERIOD": period(y.dtype, r),
+            "BLOCK_R": width if width <= tile.rank else min(tile.rank, 32),
+            "HAS_BIAS": bias is not None,
+            "EXPAND": expand,
+            "DESCRIPTORS": tile.descriptors,
+            "K_MAJOR": k_major,
+            "EVEN_K": expand or blocks.divided_by(tile.k),
+            "PRECISION": precision,
+            "PROGRAMS": tile.programs if tile.descriptors else 0,
+            "SUBTILES": tile.subtiles,
+            "GROUP_M": tile.group,
+            "BLOCK_M": tile.m,
+            "BLOCK_N": tile.n,
+            "BLOCK_K": tile.k,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+            "maxnreg": tile.registers,
+        },
+        boxes,
+    )
+
+    def run(x, w, y, s, up, bias):
+        if expand:
+            three, w = (y, None, None), y
+        else:
+            three = (x, None, None) if isinstance(x, Tensor) else ColumnBlocks.of(x).three()
+        launch(*three, w, y, s, up, s if bias is None else bias.contiguous())
+
+    return run
+
+
 def gemm(
     x: Tensor | Sequence[Tensor] | None,
     w: Tensor | None,
@@ -262,63 +345,5 @@ def gemm(
     tile: Gemm,
     precision: str,
 ) -> None:
-    """Write Y = X Wᵀ + S Uᵀ + b into y; without x and w, Y += S Uᵀ.
-
-    x [M, K], w [N, K], up [N, r] in any strides, y [M, N] with a contiguous last dimension; s [M, width] as
-    `thin` writes it: width >= r, and [high | low] halves where width is 16 and r at most 8. x may come as up to
-    three tensors side by side.
-    """
-    M, N = y.shape
-    expand = x is None
-    blocks = ColumnBlocks.of(y if expand else x)
-    K = 0 if expand else blocks.shape[1]
-    r, width = up.shape[1], s.shape[1]
-    tiles = -(-M // tile.m) * -(-N // tile.n)
-    programs = min(tiles, tile.programs) if tile.descriptors else tiles
-    k_major = expand or w.stride(1) == 1
-    if tile.descriptors:
-        w_box = [tile.n, tile.k] if k_major else [tile.k, tile.n]
-        operands = (
-            *blocks.three(lambda t: TensorDescriptor.from_tensor(t, [tile.m, tile.k])),
-            TensorDescriptor.from_tensor(w if k_major else w.T, w_box),
-            TensorDescriptor.from_tensor(y, [tile.m, tile.n // tile.subtiles]),
-        )
-        strides = (0,) * 6
-    elif expand:
-        operands, strides = (y, None, None, y, y), (0,) * 6
-    else:
-        operands = (*blocks.three(), w, y)
-        strides = (*blocks.row_strides, blocks.tensors[0].stride(1), *w.stride())
-    gemm_kernel[(programs,)](
-        *operands,
-        s,
-        up,
-        bias.contiguous() if bias is not None else s,
-        M,
-        N,
-        K,
-        *((0, 0) if expand else blocks.ends),
-        *strides,
-        0 if tile.descriptors else y.stride(0),
-        *up.stride(),
-        BLOCKS=len(blocks.tensors),
-        R=r,
-        WIDTH=width,
-        PERIOD=period(y.dtype, r),
-        BLOCK_R=width if width <= tile.rank else min(tile.rank, 32),
-        HAS_BIAS=bias is not None,
-        EXPAND=expand,
-        DESCRIPTORS=tile.descriptors,
-        K_MAJOR=k_major,
-        EVEN_K=expand or blocks.divided_by(tile.k),
-        PRECISION=precision,
-        PROGRAMS=tile.programs if tile.descriptors else 0,
-        SUBTILES=tile.subtiles,
-        GROUP_M=tile.group,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_K=tile.k,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        maxnreg=tile.registers,
-    )
+    """Write Y, or add to it, by a plan that is used once."""
+    plan_gemm(x, w, y, s.shape[1], up, bias, tile, precision)(x, w, y, s, up, bias)

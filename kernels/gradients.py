@@ -6,6 +6,8 @@ t, z, q = t C, s = z Cᵀ: [M, r]. Rows are cut into slices, every program store
 one to arrive adds them from first to last: no atomics on floats, the same bits on every run.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from .blocks import apply_core, dot_wide, last_to_arrive
 from .core import Core
-from .scratch import counters
+from .launch import Launch
+from .scratch import workspace
 from .tiles import CoreGradient, FactorGradient
 
 
@@ -94,38 +97,43 @@ def core_gradient_kernel(
         store_core_gradient(out, dcore, basis, adapter, i, j, R, U, BLOCK_R)
 
 
-def core_gradient(t: Tensor, z: Tensor, like: Tensor, core: Core, r: int, tile: CoreGradient) -> Tensor:
-    """The gradient of `like` (C or v, one or one per adapter) from t, z [M, r] fp32."""
-    M = t.shape[0]
+def plan_core_gradient(
+    t: Tensor, z: Tensor, like: Tensor, core: Core, tile: CoreGradient
+) -> Callable[[Tensor, Tensor, Core], Tensor]:
+    """What computes the gradient of `like` (C or v, one or one per adapter), in its dtype: a function of (t, z, core).
+
+    t, z: [M, r] fp32, contiguous; later ones have the same shapes, and a later core is of the same kind.
+    """
+    M, r = t.shape
     adapters = like.shape[0] if core.kind == "rows" else 1
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
     tiles = (-(-r // tile.r)) ** 2
     slices = max(1, -(-M // tile.rows))
-    planes, arrived = out, out
-    if slices > 1:
-        planes = torch.empty(slices, adapters * tiles, tile.r, tile.r, dtype=torch.float32, device=t.device)
-        arrived = counters(adapters * tiles, t.device)
-    _, basis, ids = core.pointers(t)
-    core_gradient_kernel[(adapters, slices, tiles)](
-        t,
-        z,
-        ids,
-        basis,
-        out,
-        planes,
-        arrived,
-        M,
-        tile.rows,
-        R=r,
-        U=core.u,
-        ROWS=core.kind == "rows",
-        PRECISION=tile.precision,
-        SPLIT_M=slices > 1,
-        BLOCK_M=tile.m,
-        BLOCK_R=tile.r,
-        num_warps=tile.warps,
+    launch = Launch(
+        core_gradient_kernel,
+        (adapters, slices, tiles),
+        (M, tile.rows),
+        {
+            "R": r,
+            "U": core.u,
+            "ROWS": core.kind == "rows",
+            "PRECISION": tile.precision,
+            "SPLIT_M": slices > 1,
+            "BLOCK_M": tile.m,
+            "BLOCK_R": tile.r,
+            "num_warps": tile.warps,
+        },
     )
-    return out
+    device, shape, dtype = t.device, like.shape, like.dtype
+    sizes = (slices * adapters * tiles * tile.r * tile.r,)
+
+    def run(t, z, core):
+        out = torch.empty(shape, dtype=dtype, device=device)
+        planes = workspace(device, sizes, adapters * tiles) if slices > 1 else (out, out)
+        _, basis, ids = core.pointers(t)
+        launch(t, z, ids, basis, out, *planes)
+        return out
+
+    return run
 
 
 @triton.jit(do_not_specialize=["M", "adapters", "slice_rows"])
@@ -191,38 +199,37 @@ def factor_gradient_kernel(
         tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside)
 
 
-def factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor, tile: FactorGradient, precision: str) -> None:
-    """Write sᵀ X into out [r, C] (any strides): z [M, r] fp32, x [M, C] in any strides."""
+def plan_factor_gradient(
+    z: Tensor, core: Core, x: Tensor, out: Tensor, tile: FactorGradient, precision: str
+) -> Callable[[Tensor, Core, Tensor, Tensor], None]:
+    """What writes sᵀ X into out [r, C] (any strides), z [M, r] fp32 and x [M, C] in any strides, for operands like
+    these: a function of (z, core, x, out)."""
     M, C = x.shape
     r = z.shape[1]
     blocks = -(-C // tile.c)
     slices = max(1, -(-M // tile.rows))
-    planes, arrived = z, z
-    if slices > 1:
-        planes = torch.empty(slices, C, r, dtype=torch.float32, device=x.device)
-        arrived = counters(blocks, x.device)
-    factor_gradient_kernel[(blocks, slices)](
-        z,
-        *core.pointers(z),
-        x,
-        out,
-        planes,
-        arrived,
-        M,
-        core.adapters,
-        tile.rows,
-        C,
-        *x.stride(),
-        *out.stride(),
-        R=r,
-        U=core.u,
-        CORE=core.kind,
-        TRANSPOSED=core.transposed,
-        PRECISION=precision,
-        SPLIT_M=slices > 1,
-        BLOCK_M=tile.m,
-        BLOCK_C=tile.c,
-        BLOCK_R=tile.width,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+    launch = Launch(
+        factor_gradient_kernel,
+        (blocks, slices),
+        (M, core.adapters, tile.rows, C, *x.stride(), *out.stride()),
+        {
+            "R": r,
+            "U": core.u,
+            "CORE": core.kind,
+            "TRANSPOSED": core.transposed,
+            "PRECISION": precision,
+            "SPLIT_M": slices > 1,
+            "BLOCK_M": tile.m,
+            "BLOCK_C": tile.c,
+            "BLOCK_R": tile.width,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        },
     )
+    device, sizes = x.device, (slices * C * r,)
+
+    def run(z, core, x, out):
+        planes = workspace(device, sizes, blocks) if slices > 1 else (z, z)
+        launch(z, *core.pointers(z), x, out, *planes)
+
+    return run

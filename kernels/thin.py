@@ -5,7 +5,7 @@
 The backward calls it with the roles swapped: t = dY U and q = t C.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -15,7 +15,8 @@ from torch import Tensor
 from .blocks import apply_core, dot_wide, last_to_arrive
 from .columns import ColumnBlocks
 from .core import Core
-from .scratch import counters
+from .launch import Launch
+from .scratch import workspace
 from .tiles import Thin, period
 
 
@@ -155,53 +156,70 @@ def thin_kernel(
         )  # fmt: skip
 
 
+def plan_thin(
+    x: Tensor | Sequence[Tensor], down: Tensor, core: Core, tile: Thin, precision: str, want_s: bool
+) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
+    """What computes (z, s) for operands like these: a function of (x, down, core, want_z).
+
+    x [M, K] and down [r, K] in any strides; z [M, r] fp32, and s for `gemm`, or None in the place of what is not
+    wanted. x may come as up to three tensors side by side, whose columns lie equally far apart. Like these are operands
+    of the same shapes, strides, dtypes and device; down, and x alone, may then come transposed, since nothing but their
+    addresses is taken.
+    """
+    blocks = ColumnBlocks.of(x)
+    # Masked loops one after the other spill registers.
+    joined = len(blocks.tensors) > 1 and not blocks.divided_by(tile.k)
+    if joined:
+        blocks = ColumnBlocks.of(torch.cat(blocks.tensors, 1))
+    M, K = blocks.shape
+    r = down.shape[0]
+    first = blocks.tensors[0]
+    row_blocks = -(-M // tile.m)
+    split = tile.split > 1
+    launch = Launch(
+        thin_kernel,
+        (row_blocks, tile.split),
+        (M, core.adapters, K, *blocks.ends, *blocks.row_strides, first.stride(1), *down.stride()),
+        {
+            "BLOCKS": len(blocks.tensors),
+            "R": r,
+            "U": core.u,
+            "CORE": core.kind,
+            "TRANSPOSED": core.transposed,
+            "STORE_S": want_s,
+            "WIDTH": tile.width,
+            "PERIOD": period(first.dtype, r),
+            "EVEN_K": blocks.divided_by(tile.k),
+            "PRECISION": precision,
+            "SPLIT_K": split,
+            "BLOCK_M": tile.m,
+            "BLOCK_K": tile.k,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+            "maxnreg": tile.registers,
+        },
+    )
+    device, dtype, sizes = first.device, first.dtype, (tile.split * M * r,) if split else ()
+
+    def run(x, down, core, want_z=True):
+        if isinstance(x, Tensor):
+            three = x, None, None
+        else:
+            three = (torch.cat(tuple(x), 1), None, None) if joined else ColumnBlocks.of(x).three()
+        if want_z:
+            z = torch.empty((M, r), dtype=torch.float32, device=device)
+            planes = workspace(device, sizes, row_blocks) if split else (z, z)
+        else:
+            z, *planes = workspace(device, (M * r, *sizes), row_blocks if split else 0)
+        s = torch.empty((M, tile.width), dtype=dtype, device=device) if want_s else None
+        launch(*three, down, *core.pointers(z), z, z if s is None else s, *(planes or (z, z)))
+        return z if want_z else None, s
+
+    return run
+
+
 def thin(
     x: Tensor | Sequence[Tensor], down: Tensor, core: Core, tile: Thin, precision: str, want_s: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(z, s) for x [M, K] and down [r, K] in any strides: z fp32 [M, r], and, if wanted, s for `gemm`.
-
-    x may come as up to three tensors side by side, whose columns lie equally far apart.
-    """
-    blocks = ColumnBlocks.of(x)
-    if len(blocks.tensors) > 1 and not blocks.divided_by(tile.k):
-        blocks = ColumnBlocks.of(torch.cat(blocks.tensors, 1))  # masked loops one after the other spill registers
-    M, K = blocks.shape
-    r = down.shape[0]
-    x = blocks.tensors[0]
-    z = torch.empty(M, r, dtype=torch.float32, device=x.device)
-    s = torch.empty(M, tile.width, dtype=x.dtype, device=x.device) if want_s else None
-    row_blocks = -(-M // tile.m)
-    planes = torch.empty(tile.split, M, r, dtype=torch.float32, device=x.device) if tile.split > 1 else z
-    thin_kernel[(row_blocks, tile.split)](
-        *blocks.three(),
-        down,
-        *core.pointers(z),
-        z,
-        s if want_s else z,
-        planes,
-        counters(row_blocks, x.device) if tile.split > 1 else z,
-        M,
-        core.adapters,
-        K,
-        *blocks.ends,
-        *blocks.row_strides,
-        x.stride(1),
-        *down.stride(),
-        BLOCKS=len(blocks.tensors),
-        R=r,
-        U=core.u,
-        CORE=core.kind,
-        TRANSPOSED=core.transposed,
-        STORE_S=want_s,
-        WIDTH=tile.width,
-        PERIOD=period(x.dtype, r),
-        EVEN_K=blocks.divided_by(tile.k),
-        PRECISION=precision,
-        SPLIT_K=tile.split > 1,
-        BLOCK_M=tile.m,
-        BLOCK_K=tile.k,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        maxnreg=tile.registers,
-    )
-    return z, s
+    """(z, s) by a plan that is used once."""
+    return plan_thin(x, down, core, tile, precision, want_s)(x, down, core)

@@ -6,6 +6,7 @@ on a card stands in tables/sm_<capability>.json and comes first; the model serve
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -417,10 +418,15 @@ def table(capability: tuple[int, int]) -> dict[Key, Choice]:
     return read_table(path) if path.exists() else {}
 
 
+# What was chosen once and made ready to launch, by all that it depends on (tinylora/ops/fused.py).
+ways: dict[tuple, Callable] = {}
+
+
 def forget() -> None:
     """Read the tables again, and choose anew: after one of them was written."""
     for function in (table, choose, pinned):
         function.cache_clear()
+    ways.clear()
 
 
 def shared_bytes(tile: Gemm | Decode, dtype: torch.dtype) -> int:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lanes import INTERPRETED_AT_IMPORT, compiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinylora.kernels import decode, gradients, thin
+from tinylora.kernels import scratch
 from tinylora.ops import fused
 
 pytestmark = pytest.mark.skipif(INTERPRETED_AT_IMPORT, reason="TRITON_INTERPRET is set: launches cannot be counted")
@@ -179,8 +179,7 @@ TABLE = {
 @pytest.fixture(autouse=True)
 def counters_are_there_already(monkeypatch):
     """A card keeps its zeroed counters from call to call."""
-    for module in (decode, gradients, thin):
-        monkeypatch.setattr(module, "counters", lambda n, device: torch.empty(n, dtype=torch.int32, device=device))
+    monkeypatch.setattr(scratch, "counters", lambda n, device: torch.empty(n, dtype=torch.int32, device=device))
 
 
 @pytest.mark.parametrize("M", [1, 16, 512, 8192])

@@ -3,8 +3,7 @@
 Both directions are one function, `_linear`: dX = dY W + ((dY U) C) D is the operator on (Wᵀ, Uᵀ, Cᵀ, Dᵀ).
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from tinylora.kernels import tiles
 from tinylora.kernels.core import Core
-from tinylora.kernels.decode import decode
-from tinylora.kernels.gemm import fits_descriptors, gemm
-from tinylora.kernels.gradients import core_gradient, factor_gradient
-from tinylora.kernels.thin import thin
+from tinylora.kernels.decode import plan_decode
+from tinylora.kernels.gemm import fits_descriptors, plan_gemm
+from tinylora.kernels.gradients import plan_core_gradient, plan_factor_gradient
+from tinylora.kernels.thin import plan_thin, thin
 from tinylora.ops import eager
 from tinylora.ops.dispatch import capability_of, interpreting, triton_version
 
@@ -29,13 +28,6 @@ MIXED_RANK = 32
 def _capability(device: torch.device) -> tuple[int, int] | None:
     """The card's, or None in the interpreter, whose tensors are a CPU's: others need not read the environment."""
     return None if device.type == "cpu" and interpreting() else capability_of(device)
-
-
-def _current(device: torch.device):
-    """Triton launches on the current device: a context in which that is the operands' one."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 def _one_loop_only(capability: tuple[int, int] | None) -> bool:
@@ -64,8 +56,34 @@ def _mixed_inside(core: Tensor | None, basis: Tensor | None) -> tuple[Tensor | N
     return eager.mix(core, basis), None
 
 
+Operand = Tensor | Sequence[Tensor]
+Way = Callable[..., tuple[Tensor, Tensor | None]]
+
+# A model asks the same few questions at every call, unless it sees ever new numbers of rows.
+WAYS = 4096
+
+
+def _remembers(device: torch.device) -> bool:
+    """On a card. On a CPU the interpreter takes seconds anyway, and tests put other tiles into it."""
+    return device.type == "cuda"
+
+
+def _remembered(key: tuple, device: torch.device, make: Callable[[], Callable]) -> Callable:
+    """The way of this kind, from `make` if there is none yet."""
+    way = make()
+    if _remembers(device):
+        if len(tiles.ways) >= WAYS:
+            tiles.ways.clear()
+        tiles.ways[key] = way
+    return way
+
+
+def _kind(t: Tensor | None) -> tuple | None:
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
+
+
 def _linear(
-    x: Tensor | Sequence[Tensor],
+    x: Operand,
     w: Tensor,
     down: Tensor,
     core: Core,
@@ -73,48 +91,129 @@ def _linear(
     bias: Tensor | None,
     choice: tiles.Choice | None = None,
     pin: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(Y, z) with Y = X Wᵀ + s Uᵀ + b, z = X Dᵀ in fp32, s = z Cᵀ; w, down and up may be transposed views.
+    want_z: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """(Y, z) with Y = X Wᵀ + s Uᵀ + b, z = X Dᵀ in fp32, s = z Cᵀ, for x of [..., K]; z is None unless wanted.
 
+    core.transposed: the same with (Wᵀ, Dᵀ, Uᵀ) for (W, D, U), which are given as they lie: views cost microseconds.
     choice: forces what `tiles.choose` would decide. pin: one choice for every M, and for every layout of x.
     x may come in column blocks; then there is no bias.
     """
-    xs = [x] if isinstance(x, Tensor) else x
+    values, basis, ids, transposed = core
+    first = x if isinstance(x, Tensor) else x[0]
+    # Whatever the way depends on, and whatever Triton's compiler specialises on, stands here (kernels/launch.py).
+    key = (
+        (first.shape, first.stride(), first.dtype, first.device) if first is x else tuple([_kind(t) for t in x]),
+        w.shape,
+        w.stride(),
+        w.dtype,
+        w.device,
+        (first.data_ptr() | w.data_ptr()) % 16 == 0,
+        down.shape,
+        down.stride(),
+        down.dtype,
+        down.device,
+        up.stride(),
+        up.dtype,
+        up.device,
+        None if values is None else (values.shape, values.dtype, values.device),
+        None if basis is None else (basis.shape, basis.dtype, basis.device),
+        None if ids is None else (ids.dtype, ids.device),
+        None if bias is None else (bias.dtype, bias.device),
+        transposed,
+        torch.get_float32_matmul_precision(),
+        choice,
+        pin,
+    )
+    way = tiles.ways.get(key)
+    if way is None:
+        way = _remembered(key, first.device, lambda: _way(x, w, down, core, up, bias, choice, pin))
+    return way(x, w, down, core, up, bias, want_z)
+
+
+def _way(
+    x: Operand,
+    w: Tensor,
+    down: Tensor,
+    core: Core,
+    up: Tensor,
+    bias: Tensor | None,
+    choice: tiles.Choice | None,
+    pin: bool,
+) -> Way:
+    """How `_linear` computes operands like these: a function of (x, w, down, core, up, bias, want_z)."""
+    if core.transposed:
+        w, down, up = w.T, down.T, up.T
+    xs = [x.reshape(-1, x.shape[-1])] if isinstance(x, Tensor) else list(x)
+    shape = (*x.shape[:-1], w.shape[0]) if isinstance(x, Tensor) else (xs[0].shape[0], w.shape[0])
     M, (N, K), r = xs[0].shape[0], w.shape, down.shape[0]
     dtype, device = xs[0].dtype, xs[0].device
-    z = torch.empty(M, r, dtype=torch.float32, device=device)
+    empty = partial(torch.empty, shape, dtype=dtype, device=device)
     if M == 0:
-        return xs[0].new_empty(0, N), z
-    precision = _precision()
+        return lambda *_: (empty(), torch.empty(0, r, dtype=torch.float32, device=device))
+    precision, capability = _precision(), _capability(device)
+    copies = isinstance(x, Tensor) and xs[0].data_ptr() != x.data_ptr()
     if pin:
         # A view of x that bulk copies refuse must not take another path than its rows do elsewhere.
-        if x.stride() != (K, 1) or x.data_ptr() % 16:
-            x = x.clone(memory_format=torch.contiguous_format)
-        choice = tiles.pinned(N, K, r, dtype, _capability(device), fits_descriptors(x, w), w.stride(1) != 1)
+        copies = xs[0].stride() != (K, 1) or xs[0].data_ptr() % 16
+        if copies:
+            xs = [xs[0].clone(memory_format=torch.contiguous_format)]
+    rows = xs[0] if len(xs) == 1 else xs
+    bulk, turned = fits_descriptors(rows, w), w.stride(1) != 1
+    if pin:
+        choice = tiles.pinned(N, K, r, dtype, capability, bulk, turned)
     elif choice is None:
-        choice = tiles.choose(M, N, K, r, dtype, _capability(device), fits_descriptors(x, w), w.stride(1) != 1)
-    s = None
+        choice = tiles.choose(M, N, K, r, dtype, capability, bulk, turned)
+    # Few rows: a copy of them is nothing beside W.
+    few = isinstance(choice.main, tiles.Decode)
+    joined = len(xs) > 1 and (few or (choice.main and choice.main.descriptors and _one_loop_only(capability)))
+    reduce = width = None
     if choice.thin is not None:
-        z, s = thin(x, down, core, choice.thin, precision, want_s=True)
-    if choice.main is None:
-        if len(xs) == 1:
-            y = F.linear(xs[0], w, bias)
-        else:
-            parts = w.split([t.shape[1] for t in xs], 1)
-            y = torch.mm(xs[0], parts[0].T)
-            for t, part in zip(xs[1:], parts[1:], strict=True):
-                y.addmm_(t, part.T)
-        gemm(None, None, y, s, up, None, choice.expand, precision)
-        return y, z
-    y = torch.empty(M, N, dtype=dtype, device=device)
-    if isinstance(choice.main, tiles.Decode):
-        # Few rows: a copy of them is nothing beside W.
-        decode(xs[0] if len(xs) == 1 else torch.cat(xs, 1), w, down, core, up, bias, y, z, s, choice.main, precision)
+        reduce, width = plan_thin(rows, down, core, choice.thin, precision, want_s=True), choice.thin.width
+    whole = torch.cat(xs, 1) if joined else rows
+    if few:
+        finish = plan_decode(whole, w, down, core, up, bias, width, choice.main, precision)
     else:
-        if len(xs) > 1 and choice.main.descriptors and _one_loop_only(_capability(device)):
-            x = torch.cat(xs, 1)
-        gemm(x, w, y, s, up, bias, choice.main, precision)
-    return y, z
+        y = torch.empty(M, N, dtype=dtype, device=device)
+        if choice.main is None:
+            finish = plan_gemm(None, None, y, width, up, None, choice.expand, precision)
+        else:
+            finish = plan_gemm(whole, w, y, width, up, bias, choice.main, precision)
+    library, transposed = choice.main is None, core.transposed
+
+    def way(x, w, down, core, up, bias, want_z):
+        if copies:
+            x = x.reshape(M, K).clone(memory_format=torch.contiguous_format)
+        z = s = None
+        if reduce is not None:
+            z, s = reduce(x, down, core, want_z)
+        elif want_z:
+            z = torch.empty((M, r), dtype=torch.float32, device=device)
+        if library:
+            y = _library(x, w.T if transposed else w, bias)
+            finish(None, None, y, s, up, None)
+            return y, z
+        y = empty()
+        if joined:
+            x = torch.cat(tuple(x), 1)
+        if few:
+            finish(x, w, down, core, up, bias, y, z, s)
+        else:
+            finish(x, w, y, s, up, bias)
+        return y, z
+
+    return way
+
+
+def _library(x: Operand, w: Tensor, bias: Tensor | None) -> Tensor:
+    """X Wᵀ + b by torch."""
+    if isinstance(x, Tensor):
+        return F.linear(x, w, bias)
+    parts = w.split([t.shape[1] for t in x], 1)
+    y = torch.mm(x[0], parts[0].T)
+    for t, part in zip(x[1:], parts[1:], strict=True):
+        y.addmm_(t, part.T)
+    return y
 
 
 def forward(
@@ -128,17 +227,21 @@ def forward(
     basis: Tensor | None,
     choice: tiles.Choice | None = None,
     pin: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(Y, z) for x of [M, K]; `choice` and `pin` as in `_linear`."""
-    if adapter_ids is not None and adapter_ids.device.type == "cpu":
-        eager.check_ids(adapter_ids, core.shape[0])
-    if x.is_cpu and x.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
-        wide = (None if t is None else t.float() for t in (x, weight, down, core, up, bias))
-        y, z = forward(*wide, adapter_ids, None if basis is None else basis.float(), choice, pin)
-        return y.to(x.dtype), z
-    with _current(x.device):
-        core, basis = _mixed_inside(core, basis)
-        return _linear(x, weight, down, Core(core, basis, adapter_ids), up, bias, choice, pin)
+    want_z: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """(Y, z) for x of [..., K]; `choice`, `pin` and `want_z` as in `_linear`."""
+    if x.is_cpu:
+        if adapter_ids is not None:
+            eager.check_ids(adapter_ids, core.shape[0])
+        if x.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
+            wide = (None if t is None else t.float() for t in (x, weight, down, core, up, bias))
+            y, z = forward(*wide, adapter_ids, None if basis is None else basis.float(), choice, pin)
+            return y.to(x.dtype), z
+    elif _elsewhere(x):
+        with torch.cuda.device(x.device):
+            return forward(x, weight, down, core, up, bias, adapter_ids, basis, choice, pin, want_z)
+    core, basis = _mixed_inside(core, basis)
+    return _linear(x, weight, down, Core(core, basis, adapter_ids), up, bias, choice, pin, want_z)
 
 
 def backward(
@@ -158,41 +261,40 @@ def backward(
     """Gradients of (x, weight, down, core, up, bias), None where `need` is False; `eager.backward`'s formulas.
 
     dX with t comes from one call of the forward's kernels; dC reads t and z alone; dD reads X once and dU reads
-    dY once, and only where they are needed. dW and db are the library's.
+    dY once, and only where they are needed. dW and db are the library's. dy [..., N], x [..., K] as the forward's.
     """
-    if dy.is_cpu and dy.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
-        wide = (None if t is None else t.float() for t in (dy, x, z, weight, down, core, up))
-        grads = backward(*wide, adapter_ids, None if basis is None else basis.float(), need, choice, pin)
-        like = (dy, weight, down, core, up, dy)
-        return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
-    with _current(dy.device):
-        return _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice, pin)
-
-
-def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice, pin):
+    if dy.is_cpu:
+        if dy.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
+            wide = (None if t is None else t.float() for t in (dy, x, z, weight, down, core, up))
+            grads = backward(*wide, adapter_ids, None if basis is None else basis.float(), need, choice, pin)
+            like = (dy, weight, down, core, up, dy)
+            return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
+    elif _elsewhere(dy):
+        with torch.cuda.device(dy.device):
+            return backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice, pin)
     need_x, need_weight, need_down, need_core, need_up, need_bias = need
-    (M, N), r = dy.shape, down.shape[0]
     dx = dweight = ddown = dcore = dup = dbias = None
     values, own_basis = _mixed_inside(core, basis)
     ours = Core(values, own_basis, adapter_ids)
     theirs = Core(values, own_basis, adapter_ids, transposed=True)
-    small = dy.is_cpu and interpreting()
     dy = _walkable(dy)
     if need_x:
-        dx, t = _linear(dy, weight.T, up.T, theirs, down.T, None, choice, pin)
+        dx, t = _linear(dy, weight, up, theirs, down, None, choice, pin)
     elif need_down or need_core:
-        tile = tiles.thin_tile(M, N, r, dy.dtype, _capability(dy.device))
-        t, _ = thin(dy, up.T, theirs, tile, _precision(), want_s=False)
+        t = _thin_alone(dy.reshape(-1, dy.shape[-1]), up, theirs)
     if need_core:
         dcore = _core_gradient(t, z, core, ours, basis, dy.dtype)
+    if need_weight or need_down or need_up or need_bias:
+        dy = dy.reshape(-1, dy.shape[-1])
     if need_down:
+        x = x.reshape(-1, x.shape[-1])
         ddown = torch.empty(down.shape, dtype=down.dtype, device=down.device)
-        factor_gradient(t, theirs, x, ddown, tiles.factor_gradient_tile(M, x.shape[1], r, small), _precision())
+        _factor_gradient(t, theirs, x, ddown)
     if need_up:
         dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
-        factor_gradient(z, ours, dy, dup.T, tiles.factor_gradient_tile(M, N, r, small), _precision())
+        _factor_gradient(z, ours, dy, dup.T)
     if need_weight:
-        dweight = dy.T @ x
+        dweight = dy.T @ x.reshape(-1, x.shape[-1])
     if need_bias:
         dbias = dy.sum(0)
     return dx, dweight, ddown, dcore, dup, dbias
@@ -203,40 +305,82 @@ def backward_of_parts(dys, z, weight, down, core, up, adapter_ids, basis, need_x
 
     One launch for t and q, one matmul for dX, one launch for dC, however many layers there are.
     """
-    if dys[0].is_cpu and dys[0].dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
-        wide = (None if t is None else t.float() for t in (z, weight, down, core, up))
-        basis = None if basis is None else basis.float()
-        wide_dys = [dy.float() for dy in dys]
-        dx, dcore = backward_of_parts(wide_dys, *wide, adapter_ids, basis, need_x, need_core, choice)
-        return None if dx is None else dx.bfloat16(), None if dcore is None else dcore.to(core.dtype)
-    with _current(dys[0].device):
-        dys = [_walkable(dy) for dy in dys]
-        (M, _), dtype, (N, _), r = dys[0].shape, dys[0].dtype, weight.shape, down.shape[0]
-        values, own_basis = _mixed_inside(core, basis)
-        theirs = Core(values, own_basis, adapter_ids, transposed=True)
-        dx = dcore = None
-        if need_x:
-            dx, t = _linear(dys, weight.T, up.T, theirs, down.T, None, choice)
-        else:
-            tile = tiles.thin_tile(M, N, r, dtype, _capability(dys[0].device))
-            t, _ = thin(dys, up.T, theirs, tile, _precision(), want_s=False)
-        if need_core:
-            dcore = _core_gradient(t, z, core, Core(values, own_basis, adapter_ids), basis, dtype)
-        return dx, dcore
+    first = dys[0]
+    if first.is_cpu:
+        if first.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bf16():
+            wide = (None if t is None else t.float() for t in (z, weight, down, core, up))
+            basis = None if basis is None else basis.float()
+            wide_dys = [dy.float() for dy in dys]
+            dx, dcore = backward_of_parts(wide_dys, *wide, adapter_ids, basis, need_x, need_core, choice)
+            return None if dx is None else dx.bfloat16(), None if dcore is None else dcore.to(core.dtype)
+    elif _elsewhere(first):
+        with torch.cuda.device(first.device):
+            return backward_of_parts(dys, z, weight, down, core, up, adapter_ids, basis, need_x, need_core, choice)
+    dys = [_walkable(dy) for dy in dys]
+    values, own_basis = _mixed_inside(core, basis)
+    theirs = Core(values, own_basis, adapter_ids, transposed=True)
+    dx = dcore = None
+    if need_x:
+        dx, t = _linear(dys[0] if len(dys) == 1 else dys, weight, up, theirs, down, None, choice)
+    else:
+        t = _thin_alone(dys, up, theirs)
+    if need_core:
+        dcore = _core_gradient(t, z, core, Core(values, own_basis, adapter_ids), basis, first.dtype)
+    return dx, dcore
+
+
+def _elsewhere(t: Tensor) -> bool:
+    """Whether t is on another card than the current one, on which Triton launches."""
+    return t.is_cuda and t.device.index != torch.cuda.current_device()
 
 
 def _walkable(dy: Tensor) -> Tensor:
     """dy, or a copy of a gradient that autograd broadcast."""
-    return dy.contiguous() if dy.stride(1) != 1 or 0 in dy.stride() else dy
+    strides = dy.stride()
+    return dy.contiguous() if strides[-1] != 1 or 0 in strides else dy
+
+
+def _thin_alone(dy: Operand, up: Tensor, theirs: Core) -> Tensor:
+    """t = dY U, where nobody asks for dX."""
+    first = dy if isinstance(dy, Tensor) else dy[0]
+    tile = tiles.thin_tile(first.shape[0], up.shape[0], up.shape[1], first.dtype, _capability(first.device))
+    t, _ = thin(dy, up.T, theirs, tile, _precision(), want_s=False)
+    return t
 
 
 def _core_gradient(t: Tensor, z: Tensor, core: Tensor, ours: Core, basis: Tensor | None, dtype: torch.dtype) -> Tensor:
     """dC, or dv, in the core's dtype; `ours` is the core as the kernels take it, `dtype` dY's."""
-    M, r = t.shape
-    adapters = core.shape[0] if ours.ids is not None else 1
-    like, small = ours.values.float(), t.is_cpu and interpreting()
-    dcore = core_gradient(t, z, like, ours, r, tiles.core_gradient_tile(M, r, adapters, dtype, small))
-    return (eager.mix_gradient(dcore, basis) if ours.basis is None else dcore).to(core.dtype)
+    values, own_basis, ids, _ = ours
+    key = (
+        "core",
+        t.shape,
+        t.device,
+        values.shape,
+        None if own_basis is None else (own_basis.shape, own_basis.dtype, own_basis.device),
+        None if ids is None else (ids.dtype, ids.device),
+        dtype,
+    )
+    way = tiles.ways.get(key)
+    if way is None:
+        adapters = values.shape[0] if ids is not None else 1
+        tile = tiles.core_gradient_tile(*t.shape, adapters, dtype, t.is_cpu and interpreting())
+        way = _remembered(key, t.device, lambda: plan_core_gradient(t, z, values.float(), ours, tile))
+    dcore = way(t, z, ours)
+    if basis is not own_basis:
+        dcore = eager.mix_gradient(dcore, basis)
+    return dcore if dcore.dtype == core.dtype else dcore.to(core.dtype)
+
+
+def _factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor) -> None:
+    """out [r, C] = sᵀ X for x [M, C]: dD from (t, X), dU transposed from (z, dY)."""
+    values, basis, ids, transposed = core
+    kinds = _kind(values), _kind(basis), _kind(ids), _kind(x), _kind(out)
+    key = ("factor", z.shape, *kinds, transposed, torch.get_float32_matmul_precision())
+    way = tiles.ways.get(key)
+    if way is None:
+        tile = tiles.factor_gradient_tile(*x.shape, z.shape[1], x.is_cpu and interpreting())
+        way = _remembered(key, x.device, lambda: plan_factor_gradient(z, core, x, out, tile, _precision()))
+    way(z, core, x, out)
 
 
 # The same two functions with rows that do not depend on each other (`batch_invariant=True`).

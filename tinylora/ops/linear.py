@@ -59,10 +59,14 @@ def adapted_linear(
 
 def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant=False) -> Tensor:
     """`adapted_linear` for operands that are known to fit: a layer's own. Every microsecond here is paid per layer."""
-    x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     ids = None if adapter_ids is None else adapter_ids.reshape(-1)
-    if _seen_from_outside(x, weight, down, core, up):
-        y, _ = torch.ops.tinylora.adapted_linear(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
+    outside = _seen_from_outside(x, weight, down, core, up)
+    module = None if outside else _computes(x, weight, down, core, up, batch_invariant)
+    # The kernels take rows in any number of dimensions; each of the two views costs as much as a small launch.
+    kernels = not (outside or module is eager or module is invariant)
+    rows = x if kernels or x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if outside:
+        y, _ = torch.ops.tinylora.adapted_linear(rows, weight, down, core, up, bias, ids, basis, batch_invariant)
     elif torch.is_grad_enabled() and (
         x.requires_grad
         or (core is not None and core.requires_grad)
@@ -71,10 +75,12 @@ def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invaria
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        y = _AdaptedLinear.apply(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
+        y = _AdaptedLinear.apply(rows, weight, down, core, up, bias, ids, basis, module)
+    elif kernels:
+        y, _ = module.forward(rows, weight, down, core, up, bias, ids, basis, want_z=False)
     else:
-        y, _ = _forward(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+        y, _ = module.forward(rows, weight, down, core, up, bias, ids, basis)
+    return y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: bool) -> Tensor:
@@ -149,10 +155,10 @@ class _AdaptedLinear(torch.autograd.Function):
     """The eager call. The gradient of the gradient does not exist: a frozen layer's users never take it."""
 
     @staticmethod
-    def forward(ctx, x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant):
-        y, z = _forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant)
+    def forward(ctx, x, weight, down, core, up, bias, adapter_ids, basis, module):
+        y, z = module.forward(x, weight, down, core, up, bias, adapter_ids, basis)
         need = ctx.needs_input_grad[:6]
-        ctx.batch_invariant = batch_invariant
+        ctx.module = module
         ctx.save_for_backward(*_saved(x, weight, down, core, up, adapter_ids, basis, z, need))
         return y
 
@@ -163,8 +169,8 @@ class _AdaptedLinear(torch.autograd.Function):
         device = dy.device.type
         if torch.is_autocast_enabled(device):  # a backward called inside autocast; the context costs microseconds
             with torch.autocast(device, enabled=False):
-                return (*_backward(dy, *ctx.saved_tensors, need, ctx.batch_invariant), None, None, None)
-        return (*_backward(dy, *ctx.saved_tensors, need, ctx.batch_invariant), None, None, None)
+                return (*ctx.module.backward(dy, *ctx.saved_tensors, need), None, None, None)
+        return (*ctx.module.backward(dy, *ctx.saved_tensors, need), None, None, None)
 
 
 # --- the custom op: what torch.compile, torch.export and dispatch modes see -------------------------------
