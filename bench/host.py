@@ -9,6 +9,7 @@ launcher, which then does nothing. The driver's own part of a launch is not in i
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -211,10 +212,12 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0)) -> Iterator[list[
         jitted.append(self)
         return launch
 
+    @functools.cache
+    def routed(device, dtype, *rest):
+        return dispatch.route("cuda", dtype, (), rest[-1], capability, False, dispatch.triton_version())
+
     def computes(x, weight, down, core, up, batch_invariant):
-        factors = tuple(t.dtype for t in (down, up, core) if t is not None)
-        version = dispatch.triton_version()
-        dispatch.route("cuda", weight.dtype, factors, down.shape[0], capability, dispatch.interpreting(), version)
+        routed(x.device, weight.dtype, down.dtype, up.dtype, None if core is None else core.dtype, down.shape[0])
         return fused.invariant if batch_invariant else fused
 
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)

@@ -170,7 +170,7 @@ def plan_thin(
     # Masked loops one after the other spill registers.
     joined = len(blocks.tensors) > 1 and not blocks.divided_by(tile.k)
     if joined:
-        blocks = ColumnBlocks.of(torch.cat(blocks.tensors, 1))
+        blocks = ColumnBlocks.of(blocks.tensors[0].new_empty(blocks.shape))  # what they will look like
     M, K = blocks.shape
     r = down.shape[0]
     first = blocks.tensors[0]

@@ -73,39 +73,40 @@ class Linear(nn.Linear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        # Past nn.Module's __getattr__, half a microsecond a name; the property is there where somebody put one
+        # (parametrizations), the attribute where somebody flattened the parameters (FSDP).
+        own = self._parameters
+        plain = "weight" in own and "bias" in own
+        weight, bias = (own["weight"], own["bias"]) if plain else (self.weight, self.bias)
         if self.active is None or self.merged is not None:
             if self.batch_invariant:
-                return frozen_linear(x, self.weight, self.bias, batch_invariant=True)
-            return F.linear(x, self.weight, self.bias)
+                return frozen_linear(x, weight, bias, batch_invariant=True)
+            return F.linear(x, weight, bias)
         siblings = self.siblings
         if siblings is not None and siblings.running:
             y = siblings.output(self, x)
             if y is not None:
                 return y
-        adapter = self.adapters._modules[self.active]
+        adapter = self._modules["adapters"]._modules[self.active]
         down, core, up, basis = adapter.factors()
+        invariant = self.batch_invariant
         rows = adapter.shared.rows
         if rows is not None:
             core = adapter.row_core()
-            ids = rows.of(x)
-            invariant = self.batch_invariant
-            return adapted_linear(
-                x, self.weight, down, core, up, self.bias, ids, basis=basis, batch_invariant=invariant
-            )
+            return adapted_linear(x, weight, down, core, up, bias, rows.of(x), basis=basis, batch_invariant=invariant)
         if adapter.dropout and self.training:
-            if self.batch_invariant:
+            if invariant:
                 raise ValueError(
                     f"dropout is {adapter.dropout} and the layer trains: what is dropped from a row depends on the "
                     "others, expected no dropout with batch_invariant, or eval()"
                 )
             # Two inputs, so two calls: the frozen layer on x, and the correction on what dropout left of it.
             dropped = F.dropout(x, adapter.dropout)
-            return F.linear(x, self.weight, self.bias) + low_rank(dropped, down, core, up, basis)
-        weight = self.weight
+            return F.linear(x, weight, bias) + low_rank(dropped, down, core, up, basis)
         # The layer's own operands fit each other since `attach`; only x can be wrong, and the full check says how.
-        fits = x.shape[-1:] == weight.shape[1:] and x.dtype == weight.dtype and x.device == weight.device
-        call = unchecked if fits else adapted_linear
-        return call(x, weight, down, core, up, self.bias, None, basis=basis, batch_invariant=self.batch_invariant)
+        if x.shape[-1:] == weight.shape[1:] and x.dtype == weight.dtype and x.device == weight.device:
+            return unchecked(x, weight, down, core, up, bias, None, basis, invariant)
+        return adapted_linear(x, weight, down, core, up, bias, None, basis=basis, batch_invariant=invariant)
 
     @torch.no_grad()
     def merge(self) -> None:

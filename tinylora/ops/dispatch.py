@@ -78,8 +78,15 @@ def route(
 
 def route_of(x: Tensor, weight: Tensor, down: Tensor, core: Tensor | None, up: Tensor) -> tuple[str, str]:
     """`route` for these operands on this machine."""
-    device = x.device.type
-    nvidia = device == "cuda" and torch.version.cuda is not None
-    factors = tuple(t.dtype for t in (down, up, core) if t is not None)
-    capability = capability_of(x.device) if nvidia else None
-    return route(device, weight.dtype, factors, down.shape[0], capability, interpreting(), triton_version())
+    kind = weight.dtype, down.dtype, up.dtype, None if core is None else core.dtype, down.shape[0]
+    # Off the CPU nothing changes from call to call: whether Triton interprets is decided when the kernels are imported.
+    return (_route.__wrapped__ if x.is_cpu else _route)(x.device, *kind)
+
+
+@cache
+def _route(device: torch.device, dtype: torch.dtype, *rest) -> tuple[str, str]:
+    *factors, r = rest
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    capability = capability_of(device) if nvidia else None
+    factors = tuple(t for t in factors if t is not None)
+    return route(device.type, dtype, factors, r, capability, interpreting(), triton_version())

@@ -16,7 +16,7 @@ from tinylora.kernels.core import Core
 from tinylora.kernels.decode import plan_decode
 from tinylora.kernels.gemm import fits_descriptors, plan_gemm
 from tinylora.kernels.gradients import plan_core_gradient, plan_factor_gradient
-from tinylora.kernels.thin import plan_thin, thin
+from tinylora.kernels.thin import plan_thin
 from tinylora.ops import eager
 from tinylora.ops.dispatch import capability_of, interpreting, triton_version
 
@@ -82,6 +82,17 @@ def _kind(t: Tensor | None) -> tuple | None:
     return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
 
 
+def _kind_of_core(core: Core) -> tuple:
+    """Its strides are none of it: the kernels get it contiguous."""
+    values, basis, ids, transposed = core
+    return (
+        None if values is None else (values.shape, values.dtype, values.device),
+        None if basis is None else (basis.shape, basis.dtype, basis.device),
+        None if ids is None else (ids.dtype, ids.device),
+        transposed,
+    )
+
+
 def _linear(
     x: Operand,
     w: Tensor,
@@ -99,16 +110,17 @@ def _linear(
     choice: forces what `tiles.choose` would decide. pin: one choice for every M, and for every layout of x.
     x may come in column blocks; then there is no bias.
     """
-    values, basis, ids, transposed = core
     first = x if isinstance(x, Tensor) else x[0]
     # Whatever the way depends on, and whatever Triton's compiler specialises on, stands here (kernels/launch.py).
     key = (
-        (first.shape, first.stride(), first.dtype, first.device) if first is x else tuple([_kind(t) for t in x]),
+        (first.shape, first.stride(), first.dtype, first.device, first.data_ptr() % 16 == 0)
+        if first is x
+        else tuple([(*_kind(t), t.data_ptr() % 16 == 0) for t in x]),
         w.shape,
         w.stride(),
         w.dtype,
         w.device,
-        (first.data_ptr() | w.data_ptr()) % 16 == 0,
+        w.data_ptr() % 16 == 0,
         down.shape,
         down.stride(),
         down.dtype,
@@ -116,11 +128,8 @@ def _linear(
         up.stride(),
         up.dtype,
         up.device,
-        None if values is None else (values.shape, values.dtype, values.device),
-        None if basis is None else (basis.shape, basis.dtype, basis.device),
-        None if ids is None else (ids.dtype, ids.device),
+        _kind_of_core(core),
         None if bias is None else (bias.dtype, bias.device),
-        transposed,
         torch.get_float32_matmul_precision(),
         choice,
         pin,
@@ -148,16 +157,18 @@ def _way(
     shape = (*x.shape[:-1], w.shape[0]) if isinstance(x, Tensor) else (xs[0].shape[0], w.shape[0])
     M, (N, K), r = xs[0].shape[0], w.shape, down.shape[0]
     dtype, device = xs[0].dtype, xs[0].device
-    empty = partial(torch.empty, shape, dtype=dtype, device=device)
     if M == 0:
-        return lambda *_: (empty(), torch.empty(0, r, dtype=torch.float32, device=device))
+        return lambda x, *_: (
+            (x if isinstance(x, Tensor) else x[0]).new_empty(shape),
+            torch.empty(0, r, dtype=torch.float32, device=device),
+        )
     precision, capability = _precision(), _capability(device)
     copies = isinstance(x, Tensor) and xs[0].data_ptr() != x.data_ptr()
     if pin:
         # A view of x that bulk copies refuse must not take another path than its rows do elsewhere.
         copies = xs[0].stride() != (K, 1) or xs[0].data_ptr() % 16
         if copies:
-            xs = [xs[0].clone(memory_format=torch.contiguous_format)]
+            xs = [xs[0].new_empty(M, K)]
     rows = xs[0] if len(xs) == 1 else xs
     bulk, turned = fits_descriptors(rows, w), w.stride(1) != 1
     if pin:
@@ -170,7 +181,7 @@ def _way(
     reduce = width = None
     if choice.thin is not None:
         reduce, width = plan_thin(rows, down, core, choice.thin, precision, want_s=True), choice.thin.width
-    whole = torch.cat(xs, 1) if joined else rows
+    whole = xs[0].new_empty(M, K) if joined else rows  # what it will look like
     if few:
         finish = plan_decode(whole, w, down, core, up, bias, width, choice.main, precision)
     else:
@@ -193,9 +204,9 @@ def _way(
             y = _library(x, w.T if transposed else w, bias)
             finish(None, None, y, s, up, None)
             return y, z
-        y = empty()
         if joined:
             x = torch.cat(tuple(x), 1)
+        y = (x if isinstance(x, Tensor) else x[0]).new_empty(shape)
         if few:
             finish(x, w, down, core, up, bias, y, z, s)
         else:
@@ -343,23 +354,19 @@ def _walkable(dy: Tensor) -> Tensor:
 def _thin_alone(dy: Operand, up: Tensor, theirs: Core) -> Tensor:
     """t = dY U, where nobody asks for dX."""
     first = dy if isinstance(dy, Tensor) else dy[0]
-    tile = tiles.thin_tile(first.shape[0], up.shape[0], up.shape[1], first.dtype, _capability(first.device))
-    t, _ = thin(dy, up.T, theirs, tile, _precision(), want_s=False)
-    return t
+    kinds = _kind(dy) if first is dy else tuple(map(_kind, dy))
+    key = ("thin", kinds, _kind(up), _kind_of_core(theirs), torch.get_float32_matmul_precision())
+    way = tiles.ways.get(key)
+    if way is None:
+        tile = tiles.thin_tile(first.shape[0], *up.shape, first.dtype, _capability(first.device))
+        way = _remembered(key, first.device, lambda: plan_thin(dy, up.T, theirs, tile, _precision(), want_s=False))
+    return way(dy, up, theirs)[0]
 
 
 def _core_gradient(t: Tensor, z: Tensor, core: Tensor, ours: Core, basis: Tensor | None, dtype: torch.dtype) -> Tensor:
     """dC, or dv, in the core's dtype; `ours` is the core as the kernels take it, `dtype` dY's."""
     values, own_basis, ids, _ = ours
-    key = (
-        "core",
-        t.shape,
-        t.device,
-        values.shape,
-        None if own_basis is None else (own_basis.shape, own_basis.dtype, own_basis.device),
-        None if ids is None else (ids.dtype, ids.device),
-        dtype,
-    )
+    key = ("core", t.shape, t.device, _kind_of_core(ours), dtype)
     way = tiles.ways.get(key)
     if way is None:
         adapters = values.shape[0] if ids is not None else 1
@@ -373,9 +380,7 @@ def _core_gradient(t: Tensor, z: Tensor, core: Tensor, ours: Core, basis: Tensor
 
 def _factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor) -> None:
     """out [r, C] = sᵀ X for x [M, C]: dD from (t, X), dU transposed from (z, dY)."""
-    values, basis, ids, transposed = core
-    kinds = _kind(values), _kind(basis), _kind(ids), _kind(x), _kind(out)
-    key = ("factor", z.shape, *kinds, transposed, torch.get_float32_matmul_precision())
+    key = ("factor", z.shape, _kind_of_core(core), _kind(x), _kind(out), torch.get_float32_matmul_precision())
     way = tiles.ways.get(key)
     if way is None:
         tile = tiles.factor_gradient_tile(*x.shape, z.shape[1], x.is_cpu and interpreting())

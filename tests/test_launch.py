@@ -1,0 +1,487 @@
+"""A planned launch is the one that Triton's launcher would have made: the same compiled kernel, the same arguments.
+
+No GPU: Triton's launcher runs up to the driver, where a stand-in for the compiled kernel writes down what it is handed.
+"""
+
+import gc
+import weakref
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+import triton
+from lanes import interpreter
+from problems import Problem
+from test_kernels import hold, surround
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bench import host
+from tinylora.kernels import launch, scratch, tiles
+from tinylora.ops import fused
+
+f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+NAMES = ("x", "weight", "down", "core", "up", "bias", "ids", "basis")
+
+
+class Recorded(list):
+    """What compiled kernels were handed: (the kernel, the arguments of its `run`); `planned` of them not by Triton."""
+
+    planned = 0
+
+
+@contextmanager
+def recorded():
+    """Launches on CPU tensors as on a card, written down instead of made."""
+    calls = Recorded()
+
+    def compiled(self, key, signature, device, *_):
+        kernel = object.__new__(CompiledKernel)
+        kernel.src, kernel.name, kernel.module, kernel._module_pid = None, self.fn.__name__, 0, None
+        kernel.function, kernel.packed_metadata = len(self.device_caches[device][0]), (4, 1, 0)
+        kernel._run = lambda *arguments: calls.append((kernel, arguments))
+        self.device_caches[device][0][key] = kernel
+        return kernel
+
+    def run(self, *args, **kwargs):
+        calls.planned -= 1
+        return through_triton(self, *args, **kwargs)
+
+    through_triton, call = JITFunction.run, launch.Launch.__call__
+
+    def counted(self, *tensors):
+        calls.planned += 1
+        return call(self, *tensors)
+
+    with (
+        host.launches_stubbed_out(),
+        patch.object(JITFunction, "_do_compile", compiled),
+        patch.object(JITFunction, "run", run),
+        patch.object(launch.Launch, "__call__", counted),
+    ):
+        try:
+            yield calls
+        finally:
+            for kernel in {id(k): k for k in KERNELS}.values():
+                kernel.device_caches.pop("stub", None)
+
+
+def _kernels():
+    from tinylora.kernels import decode, gemm, gradients, thin
+
+    return (
+        decode.decode_kernel,
+        thin.thin_kernel,
+        gemm.gemm_kernel,
+        gradients.core_gradient_kernel,
+        gradients.factor_gradient_kernel,
+    )
+
+
+KERNELS = _kernels()
+
+
+def seen(argument, names):
+    """An argument of a launch, tensors and addresses alike: whose memory it is, or that it is our own."""
+    if isinstance(argument, TensorDescriptor):
+        rest = {
+            k: tuple(v) if isinstance(v, list | torch.Size) else v for k, v in vars(argument).items() if k != "base"
+        }
+        return "descriptor", seen(argument.base, names), tuple(sorted(rest.items()))
+    if argument is None:
+        return names.get(0, 0)
+    if isinstance(argument, torch.Tensor):
+        argument = argument.data_ptr()
+    if type(argument) is int and argument > 1 << 32:
+        return names.get(argument, f"own, {argument % 16}")
+    return argument
+
+
+def handed(calls, operands):
+    """Calls with every operand's address as its name."""
+    names = {t.data_ptr(): name for name, t in operands.items() if t is not None}
+    return [
+        (kernel, *arguments[:4], *arguments[4:6], *(seen(a, names) for a in arguments[9:]))
+        for kernel, arguments in calls
+    ]
+
+
+# --- operands of many kinds --------------------------------------------------------------------------------
+
+
+def shifted(t):
+    """The same numbers one element further: no multiple of 16 bytes any more."""
+    room = t.new_empty(t.numel() + 1)[1:]
+    return room.as_strided(t.shape, t.stride(), 1).copy_(t) if t.is_contiguous() else room.view(t.shape).copy_(t)
+
+
+def wider(t):
+    """The same numbers with room between the rows."""
+    return t.new_zeros(*t.shape[:-1], t.shape[-1] + 8)[..., : t.shape[-1]].copy_(t)
+
+
+def made(M, N=64, K=96, r=2, dtype=bf16, core="mixed", u=3, bias=True, adapters=3, **changes):
+    """Operands by name; changes: a function for each that is not as `Problem` makes it."""
+    operands, ids, basis = Problem(M, N, K, r, dtype, core=core, bias=bias, u=u, adapters=adapters).operands()
+    found = dict(zip(NAMES, (*operands, ids, basis), strict=True))
+    for name, change in changes.items():
+        found[name.strip("_")] = change(found[name.strip("_")])
+    return found
+
+
+def to(dtype):
+    return lambda t: t.to(dtype)
+
+
+def ids(rows, dtype):
+    return lambda _: torch.zeros(rows, dtype=dtype)
+
+
+def by_columns(t):
+    return t.t().contiguous().t()
+
+
+# Each differs from the first of its number of rows in one thing that a launch depends on.
+KINDS = [
+    (rows, size, changes)
+    for rows, size in ((5, {}), (200, {"N": 512, "K": 512}))
+    for changes in (
+        {},
+        {"M": rows + 1},
+        {"x": wider},
+        {"x": shifted},
+        {"weight": wider},
+        {"weight": by_columns},
+        {"weight": shifted},
+        {"down": wider},
+        {"down": by_columns},
+        {"down": shifted},
+        {"down": to(f32)},
+        {"up": wider},
+        {"up": by_columns},
+        {"up": shifted},
+        {"up": to(f32)},
+        {"core_": to(bf16)},
+        {"core_": shifted},
+        {"basis": to(bf16)},
+        {"basis": shifted},
+        {"basis": lambda t: t.transpose(1, 2)},
+        {"u": 4},
+        {"r": 3},
+        {"core_": lambda t: None, "basis": lambda t: None},
+        {"basis": lambda t: None, "core_": lambda t: torch.randn(2, 2)},
+        {"basis": lambda t: None, "core_": lambda t: torch.randn(3, 2, 2), "ids": ids(rows, torch.int64)},
+        {"basis": lambda t: None, "core_": lambda t: torch.randn(3, 2, 2), "ids": ids(rows, torch.int32)},
+        {"basis": lambda t: None, "core_": lambda t: torch.randn(4, 2, 2), "ids": ids(rows, torch.int32)},
+        {"bias": False},
+        {"bias_": shifted},
+        {"bias_": to(f32)},
+        {"dtype": f16},
+        {"dtype": f32},
+        {"x": lambda t: t[None]},
+        {"x": lambda t: t.expand(2, *t.shape).transpose(0, 1)},
+    )
+]
+KINDS += [
+    (1, {}, {}),
+    (1, {"N": 77, "K": 100}, {}),
+    (5, {"r": 16}, {}),
+    (5, {"N": 16, "K": 16, "r": 16, "core": "dense", "bias": False}, {}),
+    (200, {"N": 512, "K": 1 << 14}, {}),  # the library multiplies
+]
+
+
+def operands(kind):
+    rows, size, changes = kind
+    return made(**{"M": rows} | size | changes)
+
+
+def step(given, calls, **options):
+    """Forward and, where it can be, backward for all that trains; what was handed to the kernels, operands by name."""
+    x, weight, down, core, up, bias, ids, basis = (given[name] for name in NAMES)
+    start = len(calls)
+    fused.forward(x, weight, down, core, up, bias, ids, basis, want_z=False, **options)
+    y, z = fused.forward(x, weight, down, core, up, bias, ids, basis, **options)
+    found = handed(calls[start:], given)
+    dy, rows = torch.ones_like(y), x.reshape(-1, x.shape[-1])
+    need = (True, False, True, core is not None, True, False)
+    start = len(calls)
+    fused.backward(dy, rows, z, weight, down, core, up, ids, basis, need, **options)
+    fused.backward(dy, rows, z, weight, down, core, up, ids, basis, (False, False, True, *need[3:]), **options)
+    return found + handed(calls[start:], given | {"dy": dy, "z": z, "rows": rows})
+
+
+def again(given):
+    """Other operands of the same kind."""
+    twin = {}
+    for name, t in given.items():
+        if t is not None:
+            own = t.untyped_storage().clone()
+            t = torch.empty(0, dtype=t.dtype).set_(own, t.storage_offset(), t.shape, t.stride())
+        twin[name] = t
+    return twin
+
+
+@pytest.mark.parametrize("options", [{}, {"pin": True}], ids=["", "pinned"])
+def test_a_planned_launch_is_what_triton_would_have_made(options):
+    """Every kind in one process, three times each, against a launch that remembers nothing."""
+    with recorded() as calls:
+        fresh = []
+        for kind in KINDS:
+            tiles.ways.clear()
+            fresh.append(step(operands(kind), calls, **options))
+        tiles.ways.clear()
+        for kind in KINDS:
+            step(operands(kind), calls, **options)
+        for kind, want in zip(KINDS, fresh, strict=True):
+            calls.planned = 0
+            given = operands(kind)
+            assert step(given, calls, **options) == want, kind
+            assert step(again(given), calls, **options) == want, kind
+            assert calls.planned == 2 * len(want), kind
+        assert len({call[0] for want in fresh for call in want}) > 60  # they really are different kernels
+
+
+def test_the_matmul_precision_is_part_of_the_kind():
+    with recorded() as calls:
+        given, found = made(5, dtype=f32), {}
+        for _ in range(2):
+            for precision in ("highest", "high"):
+                torch.set_float32_matmul_precision(precision)
+                try:
+                    found.setdefault(precision, []).append(step(given, calls))
+                finally:
+                    torch.set_float32_matmul_precision("highest")
+        assert found["highest"][0] == found["highest"][1] != found["high"][0] == found["high"][1]
+
+
+def test_siblings_gradients_in_parts():
+    """dX of several gradients side by side, of widths that tell the plans apart."""
+    with recorded() as calls:
+        want = {}
+        for _ in range(3):
+            for sizes in ((256, 128, 128), (128, 256, 128), (256, 256)):
+                given = made(200, N=512, K=512, r=4, core="dense")
+                x, weight, down, core, up, bias, ids, basis = (given[name] for name in NAMES)
+                wide = torch.ones(200, 512, dtype=bf16)
+                dys = wide.split(sizes, 1)
+                start, before = len(calls), calls.planned
+                z = torch.zeros(200, 4)
+                for _ in range(2):
+                    fused.backward_of_parts(dys, z, weight, down, core, up, ids, basis, True, True)
+                found = handed(calls[start:], given | {f"dy {i}": t for i, t in enumerate(dys)} | {"z": z})
+                assert found == want.setdefault(sizes, found)
+                assert calls.planned - before >= len(found) // 2
+        assert len({tuple(map(str, found)) for found in want.values()}) == 3
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("x", "ids")])
+def test_an_operand_on_another_device_is_another_kind(name):
+    """A planned launch hands over bare addresses, and nobody asks any more whose they are."""
+    with recorded():
+        given = made(5)
+        fused.forward(*(given[n] for n in NAMES))
+        before = len(tiles.ways)
+        fused.forward(*((given | {name: given[name].to("meta")})[n] for n in NAMES))
+        assert len(tiles.ways) == before + 1
+
+
+# --- when Triton's launcher must be asked -------------------------------------------------------------------
+
+
+@contextmanager
+def hooked(chain):
+    chain.add(print_nothing)
+    try:
+        yield
+    finally:
+        chain.remove(print_nothing)
+
+
+def print_nothing(*_, **__):
+    pass
+
+
+@pytest.mark.parametrize(
+    "looking",
+    [
+        lambda: hooked(knobs.runtime.launch_enter_hook),
+        lambda: hooked(knobs.runtime.launch_exit_hook),
+        lambda: patch.object(knobs.runtime, "launch_enter_hook", None),
+        lambda: patch.object(knobs.runtime, "debug", True),
+        lambda: patch.object(knobs.compilation, "instrumentation_mode", "fpsan"),
+        lambda: patch.object(KERNELS[0], "pre_run_hooks", [print_nothing]),
+        lambda: patch.object(launch, "KNOWN", False),
+    ],
+    ids=["enter", "exit", "no chain", "debug", "instrumented", "pre-run", "unknown Triton"],
+)
+def test_who_looks_at_launches_sees_them(looking):
+    given = made(5)
+    with recorded() as calls:
+
+        def planned():
+            calls.planned = 0
+            for _ in range(2):
+                fused.forward(*(given[n] for n in NAMES))
+            return calls.planned
+
+        with looking():
+            assert planned() == 0
+        if looking is not None:
+            tiles.ways.clear()
+        assert planned() == 1  # the second
+        assert planned() == 2
+        with looking():
+            assert planned() in (0, 2 * (not launch.KNOWN))
+        assert planned() == 2
+
+
+def test_another_driver_is_asked_anew():
+    given = made(5)
+    with recorded() as calls:
+        for _ in range(2):
+            fused.forward(*(given[n] for n in NAMES))
+        assert calls.planned == 1
+        own = triton.runtime.driver.active
+        triton.runtime.driver.set_active(type(own)(**vars(own)))
+        fused.forward(*(given[n] for n in NAMES))
+        assert calls.planned == 1
+
+
+def test_a_value_changed_in_place_needs_no_new_plan_and_another_tensor_neither():
+    with recorded() as calls:
+        given = made(5)
+        step(given, calls)
+        given["core"].data.mul_(2)
+        calls.planned = 0
+        found = step(given, calls)
+        assert calls.planned == len(found)
+        given["core"] = given["core"].clone()
+        assert step(given, calls) == found and calls.planned == 2 * len(found)
+        address = given["core"].data_ptr()
+        assert any(address in arguments for _, arguments in calls[-len(found) :])
+
+
+def test_a_plan_keeps_no_operand_alive():
+    with recorded() as calls:
+        for kind in (KINDS[0], (200, {"N": 512, "K": 512}, {}), (0, {}, {})):
+            given = operands(kind)
+            for _ in range(2):
+                y, z = fused.forward(*(given[n] for n in NAMES))
+                fused.backward(y, None, z, *(given[n] for n in ("weight", "down", "core", "up", "ids", "basis")),
+                               (True, False, False, kind[0] > 0, False, False))  # fmt: skip
+            calls.clear()
+            watched = [weakref.ref(t) for t in (*given.values(), y, z) if t is not None]
+            del given, y, z
+            gc.collect()
+            assert not any(ref() is not None for ref in watched)
+
+
+def test_new_tables_forget_the_plans():
+    with recorded():
+        given = made(5)
+        fused.forward(*(given[n] for n in NAMES))
+        assert tiles.ways
+        tiles.forget()
+        assert not tiles.ways
+
+
+# --- the numbers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(5, 77, 100, 3, bf16, core="mixed-rows"),
+        Problem(33, 40, 72, 13),
+        Problem(130, 72, 104, 2, f16, core="mixed"),
+        Problem(130, 77, 105, 3, core="rows"),
+        Problem(40, 40, 72, 40, core="mixed", u=20),
+    ],
+    ids=lambda p: p.id,
+)
+def test_a_way_serves_other_operands_of_its_kind(problem, poison_empty):
+    """Numbers and gradients through the interpreter, by ways that were found for other tensors."""
+    with interpreter(), patch.object(fused, "_remembers", lambda device: True), patch.dict(tiles.ways, clear=True):
+        hold(problem)
+        found = len(tiles.ways)
+        hold(problem)
+        assert found == len(tiles.ways) > 1
+        hold(problem, layout=surround)
+        assert len(tiles.ways) > found
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+@pytest.mark.parametrize("M", [6, 132])
+def test_x_in_three_dimensions(M, poison_empty):
+    """The kernels write Y of x's own shape: the same numbers as row by row, without a view in autograd's books."""
+    from tinylora.ops import adapted_linear
+
+    (x, *rest), _, _ = Problem(M, 40, 72, 3).operands()
+    with interpreter():
+        leaves = [t.requires_grad_() for t in (x, *rest)]
+        flat = adapted_linear(*leaves)
+        want = torch.autograd.grad(flat.square().sum(), leaves)
+        for deep in (
+            x.view(2, M // 2, 72),
+            x.detach().view(2, M // 2, 72).transpose(0, 1).contiguous().transpose(0, 1),
+        ):
+            y = adapted_linear(deep, *leaves[1:])
+            assert y.shape == (2, M // 2, 40) and not y._is_view()
+            assert torch.equal(y.view(M, 40), flat)
+            if deep.requires_grad:
+                got = torch.autograd.grad(y.square().sum(), leaves)
+                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        with torch.no_grad():
+            assert torch.equal(adapted_linear(x.view(2, M // 2, 72), *rest).view(M, 40), flat)
+
+
+# --- what launches share ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def streams():
+    """A card's streams on a CPU: `now` is the current one, None while a graph is captured."""
+    now = [1]
+    driver = type("Driver", (), {"get_current_stream": lambda self, device: now[0]})()
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
+    try:
+        with (
+            patch.object(scratch, "kept_by_stream", lambda device: now[0] is not None),
+            patch.object(scratch, "_to_keep", lambda make: make()),
+            patch.dict(scratch._planes, clear=True),
+            patch.dict(scratch._views, clear=True),
+        ):
+            yield now
+    finally:
+        triton.runtime.driver._active = before
+
+
+def test_launches_on_one_stream_share_their_scratch_and_no_others_do():
+    cpu = torch.device("cpu")
+    with streams() as now:
+        first = scratch.workspace(cpu, (5, 30), 7)
+        assert [t.numel() for t in first] == [5, 30, 7] and not first[2].any()
+        assert all(a is b for a, b in zip(first, scratch.workspace(cpu, (5, 30), 7), strict=True))
+        places = {t.data_ptr() for t in first}
+        a, b, _ = first
+        assert a.data_ptr() % 16 == b.data_ptr() % 16 == 0 and b.data_ptr() >= a.data_ptr() + a.nbytes
+        now[0] = 2
+        assert places.isdisjoint(t.data_ptr() for t in scratch.workspace(cpu, (5, 30), 7))
+        now[0] = None
+        captured = scratch.workspace(cpu, (5, 30), 7)
+        assert places.isdisjoint(t.data_ptr() for t in captured)
+        assert not any(a is b for a, b in zip(captured, scratch.workspace(cpu, (5, 30), 7), strict=True))
+        now[0] = 1
+        (larger,) = scratch.workspace(cpu, (1 << 17,), 0)
+        assert larger.numel() == 1 << 17 and larger.data_ptr() == scratch._planes[cpu, 1].data_ptr()
+        again = scratch.workspace(cpu, (5, 30), 7)
+        assert again[0].data_ptr() == larger.data_ptr()  # nothing holds the smaller buffer
+        (huge,) = scratch.workspace(cpu, (scratch.KEPT + 1,), 0)
+        assert huge.data_ptr() != larger.data_ptr() and len(scratch._planes[cpu, 1]) == 1 << 17
+        assert scratch.workspace(cpu, (scratch.KEPT + 1,), 0)[0] is not huge
