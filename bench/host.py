@@ -4,8 +4,9 @@ On a CPU that is the whole call; on a GPU the time until the call returns, the d
 graphs the replay of a hundred calls divided by a hundred. "hot": calls follow one another. "cold": between two calls
 twice the last cache's bytes are written, as a model's weights go through it between two layers.
 
-Without a GPU also the kernels' path, with their launches stubbed out: all Python from the layer down to Triton's
-launcher, which then does nothing. The driver's own part of a launch is not in it.
+Without a GPU also the kernels' path, with their launches stubbed out: all Python from the layer down to what Triton has
+written in C, which then does nothing. The driver's own part of a launch is not in it. Once as it is, and once with no
+launch planned (kernels/launch.py): the difference is Triton's part, which a planned launch leaves out.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from bench.rows import Results, Row
 HOT, COLD, CAPTURED = "hot", "cold", "captured"
 QUIET, FORWARD, BACKWARD = PASSES = ("forward, no grad", "forward", "backward")
 FUNCTION, OPERATOR, STUBBED = "F.linear", "adapted_linear", "launches stubbed out"
+UNPLANNED = f"none planned, {STUBBED}"
 SIZE = 64  # N and K of the layer, at one row
 # The two ways through the kernels, by rows; the layers' N and K are of a size that decides for the fused matmul.
 KERNEL_ROWS = {"decode": 1, "fused matmul": 256}
@@ -124,7 +126,7 @@ def run(results: Results, device: torch.device, dtype: str, budget: float) -> No
     (xs,), (dys,) = seven.operands(1)
     everybody = seven_layers(seven, (who.BARE, who.PEFT, who.ALONE, who.OURS))
     measured = [("layer", one_layer(case), [x], [dy]), ("block of seven", everybody, xs, dys)]
-    total = len(PASSES) * 2 * (3 if cuda else 2 + 2 * len(KERNEL_ROWS))
+    total = len(PASSES) * 2 * (3 if cuda else 2 + 4 * len(KERNEL_ROWS))
     with tqdm(total=total, desc="host", unit="cell", dynamic_ncols=True) as bar:
 
         def measure(layer, size, found, xs, dys, kind=dtype, modes=(HOT, COLD)):
@@ -159,13 +161,14 @@ def run(results: Results, device: torch.device, dtype: str, budget: float) -> No
         for way, M in KERNEL_ROWS.items():
             case, seven = Case(*size, True, torch.bfloat16, device, 2, 13), _seven(KERNEL_SIZE, torch.bfloat16, device)
             ours = who.make(who.OURS, case.linear, case.factors)
-            one = [Host(f"ours, {STUBBED}", ours.forward, [ours.trains])]
             several = seven_layers(seven, (who.ALONE, who.OURS))
-            several = [Host(f"{p.name}, {STUBBED}", p.forward, p.trains) for p in several]
-            with launches_stubbed_out():
-                measure(f"layer, {way}", (M, *size), one, *case.operands(M, 1), "bf16")
-                (xs,), (dys,) = seven.operands(M)
-                measure(f"block of seven, {way}", (M, *size), several, xs, dys, "bf16")
+            for planned, stubbed in ((True, STUBBED), (False, UNPLANNED)):
+                one = [Host(f"ours, {stubbed}", ours.forward, [ours.trains])]
+                block_of = [Host(f"{p.name}, {stubbed}", p.forward, p.trains) for p in several]
+                with launches_stubbed_out(planned=planned):
+                    measure(f"layer, {way}", (M, *size), one, *case.operands(M, 1), "bf16")
+                    (xs,), (dys,) = seven.operands(M)
+                    measure(f"block of seven, {way}", (M, *size), block_of, xs, dys, "bf16")
 
 
 def _seven(size: int, dtype: torch.dtype, device: torch.device) -> block.Case:
@@ -184,30 +187,40 @@ def _captured(calls: Calls, budget: float) -> dict[str, timing.Times]:
 
 
 @contextlib.contextmanager
-def launches_stubbed_out(capability: tuple[int, int] = (9, 0)) -> Iterator[list[str]]:
+def launches_stubbed_out(capability: tuple[int, int] = (9, 0), planned: bool = True) -> Iterator[list[str]]:
     """CPU tensors take the kernels' path as on a card of this capability, and a launch ends where the driver's would
     begin: nothing is compiled, nothing is computed, results are whatever memory held. Yields the kernels' names.
 
-    Triton's own Python (binding of arguments, their specialisation, its cache) runs as it is.
+    Triton's own Python (binding of arguments, their specialisation, its cache, the launcher before its part in C) runs
+    as it is: at every launch unless `planned`, else where kernels/launch.py does not go past it.
     """
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaLauncher, wrap_handle_tensordesc
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
+    from tinylora.kernels import launch as planning
     from tinylora.kernels import scratch, tiles
     from tinylora.ops import dispatch, fused
     from tinylora.ops import linear as operator
 
     launched: list[str] = []
     jitted: list[JITFunction] = []
+    plain = ("num_ctas", "global_scratch_align", "profile_scratch_align")
+    empty = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl", "gsan_enabled")
+    box = {"swizzle": 3, "elem_size": 2, "elem_type": 1, "block_size": [64, 64], "fp4_padded": False}
 
     def compiled(self, key, signature, device, *_):
         name = self.fn.__name__
+        launcher = object.__new__(CudaLauncher)
+        boxes = [box for kind in signature.values() if isinstance(kind, str) and kind.startswith("tensordesc")]
+        launcher.__dict__.update(dict.fromkeys(plain, 1) | dict.fromkeys(empty, 0))
+        launcher.arg_annotations = launcher.kernel_signature = ()
+        launcher.launch = wrap_handle_tensordesc(lambda *args: launched.append(name), signature, boxes)
         launch = object.__new__(CompiledKernel)
         launch.src, launch.name, launch.module, launch._module_pid = None, name, 0, None
-        launch.function, launch.packed_metadata = 0, ()
-        launch._run = lambda *args: launched.append(name)
+        launch.function, launch.packed_metadata, launch._run = 0, (), launcher
         self.device_caches[device][0][key] = launch
         jitted.append(self)
         return launch
@@ -226,6 +239,7 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0)) -> Iterator[list[
         get_current_device=lambda: "stub",  # a key of Triton's caches
         get_current_stream=lambda device=None: 0,
         get_active_torch_device=lambda: CPU,
+        utils=SimpleNamespace(fill_tma_descriptor=lambda *_: None, fill_tma_descriptor_tiled=lambda *_: None),
     )
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
@@ -238,6 +252,7 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0)) -> Iterator[list[
                 (fused, "_remembers", lambda device: True),
                 (scratch, "kept_by_stream", lambda device: True),
                 (scratch, "_to_keep", lambda make: make()),
+                (planning, "KNOWN", planned and planning.KNOWN),
                 (operator, "_computes", computes),
             ):
                 stack.enter_context(mock.patch.object(owner, name, stub))

@@ -21,14 +21,15 @@ def test_host_from_the_command_line(tmp_path, monkeypatch, capsys):
     found = {(r.layer, r.provider, r.pass_, r.mode): r for r in rows.read(path) if r.p50_ms}
     everybody = (host.FUNCTION, providers.BARE, providers.PEFT, providers.OURS, host.OPERATOR)
     seven = (providers.BARE, providers.PEFT, providers.ALONE, providers.OURS)
-    stubbed = [f"{name}, {host.STUBBED}" for name in (providers.ALONE, providers.OURS)]
+    ways = (host.STUBBED, host.UNPLANNED)
+    stubbed = [f"{name}, {way}" for name in (providers.ALONE, providers.OURS) for way in ways]
     assert set(found) == {
         (layer, provider, pass_, mode)
         for layer, there in [
             ("layer", everybody),
             ("block of seven", seven),
-            *((f"layer, {way}", [f"ours, {host.STUBBED}"]) for way in host.KERNEL_ROWS),
-            *((f"block of seven, {way}", stubbed) for way in host.KERNEL_ROWS),
+            *((f"layer, {rows}", [f"ours, {way}" for way in ways]) for rows in host.KERNEL_ROWS),
+            *((f"block of seven, {rows}", stubbed) for rows in host.KERNEL_ROWS),
         ]
         for provider in there
         for pass_ in host.PASSES

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ import torch.nn.functional as F
 from problems import Problem, assert_as_good_as_torch, exact, grads, torch_own
 
 from tinylora.ops import adapted_linear
+
+launch = pytest.importorskip("tinylora.kernels.launch")
+tiles = pytest.importorskip("tinylora.kernels.tiles")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,6 +73,32 @@ def test_bitwise_repeatable(problem):
             assert torch.equal(first[name], again[name]), name
 
 
+@pytest.mark.parametrize("problem", PROBLEMS[1:], ids=lambda p: p.id)
+def test_bitwise_repeatable_planned_or_not(problem):
+    """What kernels/launch.py hands a compiled kernel gives the bits of Triton's own launcher, forward and backward."""
+
+    def refuse(self, tensors):
+        raise AssertionError(f"{self.kernel} was not planned")
+
+    def results(seed):
+        (x, *rest), ids, basis = problem.operands(seed, device="cuda")
+        dy = torch.randn(problem.M, problem.N, generator=torch.Generator().manual_seed(seed)).to("cuda", problem.dtype)
+        found = grads(adapted_linear, (x, *rest), ids, basis, dy)
+        with torch.no_grad():
+            found["quiet"] = adapted_linear(x, *rest, ids, basis=basis)
+        return {name: t for name, t in found.items() if name not in ("weight", "bias")}  # the library's own sums
+
+    with patch.object(launch, "KNOWN", False), patch.dict(tiles.ways, clear=True):
+        want = [results(seed) for seed in (0, 1)]
+    results(0)
+    with patch.object(launch.Launch, "_through_triton", refuse):
+        planned = [results(seed) for seed in (0, 1)]
+    for ours, theirs in zip(planned, want, strict=True):
+        for name, value in ours.items():
+            assert torch.equal(value, theirs[name]), name
+        assert torch.equal(ours["quiet"], ours["y"])
+
+
 @pytest.mark.parametrize("M", [1, 16, 130, 2048])
 def test_a_captured_graph_follows_v(M):
     """Forward and backward in one CUDA graph; v changes in place between replays, by `.data` as optimisers do."""
@@ -112,6 +142,42 @@ def test_two_streams_at_once():
                 results.append(adapted_linear(x, weight, down, core, up, bias))
     torch.cuda.synchronize()
     assert all(torch.equal(r, want) for r in results)
+
+
+@pytest.mark.parametrize("M", [8, 130])
+def test_a_graph_beside_eager_calls(M):
+    """What a stream keeps between launches is not what a graph uses, whatever runs beside it."""
+    (x, weight, down, core, up, bias), _, _ = Problem(M, 512, 3584, 2, bf16).operands(device="cuda")
+    other = torch.randn_like(x)
+    with torch.no_grad():
+        want, wanted_beside = (adapted_linear(t, weight, down, core, up, bias) for t in (x, other))
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.graph(graph):
+            captured = adapted_linear(x, weight, down, core, up, bias)
+        torch.cuda.synchronize()
+        for _ in range(50):
+            captured.zero_()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                graph.replay()
+            beside = [adapted_linear(other, weight, down, core, up, bias) for _ in range(4)]
+            torch.cuda.synchronize()
+            assert torch.equal(captured, want) and all(torch.equal(b, wanted_beside) for b in beside)
+
+
+def test_compiled_into_cuda_graphs():
+    """torch.compile's graphs warm up in a pool of their own; what we keep from call to call must not lie in it."""
+    torch._dynamo.reset()
+    (x, weight, down, core, up, bias), _, _ = Problem(8, 512, 3584, 2, bf16).operands(device="cuda")
+    with torch.no_grad():
+        compiled = torch.compile(
+            lambda x: F.silu(adapted_linear(x, weight, down, core, up, bias)), mode="reduce-overhead"
+        )
+        for scale in (1, 2, 3, 4, 5):
+            torch.compiler.cudagraph_mark_step_begin()
+            y = compiled(x * scale).clone()
+            want = F.silu(adapted_linear(x * scale, weight, down, core, up, bias))
+            torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("core", ["dense", "mixed-rows"])

@@ -6,6 +6,7 @@ No GPU: Triton's launcher runs up to the driver, where a stand-in for the compil
 import gc
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -151,8 +152,11 @@ KINDS = [
     for changes in (
         {},
         {"M": rows + 1},
+        {"N": size.get("N", 64) + 8},
+        {"x": to(f16)},
         {"x": wider},
         {"x": shifted},
+        {"weight": to(f16)},
         {"weight": wider},
         {"weight": by_columns},
         {"weight": shifted},
@@ -245,40 +249,46 @@ def test_a_planned_launch_is_what_triton_would_have_made(options):
         assert len({call[0] for want in fresh for call in want}) > 60  # they really are different kernels
 
 
-def test_the_matmul_precision_is_part_of_the_kind():
+def test_what_the_caller_asks_for_is_part_of_the_kind():
+    """The matmul precision, one choice for every M, and a choice that is forced."""
+    given = made(200, N=512, K=512, dtype=f32)
+    usual, ways = tiles.default(200, 512, 512, 2, f32, (9, 0)), {"highest": {}, "high": {}, "pinned": {"pin": True}}
+    for split in (1, 2):
+        ways[f"split {split}"] = {"choice": replace(usual, thin=replace(usual.thin, split=split))}
     with recorded() as calls:
-        given, found = made(5, dtype=f32), {}
-        for _ in range(2):
-            for precision in ("highest", "high"):
-                torch.set_float32_matmul_precision(precision)
+        found = {name: [] for name in ways}
+        for _ in range(3):
+            for name, options in ways.items():
+                torch.set_float32_matmul_precision("high" if name == "high" else "highest")
                 try:
-                    found.setdefault(precision, []).append(step(given, calls))
+                    found[name].append(str(step(given, calls, **options)))
                 finally:
                     torch.set_float32_matmul_precision("highest")
-        assert found["highest"][0] == found["highest"][1] != found["high"][0] == found["high"][1]
+        assert all(len(set(each)) == 1 for each in found.values())
+        assert len({each[0] for each in found.values()}) == len(found)
 
 
 def test_siblings_gradients_in_parts():
-    """dX of several gradients side by side, of widths that tell the plans apart."""
+    """dX of several gradients side by side: of widths that tell the plans apart, and at addresses that 16 divides or
+    not."""
     with recorded() as calls:
-        want = {}
+        want, given = {}, made(200, N=512, K=512, r=4, core="dense")
+        x, weight, down, core, up, bias, ids, basis = (given[name] for name in NAMES)
+        wide, z = torch.ones(200, 512, dtype=bf16), torch.zeros(200, 4)
         for _ in range(3):
             for sizes in ((256, 128, 128), (128, 256, 128), (256, 256)):
-                given = made(200, N=512, K=512, r=4, core="dense")
-                x, weight, down, core, up, bias, ids, basis = (given[name] for name in NAMES)
-                wide = torch.ones(200, 512, dtype=bf16)
-                dys = wide.split(sizes, 1)
-                start, before = len(calls), calls.planned
-                z = torch.zeros(200, 4)
-                for _ in range(2):
-                    fused.backward_of_parts(dys, z, weight, down, core, up, ids, basis, True, True)
-                found = handed(calls[start:], given | {f"dy {i}": t for i, t in enumerate(dys)} | {"z": z})
-                assert found == want.setdefault(sizes, found)
-                assert calls.planned - before >= len(found) // 2
-        assert len({tuple(map(str, found)) for found in want.values()}) == 3
+                for whole in (wide, shifted(wide)):
+                    dys = whole.split(sizes, 1)
+                    start, before = len(calls), calls.planned
+                    for _ in range(2):
+                        fused.backward_of_parts(dys, z, weight, down, core, up, ids, basis, True, True)
+                    found = handed(calls[start:], given | {f"dy {i}": t for i, t in enumerate(dys)} | {"z": z})
+                    assert found == want.setdefault((sizes, whole is wide), found)
+                    assert calls.planned - before >= len(found) // 2
+        assert len({tuple(map(str, found)) for found in want.values()}) == 6
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("x", "ids")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "ids"])
 def test_an_operand_on_another_device_is_another_kind(name):
     """A planned launch hands over bare addresses, and nobody asks any more whose they are."""
     with recorded():
