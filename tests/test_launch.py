@@ -176,6 +176,8 @@ KINDS = [
         {"u": 4},
         {"r": 3},
         {"core_": lambda t: None, "basis": lambda t: None},
+        {"core_": lambda t: None, "basis": lambda t: None, "up": by_columns},
+        {"core_": lambda t: None, "basis": lambda t: None, "up": by_columns, "r": 3},
         {"basis": lambda t: None, "core_": lambda t: torch.randn(2, 2)},
         {"basis": lambda t: None, "core_": lambda t: torch.randn(3, 2, 2), "ids": ids(rows, torch.int64)},
         {"basis": lambda t: None, "core_": lambda t: torch.randn(3, 2, 2), "ids": ids(rows, torch.int32)},
@@ -421,8 +423,9 @@ def test_a_way_serves_other_operands_of_its_kind(problem, poison_empty):
         found = len(tiles.ways)
         hold(problem)
         assert found == len(tiles.ways) > 1
-        hold(problem, layout=surround)
-        assert len(tiles.ways) > found
+        if problem.M < 100:
+            hold(problem, layout=surround)
+            assert len(tiles.ways) > found
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
