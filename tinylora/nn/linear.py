@@ -72,12 +72,17 @@ class Linear(nn.Linear):
         attach(layer, {"": layer}, config, "default")
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        # Past nn.Module's __getattr__, half a microsecond a name; the property is there where somebody put one
-        # (parametrizations), the attribute where somebody flattened the parameters (FSDP).
+    def base(self) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias), past nn.Module's __getattr__, which costs half a microsecond a name.
+
+        Through it where somebody made them something else than parameters (parametrizations, FSDP's flat parameter).
+        """
         own = self._parameters
         plain = "weight" in own and "bias" in own
-        weight, bias = (own["weight"], own["bias"]) if plain else (self.weight, self.bias)
+        return (own["weight"], own["bias"]) if plain else (self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.base()
         if self.active is None or self.merged is not None:
             if self.batch_invariant:
                 return frozen_linear(x, weight, bias, batch_invariant=True)

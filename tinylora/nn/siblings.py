@@ -153,16 +153,20 @@ class Siblings:
 
     def _compute(self, x: Tensor) -> list[Tensor | None] | None:
         first = self.layers[0]
-        name, weight = first.active, first.weight
+        name, (weight, _) = first.active, first.base()
         wide = self.wide.get(name)
         if wide is None or x.shape[-1:] != weight.shape[1:] or x.device != weight.device:
             return None
+        weights, biases, adapters = [], [], []
         for layer in self.layers:
             if layer.active != name or layer.merged is not None or layer.batch_invariant:
                 return None
-            if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
+            own, bias = layer.base()
+            if own.requires_grad or (bias is not None and bias.requires_grad):
                 return None  # somebody thawed the base: the group's operator has no gradient for it
-        adapters = [layer.adapters._modules[name] for layer in self.layers]
+            weights.append(own)
+            biases.append(bias)
+            adapters.append(layer._modules["adapters"]._modules[name])
         if first.training and any(a.dropout for a in adapters):
             return None
         cores = []
@@ -177,8 +181,7 @@ class Siblings:
                 return None
             cores = [a.row_core() for a in adapters]
         core = cores[0] if wide.one_v else torch.block_diag(*cores) if wide.basis is None else torch.cat(cores, -1)
-        weights = [layer.weight for layer in self.layers]
-        biases = [] if first.bias is None else [layer.bias for layer in self.layers]
+        biases = [] if biases[0] is None else biases
         ids = None if rows is None else rows.of(x)
         operands = weights, wide.down, core, wide.up, biases, ids, wide.basis
         device = weight.device.type

@@ -380,7 +380,7 @@ def _core_gradient(t: Tensor, z: Tensor, core: Tensor, ours: Core, basis: Tensor
 
 def _factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor) -> None:
     """out [r, C] = sᵀ X for x [M, C]: dD from (t, X), dU transposed from (z, dY)."""
-    key = ("factor", z.shape, _kind_of_core(core), _kind(x), _kind(out), torch.get_float32_matmul_precision())
+    key = ("factor", _kind_of_core(core), _kind(x), _kind(out), torch.get_float32_matmul_precision())
     way = tiles.ways.get(key)
     if way is None:
         tile = tiles.factor_gradient_tile(*x.shape, z.shape[1], x.is_cpu and interpreting())

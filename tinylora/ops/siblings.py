@@ -45,7 +45,7 @@ def adapted_linears(
         return ys if x.dim() == 2 else tuple(y.view(*x.shape[:-1], n) for y, n in zip(ys, sizes, strict=True))
     else:
         y, _ = _forward(x2d, weights, down, core, up, biases, ids, basis)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])).split(sizes, -1)
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])).split_with_sizes(sizes, -1)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor | None:
