@@ -194,7 +194,8 @@ def _way(
 
     def way(x, w, down, core, up, bias, want_z):
         if copies:
-            x = x.reshape(M, K).clone(memory_format=torch.contiguous_format)
+            x = x.reshape(M, K)
+            x = x.clone(memory_format=torch.contiguous_format) if pin else x
         z = s = None
         if reduce is not None:
             z, s = reduce(x, down, core, want_z)
