@@ -82,7 +82,8 @@ class Linear(nn.Linear):
             y = siblings.output(self, x)
             if y is not None:
                 return y
-        adapter = self.adapters._modules[self.active]
+        # Past nn.Module's __getattr__ from here on: this runs in every layer of every forward.
+        adapter = self._modules["adapters"]._modules[self.active]
         down, core, up, basis = adapter.factors()
         rows = adapter.shared.rows
         if rows is not None:
@@ -101,11 +102,11 @@ class Linear(nn.Linear):
             # Two inputs, so two calls: the frozen layer on x, and the correction on what dropout left of it.
             dropped = F.dropout(x, adapter.dropout)
             return F.linear(x, self.weight, self.bias) + low_rank(dropped, down, core, up, basis)
-        weight = self.weight
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
         # The layer's own operands fit each other since `attach`; only x can be wrong, and the full check says how.
         fits = x.shape[-1:] == weight.shape[1:] and x.dtype == weight.dtype and x.device == weight.device
         call = unchecked if fits else adapted_linear
-        return call(x, weight, down, core, up, self.bias, None, basis=basis, batch_invariant=self.batch_invariant)
+        return call(x, weight, down, core, up, bias, None, basis=basis, batch_invariant=self.batch_invariant)
 
     @torch.no_grad()
     def merge(self) -> None:
