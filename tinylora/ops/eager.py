@@ -16,8 +16,9 @@ from torch import Tensor
 # Below this many elements of a bf16 Y a product in fp32 takes half or less of the time of a bf16 matmul, whose
 # preparation alone takes 15 to 25 microseconds; above it, it takes up to several times as long. How a row is rounded
 # must not depend on how many rows there are, or rollouts would differ from training: `add_product` rounds s and Y where
-# the bf16 matmul does, and gives its bits (in all but 15 of ten million numbers, sums of four products and more).
-SMALL = 1 << 15
+# the bf16 matmul does, and gives its bits (in all but 15 of ten million numbers). Up to TINY products torch has no such
+# preparation to make.
+SMALL, TINY = 1 << 15, 1 << 12
 
 # Elements of one upcast block: 1 MiB in fp32, which fits the L2 cache of every server CPU of the last years.
 BLOCK = 1 << 18
@@ -57,7 +58,8 @@ def add_product(y: Tensor, s: Tensor, factor: Tensor) -> None:
     """y += s F in place, for s of [M, r] and F of [r, N]."""
     dtype = y.dtype
     if dtype == torch.bfloat16 and s.dtype == torch.float32 and y.is_cpu:
-        if y.numel() <= SMALL and factor.numel() <= 4 * SMALL:
+        numel = y.numel()
+        if numel <= SMALL and factor.numel() <= 4 * SMALL and numel * s.shape[1] > TINY:
             y.copy_(torch.addmm(y.to(s.dtype), s.to(dtype).to(s.dtype), factor.to(s.dtype)))
             return
     y.addmm_(s if s.dtype == dtype else s.to(dtype), factor if factor.dtype == dtype else factor.to(dtype))
