@@ -39,7 +39,7 @@ import tinylora
 from bench import providers as who
 from bench import shapes, timing
 from bench.rows import Results, Row
-from tinylora.adapters.svd import truncated_svd
+from tinylora.adapters.factor_cache import cached_svd
 from tinylora.ops import adapted_linear
 
 MERGED = "merged"
@@ -98,12 +98,13 @@ def ours(base: nn.Module, model: str, batch_invariant: bool = False) -> nn.Modul
 
 
 def peft(base: nn.Module) -> nn.Module:
-    """PEFT's own model; only its full SVDs are cut short (see `python -m bench svd`), which takes minutes off."""
+    """PEFT's own model; only its full SVDs are replaced by ours of the same weights (see `python -m bench svd`),
+    which takes minutes off."""
     import peft
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.TinyLoraConfig(r=R, u=U, weight_tying=1.0, target_modules=targets)
-    with mock.patch("torch.linalg.svd", lambda W, **_: truncated_svd(W, R)):
+    with mock.patch("torch.linalg.svd", lambda W, **_: cached_svd(W.bfloat16(), R, "PEFT's layer")):
         adapted = peft.get_peft_model(base, config).eval()
     (v,) = (p for p in adapted.parameters() if p.requires_grad)
     with torch.no_grad():
