@@ -173,8 +173,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--questions", nargs="+", choices=rollout.QUESTIONS, default=list(rollout.QUESTIONS), help="(default: all)"
     )
-    p.add_argument("--new", type=int, default=24, help="tokens generated after each prompt (default %(default)s)")
-    p.add_argument("--budget", type=float, default=120.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--new", type=int, default=16, help="tokens generated after each prompt (default %(default)s)")
+    p.add_argument("--budget", type=float, default=100.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser("tune", help=tune.__doc__.split(": ", 1)[1].split(".")[0], description=tune.__doc__)
     p.add_argument("--out", type=Path, default=rows.ROOT / "kernels" / "tables", help="(default kernels/tables)")

@@ -50,7 +50,7 @@ LINEARS, ATTENTION, HEAD = PARTS = ("linears", "attention", "head")
 SPEED, MANY, AGREEMENT, OPERATIONS = QUESTIONS = ("speed", "many", "agreement", "operations")
 R, U = 2, 13
 GENERATE = "generate"  # the rows of `speed` in a file
-AGREED = 16  # tokens that agreement compares, at most
+AGREED = 8  # tokens that agreement compares, at most
 # How large v is when agreement is measured: a trained adapter's, not a broken model's.
 SCALE = 0.05
 
@@ -283,8 +283,10 @@ def agreement(model: str, out: Path, device, batch: int, new: int, blocks: int |
         sequences, sampled = rolled_out(sampler, tokens, new)
         differences[name] = (sampled - log_probabilities(trainer or sampler, sequences, length)).abs().flatten().cpu()
 
+    base = build(model, device, blocks)
+
     def fresh() -> nn.Module:
-        return build(model, device, blocks)
+        return copy.deepcopy(base)
 
     with tqdm(total=5 + 2 * len(PARTS), desc=f"agreement {model}", unit="model", leave=False) as bar:
         measure(who.BARE, fresh())
