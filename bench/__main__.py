@@ -163,16 +163,18 @@ def parser() -> argparse.ArgumentParser:
     p = what.add_parser("rollout", help=rollout.__doc__.split(": ", 1)[1].splitlines()[0], description=rollout.__doc__)
     common(p)
     p.add_argument("--model", choices=shapes.models(), default="Qwen2.5-0.5B", help="(default %(default)s)")
-    p.add_argument("--batch", type=int, default=8, help="sequences (default %(default)s)")
+    p.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 8], help="sequences; agreement takes the last (default 1 8)"
+    )
     p.add_argument("--adapters", type=int, nargs="+", default=[1, 8], help="different ones in a batch (default 1 8)")
     p.add_argument(
         "--blocks", type=int, help="of the model's transformer blocks only so many, the first (default: all)"
     )
     p.add_argument(
-        "--questions", nargs="+", choices=rollout.QUESTIONS, default=list(rollout.QUESTIONS), help="(default: both)"
+        "--questions", nargs="+", choices=rollout.QUESTIONS, default=list(rollout.QUESTIONS), help="(default: all)"
     )
-    p.add_argument("--new", type=int, default=8, help="tokens generated after each prompt (default %(default)s)")
-    p.add_argument("--budget", type=float, default=120.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--new", type=int, default=16, help="tokens generated after each prompt (default %(default)s)")
+    p.add_argument("--budget", type=float, default=100.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser("tune", help=tune.__doc__.split(": ", 1)[1].split(".")[0], description=tune.__doc__)
     p.add_argument("--out", type=Path, default=rows.ROOT / "kernels" / "tables", help="(default kernels/tables)")
@@ -301,7 +303,8 @@ def _tune(args) -> int:
 def _replaced(args):
     """Which rows of its ops a command replaces: those of the models, Ms and questions that it measures."""
     if args.what == "rollout":
-        passes = {rollout.SPEED: "generate", rollout.AGREEMENT: "log p", rollout.OPERATIONS: "bits"}
+        passes = {rollout.AGREEMENT: "log p", rollout.OPERATIONS: "bits"}
+        passes |= {rollout.SPEED: rollout.GENERATE, rollout.MANY: rollout.MANY}
         return lambda row: row.pass_ in [passes[question] for question in args.questions]
     models, Ms = getattr(args, "models", None), getattr(args, "M", None)
     return lambda row: (not models or row.model in (*models, "")) and (not Ms or row.M in (*Ms, None))

@@ -320,9 +320,11 @@ def markdown(rows: list[Row]) -> str:
         brief = [r for r in rows if r.layer != "operation" and not r.provider.endswith(" alone")]
         brief = [r for r in brief if ", all but " not in r.provider]
         parts.append(
-            "Rollouts with the adapter in place (random weights, bf16). In the last row attention and the head are "
-            "made batch invariant, too, by the benchmark: transformers' own attention rounds a token by how many there "
-            "are. Which operations do stands in the CSV, one by one.\n\n" + rollout_table(brief)
+            "Rollouts with the adapter in place (random weights, bf16; every model, the base too, gets a head whose "
+            "input is contiguous, without which a CPU copies the head's weight once per sequence). In the last row "
+            "attention and the head are made batch invariant, too, by the benchmark: transformers' own attention "
+            "rounds a token by how many there are. Which operations do stands in the CSV, one by one.\n\n"
+            + rollout_table(brief)
         )
     if "model" in ops:
         parts.append("A whole pretrained model, every linear layer adapted.\n\n" + model_table(rows))

@@ -3,7 +3,13 @@
 Models are built from real configs with random weights. Two questions:
 
 Speed: tokens per second of greedy generate() by the base, by PEFT's TinyLoRA, by ours with one adapter, and by ours
-with many different ones in the batch; providers alternate.
+with many different ones in the batch, and the median time of one step of decoding; providers alternate.
+
+Many: 1,024 sequences with a different adapter each, with one adapter for all of them, and by the base.
+
+On a CPU transformers gives the head a slice that is not contiguous (the last position of every prompt), and torch then
+copies the head's whole weight once per sequence: 78 % of a short generate() of Qwen2.5-0.5B at batch 8, in every
+provider alike. Here a hook in every model, the base included, makes the head's input contiguous.
 
 Agreement: the log-probability of every sampled token as generation computed it (token by token, with a cache) and as
 the training forward computes it (all at once): rolled out with the adapter merged into bf16 weights, as RL stacks do,
@@ -16,7 +22,11 @@ Operations: every operation of the model by itself, on random numbers: how many 
 generation and a forward over the whole sequences.
 """
 
-from collections.abc import Callable
+import contextlib
+import copy
+import itertools
+import statistics
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -29,7 +39,7 @@ import tinylora
 from bench import providers as who
 from bench import shapes, timing
 from bench.rows import Results, Row
-from tinylora.adapters.svd import truncated_svd
+from tinylora.adapters.factor_cache import cached_svd
 from tinylora.ops import adapted_linear
 
 MERGED = "merged"
@@ -37,17 +47,22 @@ INVARIANT = who.INVARIANT
 # What of a transformer depends on how many rows are computed together; norms, rotations, the embedding and softmax
 # treat every row by itself already.
 LINEARS, ATTENTION, HEAD = PARTS = ("linears", "attention", "head")
-SPEED, AGREEMENT, OPERATIONS = QUESTIONS = ("speed", "agreement", "operations")
+SPEED, MANY, AGREEMENT, OPERATIONS = QUESTIONS = ("speed", "many", "agreement", "operations")
 R, U = 2, 13
+GENERATE = "generate"  # the rows of `speed` in a file
+AGREED = 8  # tokens that agreement compares, at most
 # How large v is when agreement is measured: a trained adapter's, not a broken model's.
 SCALE = 0.05
 
 
-def build(model: str, device: torch.device, blocks: int | None = None) -> nn.Module:
-    """The model of bench/models/<model>.json in bf16, with random weights; of its first `blocks` blocks alone."""
+def build(model: str, device: torch.device, blocks: int | None = None, vocabulary: int | None = None) -> nn.Module:
+    """The model of bench/models/<model>.json in bf16, with random weights; of its first `blocks` blocks alone, with
+    so many tokens in its vocabulary. Its head sees contiguous rows (see above)."""
     import transformers
 
     settings = dict(shapes.config(model))
+    if vocabulary:
+        settings["vocab_size"] = vocabulary
     if blocks:
         settings["num_hidden_layers"] = blocks
         settings.pop("layer_types", None)
@@ -60,7 +75,12 @@ def build(model: str, device: torch.device, blocks: int | None = None) -> nn.Mod
             built = transformers.AutoModelForCausalLM.from_config(config)
     finally:
         torch.set_default_dtype(before)
+    built.lm_head.register_forward_pre_hook(_contiguous)
     return built.eval().requires_grad_(False)
+
+
+def _contiguous(head: nn.Module, inputs: tuple) -> tuple:
+    return (inputs[0].contiguous(),)
 
 
 def values(count: int, scale: float = SCALE) -> list[Tensor]:
@@ -78,12 +98,13 @@ def ours(base: nn.Module, model: str, batch_invariant: bool = False) -> nn.Modul
 
 
 def peft(base: nn.Module) -> nn.Module:
-    """PEFT's own model; only its full SVDs are cut short (see `python -m bench svd`), which takes minutes off."""
+    """PEFT's own model; only its full SVDs are replaced by ours of the same weights (see `python -m bench svd`),
+    which takes minutes off."""
     import peft
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.TinyLoraConfig(r=R, u=U, weight_tying=1.0, target_modules=targets)
-    with mock.patch("torch.linalg.svd", lambda W, **_: truncated_svd(W, R)):
+    with mock.patch("torch.linalg.svd", lambda W, **_: cached_svd(W.bfloat16(), R, "PEFT's layer")):
         adapted = peft.get_peft_model(base, config).eval()
     (v,) = (p for p in adapted.parameters() if p.requires_grad)
     with torch.no_grad():
@@ -131,46 +152,104 @@ def generate(model: nn.Module, tokens: Tensor, new: int, **settings):
     return model.generate(tokens, attention_mask=torch.ones_like(tokens), **plain | settings)
 
 
-def speed(
-    model: str, results: Results, device, batch: int, adapters: list[int], new: int, budget: float, blocks: int | None
-) -> None:
-    """Rows of op "rollout": milliseconds per generate() and tokens per second."""
-    calls: dict[str, Callable[[], object]] = {}
-    base = build(model, device, blocks)
-    tokens = prompts(batch, 8, base.config.vocab_size, device)
-    calls[who.BARE] = lambda: generate(base, tokens, new)
-    with tqdm(total=4, desc=f"rollout {model}", unit="model", leave=False) as bar:
-        adapted = ours(build(model, device, blocks), model)
-        bar.update()
-        calls[who.OURS] = lambda: generate(adapted, tokens, new)
-        pinned = ours(build(model, device, blocks), model, batch_invariant=True)
-        bar.update()
-        calls[INVARIANT] = lambda: generate(pinned, tokens, new)
-        for count in adapters:
-            stacked = tinylora.stack(ours(build(model, device, blocks), model), [{"v_0": v} for v in values(count)])
+class Contest:
+    """Generation by several models with the same random weights, timed in turns, a batch at a time."""
+
+    def __init__(self, model: str, device: torch.device, adapters: int, blocks: int | None, vocabulary: int | None):
+        self.name, self.device = model, device
+        base = build(model, device, blocks, vocabulary)
+        self.vocabulary = base.config.vocab_size
+        self.models = {who.BARE: base, who.OURS: ours(copy.deepcopy(base), model)}
+        tinylora.stack(self.models[who.OURS], [{"v_0": v} for v in values(adapters)])
+
+    def add(self, name: str) -> None:
+        """PEFT's model, or ours with batch-invariant layers."""
+        base = copy.deepcopy(self.models[who.BARE])
+        self.models[name] = peft(base) if name == who.PEFT else ours(base, self.name, batch_invariant=True)
+
+    def run(
+        self, results: Results, pass_: str, called: str, batch: int, counts: list[int], length: int, new: int,
+        budget: float,
+    ) -> None:  # fmt: skip
+        """Rows of op "rollout": milliseconds per generate(), tokens per second, and a step of decoding by itself.
+
+        counts: how many different adapters there are in a batch of ours, a row each
+        """
+        tokens = prompts(batch, length, self.vocabulary, self.device)
+        steps: dict[str, list[float]] = {}
+        calls = {
+            name: self._call(model, tokens, new, steps.setdefault(name, [])) for name, model in self.models.items()
+        }
+        for count in counts:
+            name = f"{who.OURS}, {count} adapters"
             ids = torch.arange(batch) % count
+            calls[name] = self._call(self.models[who.OURS], tokens, new, steps.setdefault(name, []), ids)
+        with torch.no_grad():
+            times = timing.alternate(calls, lambda i: None, 1, budget, self.device, graphs=False)
+        base = statistics.median(steps[who.BARE])
+        for name, t in times.items():
+            step = statistics.median(steps[name])
+            results.add(
+                Row(
+                    "rollout", called, f"generate, {new} tokens", name, pass_, batch,
+                    None, None, R, U, "bf16",
+                    p50_ms=t.p50, p20_ms=t.p20, p80_ms=t.p80, rounds=t.rounds,
+                    ratio_to_bare=t.p50 / times[who.BARE].p50,
+                    note=f"{batch * new / t.p50 * 1e3:.1f} tokens/s; a step of decoding {step:.1f} ms, "
+                    f"{step / base:.2f} of the base's",
+                )
+            )  # fmt: skip
 
-            def many(stacked=stacked, ids=ids):
-                with tinylora.adapter_ids(stacked, ids):
-                    return generate(stacked, tokens, new)
+    def _call(self, model: nn.Module, tokens: Tensor, new: int, steps: list[float], ids: Tensor | None = None):
+        """generate(), which leaves the milliseconds from one call of the head to the next in `steps`."""
+        head = model.get_output_embeddings()
 
-            calls[f"{who.OURS}, {count} adapters"] = many
+        def call() -> Tensor:
+            stamps: list[float] = []
+
+            def mark(*_) -> None:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                stamps.append(time.perf_counter() * 1e3)
+
+            handle = head.register_forward_pre_hook(mark)
+            try:
+                with contextlib.nullcontext() if ids is None else tinylora.adapter_ids(model, ids):
+                    return generate(model, tokens, new)
+            finally:
+                handle.remove()
+                steps.extend(after - before for before, after in itertools.pairwise(stamps))
+
+        return call
+
+
+def speed(
+    model: str, results: Results, device, batches: list[int], adapters: list[int], new: int, budget: float,
+    blocks: int | None,
+) -> None:  # fmt: skip
+    """Every provider at every batch, for `budget` seconds together."""
+    with tqdm(total=3 + len(batches), desc=f"rollout {model}", unit="part", leave=False) as bar:
+        contest = Contest(model, device, max(adapters), blocks, None)
         bar.update()
-        theirs = peft(build(model, device, blocks))
-        calls[who.PEFT] = lambda: generate(theirs, tokens, new)
-        bar.update()
-    with torch.no_grad():
-        times = timing.alternate(calls, lambda i: None, 1, budget, device, graphs=False)
-    for name, t in times.items():
-        results.add(
-            Row(
-                "rollout", _called(model, blocks), f"generate, {new} tokens", name, "generate", batch,
-                None, None, R, U, "bf16",
-                p50_ms=t.p50, p20_ms=t.p20, p80_ms=t.p80, rounds=t.rounds,
-                ratio_to_bare=t.p50 / times[who.BARE].p50,
-                note=f"{batch * new / t.p50 * 1e3:.1f} tokens/s",
-            )
-        )  # fmt: skip
+        for name in (INVARIANT, who.PEFT):
+            contest.add(name)
+            bar.update()
+        for batch in batches:
+            counts = [count for count in adapters if count <= batch]
+            contest.run(results, GENERATE, _called(model, blocks), batch, counts, 8, new, budget / len(batches))
+            bar.update()
+
+
+# What `many` measures: the parts of a model that adapters meet, at a batch whose logits alone would take 0.6 GB a step.
+MANY_ROWS, MANY_BLOCKS, MANY_VOCABULARY, MANY_LENGTH, MANY_NEW = 1024, 2, 4096, 1, 8
+
+
+def many(model: str, results: Results, device, rows: int, budget: float) -> None:
+    """As many adapters as sequences, one adapter for all of them, and the base."""
+    blocks, vocabulary = MANY_BLOCKS, MANY_VOCABULARY
+    contest = Contest(model, device, rows, blocks, vocabulary)
+    called = f"{_called(model, blocks)}, vocabulary of {vocabulary}"
+    contest.run(results, MANY, called, rows, [1, rows], MANY_LENGTH, MANY_NEW, budget)
 
 
 def _called(model: str, blocks: int | None) -> str:
@@ -204,8 +283,10 @@ def agreement(model: str, out: Path, device, batch: int, new: int, blocks: int |
         sequences, sampled = rolled_out(sampler, tokens, new)
         differences[name] = (sampled - log_probabilities(trainer or sampler, sequences, length)).abs().flatten().cpu()
 
+    base = build(model, device, blocks)
+
     def fresh() -> nn.Module:
-        return build(model, device, blocks)
+        return copy.deepcopy(base)
 
     with tqdm(total=5 + 2 * len(PARTS), desc=f"agreement {model}", unit="model", leave=False) as bar:
         measure(who.BARE, fresh())
@@ -314,16 +395,24 @@ def run(
     out: Path,
     device,
     model: str,
-    batch: int,
+    batches: list[int],
     adapters: list[int],
     new: int,
     budget: float,
     blocks: int | None = None,
     questions: tuple[str, ...] = QUESTIONS,
+    rows: int = MANY_ROWS,
 ) -> None:
-    """The questions that are asked; rows of op "rollout" and <out>/rollout-agreement.png."""
+    """The questions that are asked; rows of op "rollout" and <out>/rollout-agreement.png.
+
+    batches: of `speed`; the last one is also what `agreement` and `operations` take, with AGREED new tokens at most
+    rows:    of `many`
+    """
     if SPEED in questions:
-        speed(model, results, device, batch, adapters, new, budget, blocks)
+        speed(model, results, device, batches, adapters, new, budget, blocks)
+    if MANY in questions:
+        many(model, results, device, rows, budget / 4)
+    batch, new = batches[-1], min(new, AGREED)
     if OPERATIONS in questions:
         for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
             total = batch * (8 + new)

@@ -310,10 +310,16 @@ def test_rollout_measures_speed_and_agreement(tmp_path, monkeypatch):
     tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
     monkeypatch.setattr(shapes, "config", lambda model: tiny)
     with rows.Results(tmp_path, ("rollout",), CPU) as results:
-        rollout.run(results, tmp_path, CPU, "Qwen2.5-0.5B", 4, [2, 4], 3, 0.1)
+        rollout.run(results, tmp_path, CPU, "Qwen2.5-0.5B", [2, 4], [2, 4], 3, 0.1, rows=16)
+    written = rows.read(results.path)
+    asked = {(r.M, r.provider) for r in written if r.pass_ == "generate"}
+    every = {"bare", "ours", rollout.INVARIANT, "ours, 2 adapters", "peft"}
+    assert asked == {(b, p) for b in (2, 4) for p in every} | {(4, "ours, 4 adapters")}
+    many = [r for r in written if r.pass_ == "many"]
+    assert {r.provider for r in many} == {"bare", "ours", "ours, 1 adapters", "ours, 16 adapters"}
+    assert all(r.M == 16 and r.model.endswith("2 blocks, vocabulary of 4096") for r in many)
+    assert all("tokens/s; a step of decoding" in r.note for r in (*many, *written) if r.pass_ in ("generate", "many"))
     found = {(r.pass_, r.provider): r for r in rows.read(results.path)}
-    speed = {p for kind, p in found if kind == "generate"}
-    assert speed == {"bare", "ours", rollout.INVARIANT, "ours, 2 adapters", "ours, 4 adapters", "peft"}
     agreed = {p: row for (kind, p), row in found.items() if kind == "log p"}
     assert {p for p in agreed if "batch_invariant," not in p} == {"bare", "ours", "peft", "merged", rollout.INVARIANT}
     assert len(agreed) == 5 + 2 * len(rollout.PARTS)
@@ -325,6 +331,21 @@ def test_rollout_measures_speed_and_agreement(tmp_path, monkeypatch):
     independent = [row for row in bits if "batch_invariant" in row.provider or "query by query" in row.provider]
     assert len(bits) == 46 and len(independent) == 14
     assert all(row.note.startswith("0 of 44 tokens differ between 4 rows and 44, 0 between 1") for row in independent)
+
+
+def test_rollout_hands_the_head_contiguous_rows(monkeypatch):
+    """Or torch copies the head's whole weight once per sequence, and the benchmark measures that."""
+    from torch.profiler import profile
+
+    from bench import rollout
+
+    tiny = {**shapes.config("Qwen2.5-0.5B"), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    monkeypatch.setattr(shapes, "config", lambda model: tiny | {"num_attention_heads": 4, "num_key_value_heads": 2})
+    model = rollout.build("Qwen2.5-0.5B", CPU, vocabulary=500)
+    with profile(record_shapes=True) as found:
+        rollout.generate(model, rollout.prompts(3, 5, 500, CPU), 2)
+    copied = [e.input_shapes for e in found.events() if e.name == "aten::copy_"]
+    assert copied and not any([3, 500, 64] in shape or [3, 64, 500] in shape for shape in copied)
 
 
 def test_analysis_trains_and_compares(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from problems import NAMES, Problem, assert_as_good_as_torch, exact, grads, torch_own
 
-from tinylora.ops import adapted_linear
+from tinylora.ops import adapted_linear, eager
 from tinylora.ops.linear import _op, _op_backward
 
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -281,3 +281,33 @@ def test_int32_ids_and_a_second_backward():
     (g,) = torch.autograd.grad(adapted_linear(*operands, ids).sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         torch.autograd.grad(g.sum(), leaf)
+
+
+@pytest.mark.parametrize(("N", "r"), [(1152, 2), (4000, 2), (1000, 6)])
+def test_few_bf16_rows_are_rounded_as_many_are(N, r):
+    """The correction is added to few rows in another way than to many: the bits must not show it."""
+    g = torch.Generator().manual_seed(0)
+    y, s, factor = (torch.randn(*shape, generator=g) for shape in ((512, N), (512, r), (r, N)))
+    y, factor = y.bfloat16(), factor.bfloat16()
+    many = y.clone()
+    assert many.numel() > eager.SMALL >= 8 * N > eager.TINY
+    eager.add_product(many, s, factor)
+    few = y.clone()
+    for rows in range(0, 512, 8):
+        eager.add_product(few[rows : rows + 8], s[rows : rows + 8], factor)
+    assert torch.equal(few, many)
+    assert not torch.equal(many, y.float().addmm(s, factor.float()).bfloat16())  # s is rounded, and it shows
+
+
+def test_ids_without_a_gap_and_more_rows_than_a_block(monkeypatch):
+    z, core = torch.randn(7, 3), torch.randn(4, 3, 3)
+    ids = torch.tensor([3, 0, 1, 1, 2, 3, 0])
+    want = torch.stack([core[i] @ row for i, row in zip(ids, z, strict=True)])
+    for block in (eager.BLOCK, 20):
+        monkeypatch.setattr(eager, "BLOCK", block)
+        torch.testing.assert_close(eager.apply_core(z, core, ids, gaps=False), want)
+        torch.testing.assert_close(eager.apply_core(z, core, ids), want)
+        some = torch.where(ids == 1, -1, ids)
+        got = eager.apply_core(z, core, some)
+        torch.testing.assert_close(got, want * (some >= 0).unsqueeze(-1))
+    assert eager.check_ids(some, 4) and not eager.check_ids(ids, 4)

@@ -14,7 +14,7 @@ import tinylora
 from tinylora import LoraConfig, LoraXSConfig, TinyLoraConfig, VeraConfig
 from tinylora.nn.siblings import Siblings, called_together
 from tinylora.ops import linear
-from tinylora.ops.siblings import adapted_linears, joined
+from tinylora.ops.siblings import Whole, adapted_linears, joined
 
 CONFIGS = {
     "one v": TinyLoraConfig(r=2, u=3, n_tie=100),
@@ -445,3 +445,53 @@ def test_tied_parameters_are_not_moved_apart():
     model.alias.weight = nn.Parameter(model.a.weight.detach())  # another Parameter on the same memory
     tinylora.apply(model, TinyLoraConfig(target_modules=["a", "b"]))
     assert not groups(model) and model.alias.weight.data_ptr() == model.a.weight.data_ptr()
+
+
+def test_what_was_joined_once_is_looked_at_only_while_it_lies_there():
+    """`Whole` shows the memory of its parts: writes through `.data` count, and another memory is never mistaken."""
+    storage = torch.randn(10, 4)
+    weights, biases = list(storage.split([6, 4])), list(torch.randn(10).split([6, 4]))
+    whole = Whole.of(weights, biases)
+    assert whole.shows(weights, biases)
+    weights[0].data[2] = 7.0
+    assert torch.equal(whole.weight, torch.cat(weights)) and torch.equal(whole.bias, torch.cat(biases))
+    assert not whole.shows([weights[0].clone(), weights[1]], biases)
+    assert not whole.shows(weights, [biases[0], biases[1].clone()])
+    assert not whole.shows([weights[0][:5], weights[1]], biases) and not whole.shows(weights, [])
+    square = torch.randn(8, 4)
+    assert not Whole.of(square.split(4), []).shows([square[:4].t(), square[4:]], [])
+    assert Whole.of([weights[0], torch.randn(4, 4)], []) is None
+
+
+def test_a_base_weight_that_changes_is_seen_at_once():
+    """In place, through .data, and by another tensor: what the group holds is never older than its layers."""
+    model = adapted()
+    attention = model.model.layers[0].self_attn
+    weight = attention.k_proj.weight
+    batch = tokens()
+
+    def fresh():
+        with torch.no_grad():
+            return model(batch).logits
+
+    def alone():
+        for layer in (m for m in model.modules() if isinstance(m, tinylora.Linear)):
+            layer.siblings, kept[layer] = None, layer.siblings
+        try:
+            return fresh()
+        finally:
+            for layer, siblings in kept.items():
+                layer.siblings = siblings
+
+    kept, before = {}, fresh()
+    for change in (
+        lambda: weight.data.mul_(1.5),
+        lambda: weight.data.copy_(torch.randn_like(weight)),
+        lambda: setattr(weight, "data", torch.randn_like(weight)),
+        lambda: setattr(attention.q_proj.bias, "data", torch.randn_like(attention.q_proj.bias)),
+    ):
+        change()
+        after = fresh()
+        assert not torch.allclose(before, after, atol=1e-3)
+        torch.testing.assert_close(after, alone(), rtol=1e-4, atol=1e-5)
+        before = after

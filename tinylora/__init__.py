@@ -17,11 +17,12 @@ from tinylora.adapters import (
     TinyLoraConfig,
     VeraConfig,
 )
+from tinylora.integrations.continuous_batching import adapter_ids
 from tinylora.integrations.peft import patch_peft, unpatch_peft
 from tinylora.integrations.peft_files import load, save
 from tinylora.nn.linear import Linear
 from tinylora.nn.model import activate, adapter_names, adapter_parameters, apply, disabled, merge, unmerge
-from tinylora.nn.rows import adapter_ids, stack
+from tinylora.nn.rows import stack
 
 __all__ = [
     "AdaLoraConfig",

@@ -1,7 +1,7 @@
 from typing import Any
 
 from tinylora.adapters.ada_lora import AdaLoraConfig
-from tinylora.adapters.base import STACKED, Adapter, AdapterConfig, Factors, Rows, Shared, Site
+from tinylora.adapters.base import STACKED, Adapter, AdapterConfig, Factors, PackedRows, Rows, Shared, Site
 from tinylora.adapters.lora import LoraConfig
 from tinylora.adapters.lora_xs import LoraXSConfig, TinyLoraConfig
 from tinylora.adapters.tied_lora import TiedLoraConfig
@@ -33,6 +33,7 @@ __all__ = [
     "Factors",
     "LoraConfig",
     "LoraXSConfig",
+    "PackedRows",
     "Rows",
     "Shared",
     "Site",

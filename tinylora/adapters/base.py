@@ -106,6 +106,19 @@ class Rows:
         return self.ids if each == 1 else self.ids.unsqueeze(1).expand(B, each).reshape(-1)
 
 
+class PackedRows(Rows):
+    """Which adapter each token uses, where sequences of several lengths lie in one row: ids [tokens], -1 for none."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """The ids, [M]. ValueError where x is not [.., K] for as many tokens."""
+        if math.prod(x.shape[:-1]) != len(self.ids):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected the {len(self.ids)} tokens of the packed batch: this layer "
+                "sees some of them only, and adapter_ids cannot tell whose they are"
+            )
+        return self.ids
+
+
 class Owner(KeepsFp32):
     """A module that owns numbers."""
 

@@ -54,13 +54,10 @@ def stack(
 
 @contextlib.contextmanager
 def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "default") -> Iterator[nn.Module]:
-    """`with tinylora.adapter_ids(model, ids):` sequence b of a batch uses adapter ids[b] of the stack, -1 the base.
-
-    ids: [B] integers, one per sequence (per prompt in generate(): its beams and samples follow, wherever padding
-    stands). They are read where the layers run; a captured CUDA graph sees changes made to the tensor in place.
+    """`tinylora.adapter_ids` (integrations/continuous_batching.py) without its part for continuous batching.
 
     ValueError: no stack, ids out of range, a merged model, dropout while training; in the forward, a layer that
-    sees packed or flattened rows, which do not say whose they are (continuous batching).
+    sees packed or flattened rows, which do not say whose they are.
     """
     shared = shared_of(model, name)
     refuse_merged(model)

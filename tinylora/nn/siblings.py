@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tinylora.adapters import Adapter, Factors
 from tinylora.nn.linear import Linear
 from tinylora.ops.dispatch import MAX_RANK
-from tinylora.ops.siblings import adapted_linears, joined
+from tinylora.ops.siblings import Whole, adapted_linears, joined
 
 
 def group(root: nn.Module) -> None:
@@ -84,6 +84,7 @@ class Siblings:
         self.running = False
         self.shares: tuple[Tensor, int, list[Tensor | None]] | None = None  # x, its version, what nobody took yet
         self.wide: dict[str, Wide] = {}
+        self.whole: Whole | None = None  # the weights, and the biases, as one tensor each
         self.copied = False  # a copy's layers have storages of their own until it runs
 
     def __getstate__(self):
@@ -114,7 +115,7 @@ class Siblings:
 
         Nothing happens while the layers are on their way (some moved, some not yet).
         """
-        self.wide = {}
+        self.wide, self.whole = {}, None
         weights = [layer.weight for layer in self.layers]
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
         if len({(w.device, w.dtype) for w in weights}) > 1 or weights[0].is_meta:
@@ -124,6 +125,7 @@ class Siblings:
                 whole = torch.cat([p.data for p in parts])
                 for part, rows in zip(parts, whole.split([len(p) for p in parts]), strict=True):
                     part.data = rows
+        self.whole = Whole.of(weights, biases)
         for name in self.layers[0].adapters:
             if all(name in layer.adapters for layer in self.layers):
                 wide = _wide([layer.adapters[name] for layer in self.layers])
@@ -152,45 +154,49 @@ class Siblings:
         return y
 
     def _compute(self, x: Tensor) -> list[Tensor | None] | None:
+        # Past nn.Module's __getattr__ and in as few steps as there are questions: this runs in every forward.
         first = self.layers[0]
-        name, (weight, _) = first.active, first.base()
+        name = first.active
         wide = self.wide.get(name)
-        if wide is None or x.shape[-1:] != weight.shape[1:] or x.device != weight.device:
+        if wide is None:
             return None
-        weights, biases, adapters = [], [], []
-        for layer in self.layers:
+        weights, biases, cores = [], [], []
+        graded = torch.is_grad_enabled()
+        for layer, part in zip(self.layers, wide.parts, strict=True):
             if layer.active != name or layer.merged is not None or layer.batch_invariant:
                 return None
-            own, bias = layer.base()
-            if own.requires_grad or (bias is not None and bias.requires_grad):
+            weight, bias = layer.base()
+            if graded and (weight.requires_grad or (bias is not None and bias.requires_grad)):
                 return None  # somebody thawed the base: the group's operator has no gradient for it
-            weights.append(own)
-            biases.append(bias)
-            adapters.append(layer._modules["adapters"]._modules[name])
-        if first.training and any(a.dropout for a in adapters):
-            return None
-        cores = []
-        for adapter, part in zip(adapters, wide.parts, strict=True):
+            adapter = layer._modules["adapters"]._modules[name]
+            if adapter.dropout and first.training:
+                return None
             own = adapter.factors()
             if own.down is not part.down or own.up is not part.up or own.basis is not part.basis:
                 return None  # somebody put others there
+            weights.append(weight)
             cores.append(own.core)
-        rows = adapters[0].shared.rows
+            if bias is not None:
+                biases.append(bias)
+        weight = weights[0]
+        if x.shape[-1:] != weight.shape[1:] or x.device != weight.device:
+            return None
+        rows = adapter.shared.rows
+        ids = None
         if rows is not None:
             if wide.basis is None:
                 return None
-            cores = [a.row_core() for a in adapters]
+            ids = rows.of(x)
+            cores = [layer._modules["adapters"]._modules[name].row_core() for layer in self.layers]
         core = cores[0] if wide.one_v else torch.block_diag(*cores) if wide.basis is None else torch.cat(cores, -1)
-        biases = [] if biases[0] is None else biases
-        ids = None if rows is None else rows.of(x)
         operands = weights, wide.down, core, wide.up, biases, ids, wide.basis
         device = weight.device.type
         if not torch.is_autocast_enabled(device):
-            return list(adapted_linears(x, *operands)) if x.dtype == weight.dtype else None
+            return list(adapted_linears(x, *operands, self.whole)) if x.dtype == weight.dtype else None
         if weight.dtype != torch.get_autocast_dtype(device):
             return None
         with torch.autocast(device, enabled=False):
-            return list(adapted_linears(x.to(weight.dtype), *operands))
+            return list(adapted_linears(x.to(weight.dtype), *operands, self.whole))
 
 
 def _wide(adapters: list[Adapter]) -> Wide | None:

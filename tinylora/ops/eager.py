@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Below this many elements of a bf16 Y a product in fp32 and one mixed add take a third of the time of two casts and a
-# bf16 matmul, whose preparation alone takes 25 microseconds; above it they take several times as long. `forward` does
-# not ask: how a row is rounded must not depend on how many rows there are, or rollouts would differ from training.
-SMALL = 1 << 15
+# Below this many elements of a bf16 Y a product in fp32 takes half or less of the time of a bf16 matmul, whose
+# preparation alone takes 15 to 25 microseconds; above it, it takes up to several times as long. How a row is rounded
+# must not depend on how many rows there are, or rollouts would differ from training: `add_product` rounds s and Y where
+# the bf16 matmul does, and gives its bits (in all but 15 of ten million numbers). Up to TINY products torch has no such
+# preparation to make.
+SMALL, TINY = 1 << 15, 1 << 12
 
 # Elements of one upcast block: 1 MiB in fp32, which fits the L2 cache of every server CPU of the last years.
 BLOCK = 1 << 18
@@ -36,11 +38,16 @@ def row_blocks(M: int, width: int) -> Iterator[slice]:
 
 def thin(x: Tensor, down: Tensor) -> Tensor:
     """z = X Dᵀ, [M, r], in fp32 (fp64 if an operand is), whatever the dtype of x."""
-    dtype = x.dtype if x.dtype == down.dtype == torch.float32 else rank_dtype(x, down)
+    dtype = torch.float64 if torch.float64 in (x.dtype, down.dtype) else torch.float32
     # Row-major: BLAS takes three to six times as long on the [N, r] layout that Uᵀ comes in.
-    down = down.to(dtype).contiguous()
-    if x.dtype == dtype or x.numel() <= BLOCK:
-        return torch.mm(x.to(dtype), down.t())
+    if down.dtype != dtype:
+        down = down.to(dtype)
+    if not down.is_contiguous():
+        down = down.contiguous()
+    if x.dtype == dtype:
+        return F.linear(x, down)
+    if x.numel() <= BLOCK:
+        return F.linear(x.to(dtype), down)
     z = x.new_empty(x.shape[0], down.shape[0], dtype=dtype)
     for rows in row_blocks(*x.shape):
         torch.mm(x[rows].to(dtype), down.t(), out=z[rows])
@@ -49,7 +56,13 @@ def thin(x: Tensor, down: Tensor) -> Tensor:
 
 def add_product(y: Tensor, s: Tensor, factor: Tensor) -> None:
     """y += s F in place, for s of [M, r] and F of [r, N]."""
-    y.addmm_(s.to(y.dtype), factor.to(y.dtype))
+    dtype = y.dtype
+    if dtype == torch.bfloat16 and s.dtype == torch.float32 and y.is_cpu:
+        numel = y.numel()
+        if numel <= SMALL and factor.numel() <= 4 * SMALL and numel * s.shape[1] > TINY:
+            y.copy_(torch.addmm(y.to(s.dtype), s.to(dtype).to(s.dtype), factor.to(s.dtype)))
+            return
+    y.addmm_(s if s.dtype == dtype else s.to(dtype), factor if factor.dtype == dtype else factor.to(dtype))
 
 
 def thin_transposed(s: Tensor, x: Tensor) -> Tensor:
@@ -62,20 +75,27 @@ def thin_transposed(s: Tensor, x: Tensor) -> Tensor:
     return total
 
 
-def apply_core(z: Tensor, core: Tensor | None, adapter_ids: Tensor | None, transposed: bool = False) -> Tensor:
-    """s = z Cᵀ, or z C if `transposed`; with `adapter_ids` row m meets core[adapter_ids[m]], and -1 gives 0."""
+def apply_core(
+    z: Tensor, core: Tensor | None, adapter_ids: Tensor | None, transposed: bool = False, gaps: bool = True
+) -> Tensor:
+    """s = z Cᵀ, or z C if `transposed`; with `adapter_ids` row m meets core[adapter_ids[m]], and -1 gives 0.
+
+    gaps: whether an id may be -1
+    """
     if core is None:
         return z
     if core.dtype != z.dtype:
         core = core.to(z.dtype)
     if adapter_ids is None:
-        return torch.mm(z, core if transposed else core.t())
+        return torch.mm(z, core) if transposed else F.linear(z, core)
     M, r = z.shape
-    s = torch.empty_like(z)
+    chosen = adapter_ids.clamp(min=0) if gaps else adapter_ids
+    parts = []
     for rows in row_blocks(M, r * r):
-        c = core[adapter_ids[rows].clamp(min=0)]
-        s[rows] = ((c.mT if transposed else c) @ z[rows].unsqueeze(-1)).squeeze(-1)
-    return s.masked_fill_((adapter_ids < 0).unsqueeze(-1), 0)
+        c = core.index_select(0, chosen if M * r * r <= BLOCK else chosen[rows])
+        parts.append(torch.bmm(c.mT if transposed else c, z[rows].unsqueeze(-1)).squeeze(-1))
+    s = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty_like(z)
+    return s.masked_fill_((adapter_ids < 0).unsqueeze(-1), 0) if gaps else s
 
 
 def core_gradient(t: Tensor, z: Tensor, core: Tensor, adapter_ids: Tensor | None) -> Tensor:
@@ -95,8 +115,10 @@ def mix(core: Tensor | None, basis: Tensor | None) -> Tensor | None:
     if basis is None:
         return core
     u, r, _ = basis.shape
-    if core.dim() == 1 and core.dtype == basis.dtype == torch.float32:
-        return torch.mv(basis.reshape(u, r * r).t(), core).view(r, r)
+    if core.dtype == basis.dtype == torch.float32:
+        if core.dim() == 1:
+            return torch.mv(basis.reshape(u, r * r).t(), core).view(r, r)
+        return torch.mm(core, basis.reshape(u, r * r)).view(-1, r, r)
     dtype = rank_dtype(core, basis)
     return (core.to(dtype) @ basis.to(dtype).reshape(u, r * r)).view(*core.shape[:-1], r, r)
 
@@ -108,16 +130,20 @@ def mix_gradient(dcore: Tensor, basis: Tensor | None) -> Tensor:
     return torch.matmul(dcore.flatten(-2), basis.to(dcore.dtype).flatten(-2).t())
 
 
-def check_ids(adapter_ids: Tensor, adapters: int) -> None:
-    """Raise ValueError unless every id is -1 or below `adapters`. It reads the values: free only on a CPU."""
+def check_ids(adapter_ids: Tensor, adapters: int) -> bool:
+    """Whether an id is -1. It reads the values: free only on a CPU.
+
+    ValueError unless every id is -1 or below `adapters`.
+    """
     if adapter_ids.numel() == 0:
-        return
+        return False
     low, high = (int(i) for i in adapter_ids.aminmax())
     if low < -1 or high >= adapters:
         raise ValueError(
             f"adapter_ids holds values from {low} to {high}, expected -1 (no adapter) to {adapters - 1}: "
             f"core has {adapters} adapters"
         )
+    return low < 0
 
 
 def forward(
@@ -131,12 +157,11 @@ def forward(
     basis: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(Y, z) for x of [M, K]."""
-    if adapter_ids is not None and adapter_ids.device.type == "cpu":
-        check_ids(adapter_ids, core.shape[0])
+    gaps = adapter_ids is not None and (not adapter_ids.is_cpu or check_ids(adapter_ids, core.shape[0]))
     core = mix(core, basis)
     y = F.linear(x, weight, bias)
     z = thin(x, down)
-    s = apply_core(z, core, adapter_ids)
+    s = apply_core(z, core, adapter_ids, gaps=gaps)
     add_product(y, s, up.t())
     return y, z
 
@@ -214,10 +239,9 @@ def forward_of_parts(
     basis: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """([Y_1 | .. | Y_G], z) of layers that share x, one product each, every Y_i finished while it is in the cache."""
-    if adapter_ids is not None:
-        check_ids(adapter_ids, core.shape[0])
+    gaps = adapter_ids is not None and check_ids(adapter_ids, core.shape[0])
     z = thin(x, down)
-    s = apply_core(z, mix(core, basis), adapter_ids)
+    s = apply_core(z, mix(core, basis), adapter_ids, gaps=gaps)
     y = x.new_empty(x.shape[0], up.shape[0])
     sizes = [w.shape[0] for w in weights]
     for i, (weight, own, u) in enumerate(zip(weights, y.split(sizes, 1), up.split(sizes), strict=True)):
