@@ -184,7 +184,8 @@ def _op(
     basis: Tensor | None,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant)
+    y, z = _forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant)
+    return y, z.contiguous()  # of one layout, whichever path made it: graphs know it beforehand
 
 
 @_op.register_fake
