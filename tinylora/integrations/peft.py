@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from tinylora.ops import eager
-from tinylora.ops.checks import FLOATS, fits
+from tinylora.ops.checks import fits
 from tinylora.ops.diagonal import FEW, diagonal_linear
 from tinylora.ops.dispatch import interpreting
 from tinylora.ops.linear import unchecked
@@ -49,22 +49,24 @@ def _plain(linear: nn.Module) -> bool:
 
 
 # Each of these computes a layer of PEFT's with the adapter `name`, or says why the operator cannot. x, weight and bias
-# are of one dtype and device. The registries of nn.Module are read directly: __getattr__ and the containers'
-# __getitem__ cost a microsecond each, and a small layer costs ten.
+# are of one dtype and device. A layer of a small model takes ten microseconds and its code is in no cache when its turn
+# comes: calls of Python's and looks through nn.Module's __getattr__ or a container's __getitem__ would cost more, so
+# `__dict__` and the registries are read directly, and conditions stand where they are asked.
 
 
 def _tinylora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
-    modules = layer._modules
-    down = modules["tinylora_A"]._buffers.get(name)
+    modules = layer["_modules"]
+    down = modules["tinylora_A"].__dict__["_buffers"].get(name)
     if down is None:
         return _ABSENT
-    dropout = modules["tinylora_dropout"]._modules[name]
+    dropout = modules["tinylora_dropout"].__dict__["_modules"][name]
     if type(dropout) is not nn.Identity and _drops(dropout):
         return _DROPS
-    v = modules["tinylora_v"]._modules[name]._parameters.get(layer._tinylora_v_key[name])
+    v = modules["tinylora_v"].__dict__["_modules"][name].__dict__["_parameters"].get(layer["_tinylora_v_key"][name])
     if v is None:
         return "v is not a parameter of its own"
-    up, basis = modules["tinylora_B"]._buffers[name], modules["tinylora_P"]._buffers[name]
+    up = modules["tinylora_B"].__dict__["_buffers"][name]
+    basis = modules["tinylora_P"].__dict__["_buffers"][name]
     if (
         on_cpu
         and not torch.is_grad_enabled()
@@ -80,46 +82,81 @@ def _tinylora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
 
 
 def _lora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
-    modules = layer._modules
-    down = modules["lora_A"]._modules.get(name)
+    modules = layer["_modules"]
+    down = modules["lora_A"].__dict__["_modules"].get(name)
     if down is None:
         return _ABSENT
-    if name in layer.lora_variant:
+    if name in layer["lora_variant"]:
         return "a variant of LoRA (DoRA, aLoRA, ...)"
-    dropout = modules["lora_dropout"]._modules[name]
+    dropout = modules["lora_dropout"].__dict__["_modules"][name]
     if type(dropout) is not nn.Identity and _drops(dropout):
         return _DROPS
-    up = modules["lora_B"]._modules[name]
-    if not _plain(down) or not _plain(up):
+    up = modules["lora_B"].__dict__["_modules"][name]
+    a, b = down.__dict__, up.__dict__
+    if (
+        type(down) is not nn.Linear  # `_plain`, twice
+        or type(up) is not nn.Linear
+        or a["_forward_hooks"]
+        or a["_forward_pre_hooks"]
+        or a["_backward_hooks"]
+        or a["_backward_pre_hooks"]
+        or b["_forward_hooks"]
+        or b["_forward_pre_hooks"]
+        or b["_backward_hooks"]
+        or b["_backward_pre_hooks"]
+        or "forward" in a
+        or "forward" in b
+    ):
         return "lora_A or lora_B is not a plain torch.nn.Linear, or has hooks"
-    if up._parameters["bias"] is not None:
+    down, up, scale = a["_parameters"]["weight"], b["_parameters"]["weight"], layer["scaling"][name]
+    if b["_parameters"]["bias"] is not None:
         return "lora_bias"
-    down, up, scale = down._parameters["weight"], up._parameters["weight"], layer.scaling[name]
-    if on_cpu and _ordinary(down, up):
+    if (
+        on_cpu
+        and down.is_cpu
+        and up.is_cpu
+        and down.dtype is up.dtype is torch.float32
+        and type(down) in _TENSORS
+        and type(up) in _TENSORS
+    ):
         return diagonal_linear(x, weight, bias, down, None, up, None, scale)
     return _operator(x, weight, down, _scaled_identity(down.shape[0], scale, x.device), up, bias)
 
 
 def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
-    modules = layer._modules
-    d = modules["vera_lambda_d"]._parameters.get(name)
+    modules = layer["_modules"]
+    d = modules["vera_lambda_d"].__dict__["_parameters"].get(name)
     if d is None:
         return _ABSENT
-    if layer.quantization_backend is not None:
+    if layer["quantization_backend"] is not None:
         return "a quantised base layer"
-    dropout = modules["vera_dropout"]._modules[name]
+    dropout = modules["vera_dropout"].__dict__["_modules"][name]
     if type(dropout) is not nn.Identity and _drops(dropout):
         return _DROPS
-    b = modules["vera_lambda_b"]._parameters[name]
-    down, up = modules["vera_A"]._buffers[name], modules["vera_B"]._buffers[name]
+    b = modules["vera_lambda_b"].__dict__["_parameters"][name]
+    down = modules["vera_A"].__dict__["_buffers"][name]
+    up = modules["vera_B"].__dict__["_buffers"][name]
     (N, K), r = weight.shape, len(d)
     if 8 * r > min(N, K) and N * r > _VERA:
         return "a rank above an eighth of the layer's size: nothing to gain"
-    if on_cpu and _ordinary(down, up) and _ordinary(d, b):
+    if down.shape[1] != K:
+        down = down[:, :K]
+    if up.shape[0] != N:
+        up = up[:N]
+    if (
+        on_cpu
+        and down.is_cpu
+        and up.is_cpu
+        and d.is_cpu
+        and b.is_cpu
+        and down.dtype is up.dtype is d.dtype is b.dtype is torch.float32
+        and type(d) in _TENSORS
+        and type(b) in _TENSORS
+    ):
         return diagonal_linear(x, weight, bias, down, d, up, b, 1.0)
     if not down.device == up.device == b.device == d.device:
         return "operands on several devices"
-    return _operator(x, weight, down[:, :K], torch.diag(d), b[:, None] * up[:N], bias)
+    return _operator(x, weight, down, torch.diag(d), b[:, None] * up, bias)
 
 
 # The gradient of lambda_b takes one more product [N, M] [M, r] than PEFT's, which keeps Y's correction instead: at a
@@ -128,17 +165,28 @@ _VERA = 1 << 14
 
 
 def _adalora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
-    modules = layer._modules
-    down = modules["lora_A"]._parameters.get(name)
+    modules = layer["_modules"]
+    down = modules["lora_A"].__dict__["_parameters"].get(name)
     if down is None:
         return _ABSENT
-    dropout = modules["lora_dropout"]._modules[name]
+    dropout = modules["lora_dropout"].__dict__["_modules"][name]
     if type(dropout) is not nn.Identity and _drops(dropout):
         return _DROPS
-    E, up = modules["lora_E"]._parameters[name], modules["lora_B"]._parameters[name]
-    ranknum, scale = modules["ranknum"]._parameters[name], layer.scaling[name]
-    if on_cpu and _ordinary(down, up) and _ordinary(E, ranknum):
-        if not ranknum.requires_grad:
+    E, up = modules["lora_E"].__dict__["_parameters"][name], modules["lora_B"].__dict__["_parameters"][name]
+    ranknum, scale = modules["ranknum"].__dict__["_parameters"][name], layer["scaling"][name]
+    if (
+        on_cpu
+        and down.is_cpu
+        and up.is_cpu
+        and E.is_cpu
+        and ranknum.is_cpu
+        and down.dtype is up.dtype is E.dtype is torch.float32
+        and type(down) in _TENSORS
+        and type(up) in _TENSORS
+        and type(E) in _TENSORS
+        and E.numel() > 0  # all of a layer's triplets may be pruned
+    ):
+        if not (ranknum.requires_grad and torch.is_grad_enabled()):
             return diagonal_linear(x, weight, bias, down, E, up, None, scale / (ranknum.item() + 1e-5))
         # on a bf16 base PEFT's cast of the adapter to fp32 leaves ranknum trainable: its gradient is asked for, too
         return diagonal_linear(x, weight, bias, down, E * (scale / (ranknum + 1e-5)), up, None, 1.0)
@@ -152,19 +200,6 @@ _DROPS = "dropout acts"
 def _drops(dropout: nn.Module) -> bool:
     """Whether a dropout that is no nn.Identity changes anything."""
     return type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0)
-
-
-def _ordinary(a: Tensor, b: Tensor) -> bool:
-    """Whether these are plain tensors of numbers on a CPU, and not empty. Their shapes are PEFT's affair."""
-    return (
-        type(a) in _TENSORS
-        and type(b) in _TENSORS
-        and a.is_cpu
-        and b.is_cpu
-        and a.dtype in FLOATS
-        and b.dtype in FLOATS
-        and a.numel() > 0
-    )
 
 
 # kind: (module, class, what computes it, whether its result under autocast has x's dtype and not autocast's)
@@ -210,36 +245,40 @@ def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, giv
     @functools.wraps(original)
     def forward(self, x, *args, **kwargs):
         compiling = torch.compiler.is_compiling()
-        name, base = self._active_adapter, self._modules["base_layer"]
+        layer = self.__dict__
+        base = layer["_modules"]["base_layer"]
+        name, own = layer["_active_adapter"], base.__dict__
         if type(name) is list and len(name) == 1:
             name = name[0]
         if (
-            type(self) is cls
-            and not args
+            not args
             and not kwargs
-            and not self._disable_adapters
-            and not self.merged_adapters
+            and type(self) is cls
             and type(name) is str
-            and type(base) is nn.Linear
-            and not base._forward_hooks  # from here the rest of `_plain`: a call of it costs as much as its looks
-            and not base._forward_pre_hooks
-            and not base._backward_hooks
-            and not base._backward_pre_hooks
-            and "forward" not in base.__dict__
-            and self.__dict__.get("cast_input_dtype_enabled", True)
+            and not layer["_disable_adapters"]
+            and not layer["merged_adapters"]
+            and layer.get("cast_input_dtype_enabled", True)
+            and type(base) is nn.Linear  # from here to "forward": `_plain`
+            and not own["_forward_hooks"]
+            and not own["_forward_pre_hooks"]
+            and not own["_backward_hooks"]
+            and not own["_backward_pre_hooks"]
+            and "forward" not in own
+            and type(weight := own["_parameters"]["weight"]) in _TENSORS
             and type(x) in _TENSORS
-            and type(weight := base._parameters["weight"]) in _TENSORS
             and (compiling or not _watched())
         ):
-            bias = base._parameters["bias"]
+            bias = own["_parameters"]["bias"]
             if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-                found = _under_autocast(compute, self, name, x, weight, bias, compiling or kernels_on_cpu)
+                found = _under_autocast(compute, layer, name, x, weight, bias, compiling or kernels_on_cpu)
                 if gives_dtype_of_x and type(found) is not str:
                     found = found.to(x.dtype)
-            elif x.dtype is not weight.dtype or x.device != weight.device:
+            elif x.dtype is not weight.dtype:
                 found = _DIFFER
+            elif x.is_cpu and weight.is_cpu:
+                found = compute(layer, name, x, weight, bias, not (compiling or kernels_on_cpu))
             else:
-                found = compute(self, name, x, weight, bias, x.is_cpu and not (compiling or kernels_on_cpu))
+                found = compute(layer, name, x, weight, bias, False) if x.device == weight.device else _DIFFER
         else:
             found = _why_not(self, x, args, kwargs, cls)
         if type(found) is not str:

@@ -37,14 +37,26 @@ def diagonal_linear(
     """Y = X Wᵀ + bias + scale · (((X Dᵀ) ∘ d) Uᵀ) ∘ b, for operands on a CPU that are known to fit: a layer's own.
 
     x:      [..., K], the dtype of weight; weight [N, K] and bias [N] or None are frozen
-    down:   [r, K'] with K' >= K, of which the first K columns count; up: [N', r] with N' >= N likewise
+    down:   [r, K]; up: [N, r]
     d:      [r], or of any shape with r numbers, or None for 1
     b:      [N] or None for 1
 
     returns [..., N] in weight's dtype. Gradients for x, down, d, up and b, as far as they require them, each in its
-    operand's dtype; down and up only where K' = K and N' = N.
+    operand's dtype.
     """
-    if torch.is_grad_enabled() and (
+    if not torch.is_grad_enabled():
+        if x.numel() > FEW.get(x.dtype, 0) or down.dtype is not torch.float32 or up.dtype is not torch.float32:
+            return _forward(x, weight, bias, down, d, up, b, scale)[0]
+        # For a few rows calls cost more than numbers: as few of them as torch allows.
+        y = F.linear(x, weight, bias)
+        s = F.linear(x if x.dtype is torch.float32 else x.float(), down)
+        if d is not None:
+            s.mul_(d.view(-1))
+        delta = F.linear(s, up)
+        if b is not None:
+            delta.mul_(b)
+        return y.add_(delta, alpha=scale)
+    if (
         x.requires_grad
         or down.requires_grad
         or up.requires_grad
@@ -52,42 +64,16 @@ def diagonal_linear(
         or (b is not None and b.requires_grad)
     ):
         return _DiagonalLinear.apply(x, weight, bias, down, d, up, b, scale)
-    if x.numel() <= FEW.get(x.dtype, 0) and down.dtype is up.dtype is torch.float32:
-        return _few(x, weight, bias, down, d, up, b, scale)
     return _forward(x, weight, bias, down, d, up, b, scale)[0]
 
 
-def _few(x, weight, bias, down, d, up, b, scale) -> Tensor:
-    """The same in as few calls as torch allows: for a few rows calls cost more than numbers."""
-    y = F.linear(x, weight, bias)
-    (N, K), x32 = weight.shape, x if x.dtype is torch.float32 else x.float()
-    if down.shape[1] != K:
-        down = down[:, :K]
-    if up.shape[0] != N:
-        up = up[:N]
-    s = F.linear(x32, down)
-    if d is not None:
-        s.mul_(d.view(-1))
-    delta = F.linear(s, up)
-    if b is not None:
-        delta.mul_(b)
-    return y.add_(delta, alpha=scale)
-
-
-def _cut(weight: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    N, K = weight.shape
-    return (down if down.shape[1] == K else down[:, :K]), (up if up.shape[0] == N else up[:N])
-
-
-def _column(d: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if d is None else d.to(dtype).view(-1, 1)
+def _column(d: Tensor, dtype: torch.dtype) -> Tensor:
+    return d.to(dtype).view(-1, 1)
 
 
 def _forward(x, weight, bias, down, d, up, b, scale) -> tuple[Tensor, Tensor]:
     """(Y, zᵀ [r, M])."""
-    K = x.shape[-1]
-    x2d = x if x.dim() == 2 else x.reshape(-1, K)
-    down, up = _cut(weight, down, up)
+    x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = F.linear(x2d, weight, bias)
     z = thin(x2d, down).t()
     s = z if d is None else z * _column(d, z.dtype)
@@ -123,8 +109,6 @@ def _backward(ctx, dy):
     dx = ddown = dd = dup = db = None
     if len(shape) != 2:
         dy = dy.reshape(-1, shape[-1])
-    full_down, full_up = down, up
-    down, up = _cut(weight, down, up)
     if need_x or need_down or need_d:
         t = thin(dy, (up if b is None else up * b[:, None]).t()).t()
         if scale != 1:
@@ -137,7 +121,7 @@ def _backward(ctx, dy):
         if need_b:
             db = (up * h).sum(1).to(b.dtype)
         if need_up:
-            dup = (h if b is None else h * b[:, None]).to(full_up.dtype).contiguous()
+            dup = (h if b is None else h * b[:, None]).to(up.dtype).contiguous()
     if need_d:
         dd = (t * z).sum(1).to(d.dtype).view_as(d)
     if need_x or need_down:
@@ -148,5 +132,5 @@ def _backward(ctx, dy):
         if len(shape) != 2:
             dx = dx.view(*shape[:-1], dx.shape[-1])
     if need_down:
-        ddown = thin_transposed(q.t(), x.reshape(-1, x.shape[-1])).to(full_down.dtype)
+        ddown = thin_transposed(q.t(), x.reshape(-1, x.shape[-1])).to(down.dtype)
     return dx, None, None, ddown, dd, dup, db, None
