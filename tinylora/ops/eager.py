@@ -23,6 +23,8 @@ SMALL = 1 << 15
 # Elements of one upcast block: 1 MiB in fp32, which fits the L2 cache of every server CPU of the last years.
 BLOCK = 1 << 18
 
+ALIGNED = 64  # bytes; where torch's own tensors on a CPU start
+
 
 def rank_dtype(*operands: Tensor | None) -> torch.dtype:
     """The dtype of everything at rank r: fp32, or fp64 as soon as one operand has it."""
@@ -41,6 +43,9 @@ def thin(x: Tensor, down: Tensor) -> Tensor:
     dtype = x.dtype if x.dtype == down.dtype == torch.float32 else rank_dtype(x, down)
     # Row-major: BLAS takes three times as long on the [N, r] layout that Uᵀ comes in, at r = 2; as long at r = 8.
     down = down.to(dtype).contiguous()
+    if down.data_ptr() % ALIGNED:
+        # What MKL makes of an [r, K] that lies elsewhere, as tensors of a file do, differs in its last bits.
+        down = down.clone()
     if x.dtype == dtype or x.numel() <= BLOCK:
         return torch.mm(down, x.to(dtype).t()).t()
     z = x.new_empty(down.shape[0], x.shape[0], dtype=dtype)
