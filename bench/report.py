@@ -212,6 +212,17 @@ def model_table(rows: list[Row], op: str = "model") -> str:
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
+def folders_table(rows: list[Row]) -> str:
+    """Seconds and peak memory of merge and convert."""
+    lines = [
+        [r.model, r.layer, r.pass_, f"{r.p50_ms / 1e3:.0f}" if r.p50_ms else "", f"{r.peak_mb or 0:.0f}", r.note]
+        for r in rows
+        if r.op == "folders"
+    ]
+    headers = ["model", "adapter", "command", "seconds", "peak MiB", "note"]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
 def rollout_table(rows: list[Row]) -> str:
     """Speed and agreement of `python -m bench rollout`."""
     lines = [
@@ -323,6 +334,11 @@ def markdown(rows: list[Row]) -> str:
             "Rollouts with the adapter in place (random weights, bf16). In the last row attention and the head are "
             "made batch invariant, too, by the benchmark: transformers' own attention rounds a token by how many there "
             "are. Which operations do stands in the CSV, one by one.\n\n" + rollout_table(brief)
+        )
+    if "folders" in ops:
+        parts.append(
+            "`tinylora merge` and `convert` on a model folder with random weights: a process each, Python and torch "
+            "included in its memory.\n\n" + folders_table(rows)
         )
     if "model" in ops:
         parts.append("A whole pretrained model, every linear layer adapted.\n\n" + model_table(rows))
