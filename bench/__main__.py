@@ -140,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     common(p)
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
     p.add_argument("--kinds", nargs="+", choices=peft.KINDS, default=list(peft.KINDS))
-    p.add_argument("--budget", type=float, default=60.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--budget", type=float, default=120.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser("folders", help=_first(folders), description=folders.__doc__)
     common(p)
@@ -368,7 +368,7 @@ def _show(results, missed, seconds) -> None:
     if "folders" in ops:
         shown += ["Folders\n\n" + report.folders_table(results.rows)]
     if "peft" in ops:
-        shown += [f"{peft.MODEL}, adapted by PEFT\n\n" + report.model_table(results.rows, "peft")]
+        shown += ["Small models adapted by PEFT\n\n" + report.model_table(results.rows, "peft")]
         shown += ["\n".join(peft.bars(results.rows))]
     if "model" in ops:
         shown += ["A whole model\n\n" + report.model_table(results.rows)]

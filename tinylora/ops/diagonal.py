@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylora.ops.eager import SMALL, add_product, thin, thin_transposed
+from tinylora.ops.eager import BLOCK, SMALL, add_product, thin, thin_transposed
 
 # Up to so many numbers in x Python costs as much as arithmetic, and without autograd the fewest calls are the best way.
 FEW = {torch.float32: 1 << 20, torch.bfloat16: SMALL, torch.float16: SMALL}
@@ -109,13 +109,14 @@ def _backward(ctx, dy):
     dx = ddown = dd = dup = db = None
     if len(shape) != 2:
         dy = dy.reshape(-1, shape[-1])
+    wide = dy.float() if dy.element_size() == 2 and dy.numel() <= BLOCK else dy  # cast once, while it is in the cache
     if need_x or need_down or need_d:
-        t = thin(dy, (up if b is None else up * b[:, None]).t()).t()
+        t = thin(wide, (up if b is None else up * b[:, None]).t()).t()
         if scale != 1:
             t.mul_(scale)
     if need_up or need_b:
         s = z if d is None else z * _column(d, z.dtype)
-        h = thin_transposed(s.t(), dy).t()  # dYᵀ s, [N, r]
+        h = thin_transposed(s.t(), wide).t()  # dYᵀ s, [N, r]
         if scale != 1:
             h.mul_(scale)
         if need_b:
