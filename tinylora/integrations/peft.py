@@ -69,15 +69,15 @@ def _tinylora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
     basis = modules["tinylora_P"].__dict__["_buffers"][name]
     if (
         on_cpu
-        and not torch.is_grad_enabled()
-        and x.numel() <= FEW.get(x.dtype, 0)
         and down.dtype is up.dtype is v.dtype is basis.dtype is torch.float32
         and down.is_cpu
         and up.is_cpu
         and v.is_cpu
         and basis.is_cpu
     ):
-        return eager.infer(x, weight, down, eager.mix(v, basis), up, bias)
+        if not torch.is_grad_enabled() and x.numel() <= FEW.get(x.dtype, 0):
+            return eager.infer(x, weight, down, eager.mix(v, basis), up, bias)
+        return unchecked(x, weight, down, v, up, bias, None, basis)
     return _operator(x, weight, down, v, up, bias, basis)
 
 

@@ -112,6 +112,8 @@ def mix_gradient(dcore: Tensor, basis: Tensor | None) -> Tensor:
     """dvᵢ = <Pᵢ, dC>; without a basis dC as it is."""
     if basis is None:
         return dcore
+    if dcore.dim() == 2 and dcore.dtype == basis.dtype:
+        return torch.mv(basis.reshape(len(basis), -1), dcore.reshape(-1))
     return torch.matmul(dcore.flatten(-2), basis.to(dcore.dtype).flatten(-2).t())
 
 

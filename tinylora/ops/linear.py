@@ -6,6 +6,8 @@ at the call from outside (torch.compile, torch.export, dispatch modes, tensor su
 the custom op `tinylora::adapted_linear`, with the same two functions as its body.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -59,19 +61,24 @@ def adapted_linear(
 
 def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant=False) -> Tensor:
     """`adapted_linear` for operands that are known to fit: a layer's own. Every microsecond here is paid per layer."""
-    x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     ids = None if adapter_ids is None else adapter_ids.reshape(-1)
-    if _seen_from_outside(x, weight, down, core, up):
-        y, _ = torch.ops.tinylora.adapted_linear(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
-    elif torch.is_grad_enabled() and (
-        x.requires_grad
-        or (core is not None and core.requires_grad)
-        or down.requires_grad
-        or up.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
+    seen = _seen_from_outside(x, weight, down, core, up)
+    if (
+        not seen
+        and torch.is_grad_enabled()
+        and (
+            x.requires_grad
+            or (core is not None and core.requires_grad)
+            or down.requires_grad
+            or up.requires_grad
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+        )
     ):
-        y = _AdaptedLinear.apply(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
+        return _AdaptedLinear.apply(x, weight, down, core, up, bias, ids, basis, batch_invariant)
+    x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if seen:
+        y, _ = torch.ops.tinylora.adapted_linear(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
     else:
         y, _ = _forward(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
@@ -150,21 +157,27 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant):
-        y, z = _forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant)
+        x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # in here: outside it would be two more nodes a layer
+        y, z = _forward(x2d, weight, down, core, up, bias, adapter_ids, basis, batch_invariant)
         need = ctx.needs_input_grad[:6]
         ctx.batch_invariant = batch_invariant
-        ctx.save_for_backward(*_saved(x, weight, down, core, up, adapter_ids, basis, z, need))
-        return y
+        ctx.save_for_backward(*_saved(x2d, weight, down, core, up, adapter_ids, basis, z, need))
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         need = ctx.needs_input_grad[:6]
-        device = dy.device.type
-        if torch.is_autocast_enabled(device):  # a backward called inside autocast; the context costs microseconds
-            with torch.autocast(device, enabled=False):
-                return (*_backward(dy, *ctx.saved_tensors, need, ctx.batch_invariant), None, None, None)
-        return (*_backward(dy, *ctx.saved_tensors, need, ctx.batch_invariant), None, None, None)
+        device, shape = dy.device.type, dy.shape
+        if len(shape) != 2:
+            dy = dy.reshape(-1, shape[-1])
+        # A backward may be called inside autocast; the context costs microseconds.
+        autocast = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+            dx, *others = _backward(dy, *ctx.saved_tensors, need, ctx.batch_invariant)
+        if dx is not None and len(shape) != 2:
+            dx = dx.reshape(*shape[:-1], dx.shape[-1])
+        return dx, *others, None, None, None
 
 
 # --- the custom op: what torch.compile, torch.export and dispatch modes see -------------------------------
