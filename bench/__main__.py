@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         if "peft" in ops:
             peft.run(results, device, tuple(args.dtypes), tuple(args.kinds), args.budget)
         if "folders" in ops:
-            folders.run(results, args.model, args.folder)
+            folders.run(results, Path(__file__).parent / "models" / f"{args.model}.json", args.folder)
         if "model" in ops:
             _model(results, device, args, started)
         if "rollout" in ops:

@@ -130,9 +130,9 @@ def differs(base: Path, merged: Path, factors: dict[str, tuple[Tensor, Tensor]])
     return ""
 
 
-def run(results: Results, model: str, parent: Path | None) -> None:
-    """Rows of op "folders": seconds (as ms) and peak memory of every command."""
-    config = Path(__file__).parent / "models" / f"{model}.json"
+def run(results: Results, config: Path, parent: Path | None, kinds: tuple[str, ...] = tuple(RANK)) -> None:
+    """Rows of op "folders": seconds (as ms) and peak memory of every command, on a model of this config."""
+    model = config.stem
     with tempfile.TemporaryDirectory(dir=parent, prefix="tinylora-folders-") as scratch:
         place = Path(scratch)
         layers = write_base(config, place / "base")
@@ -142,8 +142,8 @@ def run(results: Results, model: str, parent: Path | None) -> None:
             note = f"not measured: {free / 1e9:.0f} GB free beside the model, expected {1.1 * size / 1e9:.0f}"
             results.add(Row("folders", model, "", who.OURS, "merge", note=note))
             return
-        for kind, r in RANK.items():
-            factors = write_adapter(kind, layers, place / kind)
+        for kind in kinds:
+            r, factors = RANK[kind], write_adapter(kind, layers, place / kind)
             base, adapter, out = place / "base", place / kind, place / "out"
             commands = {"merge": ("merge", "--base", base, "--adapter", adapter, "--out", out)}
             for format in ("lora", "tinylora"):
