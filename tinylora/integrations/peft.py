@@ -247,7 +247,7 @@ def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, giv
         compiling = torch.compiler.is_compiling()
         layer = self.__dict__
         base = layer["_modules"]["base_layer"]
-        name, own = layer["_active_adapter"], base.__dict__
+        name, own = self._active_adapter, base.__dict__
         if type(name) is list and len(name) == 1:
             name = name[0]
         if (
@@ -255,8 +255,8 @@ def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, giv
             and not kwargs
             and type(self) is cls
             and type(name) is str
-            and not layer["_disable_adapters"]
-            and not layer["merged_adapters"]
+            and not self._disable_adapters  # PEFT's class has a default of these three
+            and not self.merged_adapters
             and layer.get("cast_input_dtype_enabled", True)
             and type(base) is nn.Linear  # from here to "forward": `_plain`
             and not own["_forward_hooks"]
