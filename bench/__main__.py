@@ -17,6 +17,7 @@ from bench import (
     analysis,
     block,
     demo,
+    folders,
     gpu,
     host,
     layer,
@@ -50,7 +51,7 @@ examples:
   python -m bench linear --layers all --budget 1800          every distinct shape, every M
   python -m bench --out bench/results && python -m bench table    renew the results in git and in the README"""
 
-COMMANDS = ("linear", "layer", "host", "memory", "svd", "model", "peft", "rollout", "analysis")
+COMMANDS = ("linear", "layer", "host", "memory", "svd", "model", "peft", "rollout", "analysis", "folders")
 COMMANDS += ("demo", "parts", "tune", "roofline", "gpu", "table")
 MAIN_BUDGET = 150.0
 NOISY = 1.3  # spread of a typical cell from which on a run should not be trusted; 1.1 on a quiet machine
@@ -139,7 +140,12 @@ def parser() -> argparse.ArgumentParser:
     common(p)
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
     p.add_argument("--kinds", nargs="+", choices=peft.KINDS, default=list(peft.KINDS))
-    p.add_argument("--budget", type=float, default=60.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--budget", type=float, default=120.0, help="seconds of timing (default %(default)g)")
+
+    p = what.add_parser("folders", help=_first(folders), description=folders.__doc__)
+    common(p)
+    p.add_argument("--model", choices=shapes.decoders(), default="Qwen2.5-7B", help="(default %(default)s)")
+    p.add_argument("--folder", type=Path, help="a disk with room for the model twice (default: the temporary folder)")
 
     p = what.add_parser("model", help=model.__doc__.split(": ", 1)[1], description=model.__doc__)
     common(p)
@@ -254,6 +260,8 @@ def main(argv: list[str] | None = None) -> int:
             svd.run(results, device, **({"model": args.model} if args.what else {"budget": args.budget / 2}))
         if "peft" in ops:
             peft.run(results, device, tuple(args.dtypes), tuple(args.kinds), args.budget)
+        if "folders" in ops:
+            folders.run(results, Path(__file__).parent / "models" / f"{args.model}.json", args.folder)
         if "model" in ops:
             _model(results, device, args, started)
         if "rollout" in ops:
@@ -360,8 +368,10 @@ def _show(results, missed, seconds) -> None:
         shown += ["Microseconds of the host\n\n" + report.host_table(results.rows)]
     if "svd" in ops:
         shown += ["Start-up of one layer\n\n" + report.svd_table(results.rows)]
+    if "folders" in ops:
+        shown += ["Folders\n\n" + report.folders_table(results.rows)]
     if "peft" in ops:
-        shown += [f"{peft.MODEL}, adapted by PEFT\n\n" + report.model_table(results.rows, "peft")]
+        shown += ["Small models adapted by PEFT\n\n" + report.model_table(results.rows, "peft")]
         shown += ["\n".join(peft.bars(results.rows))]
     if "model" in ops:
         shown += ["A whole model\n\n" + report.model_table(results.rows)]

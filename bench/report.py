@@ -206,9 +206,20 @@ def model_table(rows: list[Row], op: str = "model") -> str:
     for r in rows:
         if r.op == op:
             time, ratio = (f"{r.p50_ms:.1f}", r.ratio_to_bare) if r.p50_ms else (r.note, None)
-            what = r.layer if op == "peft" else r.model
-            lines.append([what, r.dtype, r.pass_, r.provider, time, f"{ratio:.2f}" if ratio else ""])
-    headers = ["adapter" if op == "peft" else "model", "dtype", "pass", "provider", "ms", "over base"]
+            what = [r.model, r.layer] if op == "peft" else [r.model]
+            lines.append([*what, r.dtype, r.pass_, r.provider, time, f"{ratio:.2f}" if ratio else ""])
+    headers = ["model", *["adapter"] * (op == "peft"), "dtype", "pass", "provider", "ms", "over base"]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def folders_table(rows: list[Row]) -> str:
+    """Seconds and peak memory of merge and convert."""
+    lines = [
+        [r.model, r.layer, r.pass_, f"{r.p50_ms / 1e3:.0f}" if r.p50_ms else "", f"{r.peak_mb or 0:.0f}", r.note]
+        for r in rows
+        if r.op == "folders"
+    ]
+    headers = ["model", "adapter", "command", "seconds", "peak MiB", "note"]
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -266,10 +277,10 @@ def summary(rows: list[Row]) -> str:
                 one = {name: cell[name]} | {n: cell[n] for n in (who.BARE, who.PEFT) if n in cell and not extra}
                 ratios(f"generate(), {model}, batch {batch}{extra}", [one | {who.BARE: cell[who.BARE]}], name)
     patched: dict[tuple, list] = defaultdict(list)
-    for (adapter, pass_, _), cell in _by(rows, "peft", lambda r: (r.layer, r.pass_, r.dtype)):
-        patched[adapter, pass_].append(cell)
-    for (adapter, pass_), found in patched.items():
-        ratios(f"PEFT's {adapter} with `patch_peft()`: {pass_}", found, peft.PATCHED)
+    for (size, adapter, pass_, _), cell in _by(rows, "peft", lambda r: (r.model, r.layer, r.pass_, r.dtype)):
+        patched[size, adapter, pass_].append(cell)
+    for (size, adapter, pass_), found in patched.items():
+        ratios(f"{size}, PEFT's {adapter} with `patch_peft()`: {pass_}", found, peft.PATCHED)
     for (spectrum, shape), cell in _by(rows, "svd", lambda r: (r.layer, f"{r.N} x {r.K}")):
         seconds = [f"{cell[n].p50_ms / 1e3:.2f} s" if n in cell else "" for n in (who.OURS, who.PEFT)]
         lines.append([f"start-up of one {shape} layer, {spectrum}", *seconds])
@@ -326,11 +337,16 @@ def markdown(rows: list[Row]) -> str:
             "rounds a token by how many there are. Which operations do stands in the CSV, one by one.\n\n"
             + rollout_table(brief)
         )
+    if "folders" in ops:
+        parts.append(
+            "`tinylora merge` and `convert` on a model folder with random weights: a process each, Python and torch "
+            "included in its memory.\n\n" + folders_table(rows)
+        )
     if "model" in ops:
         parts.append("A whole pretrained model, every linear layer adapted.\n\n" + model_table(rows))
     if "peft" in ops:
-        name = next(r.model for r in rows if r.op == "peft")
-        parts.append(f"{name}, adapted by PEFT, with and without `patch_peft()`.\n\n" + model_table(rows, "peft"))
+        what = "Small models adapted by PEFT, with and without `patch_peft()`."
+        parts.append(f"{what}\n\n" + model_table(rows, "peft"))
     return "\n\n".join(parts)
 
 

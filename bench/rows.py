@@ -22,7 +22,7 @@ OUT = Path(__file__).parent / "out"  # not in git
 class Row:
     """One measurement. A number that was not measured is None, an empty field in the file."""
 
-    op: str  # linear | layer | host | svd | model | peft | rollout | ceilings | parts | memory
+    op: str  # linear | layer | host | svd | model | peft | rollout | ceilings | parts | memory | folders
     model: str
     layer: str
     provider: str
@@ -39,7 +39,9 @@ class Row:
     ratio_to_bare: float | None = None
     mode: str = ""  # on a GPU: eager, or captured in a CUDA graph
     bound_ms: float | None = None  # what the roofline of the same run allows at best
-    peak_mb: float | None = None  # allocated above what the layer itself holds (CUDA only), or kept: see `memory`
+    peak_mb: float | None = (
+        None  # allocated above what the layer itself holds (CUDA only), or kept (`memory`), or a process's (`folders`)
+    )
     gb_per_s: float | None = None  # the fewest bytes the bare layer must move, per second
     tflops: float | None = None  # the bare layer's operations, per second
     angle_deg: float | None = None  # svd: largest angle to PEFT's subspace (a full SVD)

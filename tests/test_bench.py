@@ -372,8 +372,26 @@ def test_peft_patched_and_not(tmp_path):
     from bench import peft
 
     with rows.Results(tmp_path, ("peft",), CPU) as results:
-        peft.run(results, CPU, ("fp32",), ("LoRA", "TinyLoRA"), budget=0.1, sequences=1, tokens=128)
+        peft.run(results, CPU, ("fp32",), ("LoRA", "TinyLoRA"), 0.1, {"tiny": (64, 2, 128)}, sequences=1)
     found = {(r.layer, r.pass_, r.provider): r for r in rows.read(results.path)}
     assert len(found) == 12 and all(r.p50_ms > 0 and not r.note for r in found.values())
     assert len(peft.bars(results.rows)) == 4 and "bar 0.85" in peft.bars(results.rows)[0]
     assert peft.PATCHED in report.model_table(results.rows, "peft")
+
+
+def test_folders(tmp_path):
+    from models import qwen2
+
+    from bench import folders
+
+    qwen2().config.to_json_file(tmp_path / "tiny.json")
+    with rows.Results(tmp_path, ("folders",), CPU) as results:
+        folders.run(results, tmp_path / "tiny.json", tmp_path, ("TinyLoRA",))
+    found = rows.read(results.path)
+    assert [r.pass_ for r in found] == ["merge", "convert to lora", "convert to tinylora"]
+    assert all(r.p50_ms > 0 and r.peak_mb > 0 and not r.note and r.model == "tiny" for r in found), found
+    assert "convert to lora" in report.folders_table(results.rows)
+    assert not list(tmp_path.glob("tinylora-folders-*"))
+    layers = folders.write_base(tmp_path / "tiny.json", tmp_path / "base")
+    factors = folders.write_adapter("LoRA", layers, tmp_path / "LoRA")
+    assert folders.differs(tmp_path / "base", tmp_path / "base", factors).startswith("wrong: model.layers.0")

@@ -192,6 +192,19 @@ def test_memory_stays_near_one_shard(tmp_path):
     close(model_of(tmp_path / "out" / "merged")(tokens()).logits, model(tokens()).logits)
 
 
+def test_a_skeleton_stays_one(base, tmp_path):
+    """Layers of one input are not moved into a storage of their own: a 7B model's would be 8.5 GB of zeros."""
+    from tinylora.integrations import folders
+    from tinylora.nn.model import adapted_layers
+
+    model = trained(model_of(base), TinyLoraConfig())
+    for format in ("tinylora", "peft"):
+        tinylora.save(model, tmp_path / format, format=format)
+        skeleton = folders.load_onto_skeleton(folders.ModelFolder(base), tmp_path / format)
+        layers = adapted_layers(skeleton).values()
+        assert len(layers) > 1 and max(layer.weight.untyped_storage().nbytes() for layer in layers) <= 8
+
+
 def test_shards_keep_their_layout(base, tmp_path):
     tinylora.save(trained(model_of(base), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / "ours")
     assert run("merge", "--base", base, "--adapter", tmp_path / "ours", "--out", tmp_path / "merged") == 0

@@ -205,10 +205,10 @@ def test_autocast_casts_what_linear_would_cast_and_leaves_the_core(dtype):
     assert all(t.grad.dtype == f32 for t in leaves)
     cast = [t.to(dtype) if n in ("x", "weight", "bias") else t for n, t in zip(NAMES, operands, strict=True)]
     torch.testing.assert_close(y, adapted_linear(*cast), rtol=0, atol=0)
-    # dy comes in autocast's dtype, the sums behind the core's gradient do not
+    # dy comes in autocast's dtype, the sums behind the core's gradient do not: only their order may be another
     again = [t.clone().requires_grad_() for t in cast]
     adapted_linear(*again).float().square().sum().backward()
-    torch.testing.assert_close(leaves[3].grad, again[3].grad, rtol=0, atol=0)
+    torch.testing.assert_close(leaves[3].grad, again[3].grad, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if "rows" not in p.core], ids=lambda p: p.id)

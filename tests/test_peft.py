@@ -350,16 +350,61 @@ def test_dropout(kind):
     only_fast(kind)
 
 
+AUTOCAST = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+
+
 @kinds
-def test_autocast(kind):
-    layer = layer_of(adapted(kind, layers=1))
-    x = torch.randn(5, 64)
+@pytest.mark.parametrize("base, given", AUTOCAST, ids=str)
+def test_autocast(kind, base, given):
+    """PEFT's dtypes, of the output and of every gradient, and numbers within twice its error, backward outside too."""
+    one_v = {"weight_tying": 1.0} if kind == "TinyLoRA" else {}  # PEFT's layer holds the others' v as well
+    layer = layer_of(adapted(kind, base, layers=1, **one_v))
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    x = torch.randn(2, 300, 64).to(given).requires_grad_()
+    exact = copy.deepcopy(layer).double()
+
+    def run(layer, x, autocast=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = layer(x)
+            with torch.no_grad():
+                inferred = layer(x)
+            loss = y.double().square().mean()
+            within = torch.autograd.grad(loss, [x], retain_graph=True)
+        wanted = [p for p in layer.parameters() if p.requires_grad]
+        return [y, inferred, *within, *torch.autograd.grad(loss, [x, *wanted])]
+
+    want = run(exact, x.detach().double().requires_grad_(), autocast=False)
+    theirs = run(layer, x)
+    tinylora.patch_peft()
+    ours = run(layer, x)
+    only_fast(kind, 2)
+    assert len(ours) == len(want) == 4 + len(trained)
+    for a, b, w in zip(ours, theirs, want, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        error, own = (torch.dist(t.double(), w) / w.norm() for t in (a, b))
+        assert error <= 2 * own + torch.finfo(torch.bfloat16).eps
+
+
+def test_autocast_compiles_in_one_graph():
+    torch._dynamo.reset()
+    tinylora.patch_peft()
+    for kind in CONFIGS:
+        layer, x = layer_of(adapted(kind, layers=1)), torch.randn(5, 64)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            eager = layer(x)
+            compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        assert compiled.dtype == eager.dtype
+        torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-2)
+
+
+def test_autocast_leaves_fp64_alone():
+    layer, x = layer_of(adapted("LoRA", layers=1)).double(), torch.randn(5, 64, dtype=torch.float64)
 
     def call():
         with torch.autocast("cpu", torch.bfloat16):
             return layer(x)
 
-    same_as_unpatched(call, kind, "autocast")
+    same_as_unpatched(call, "LoRA", "differ in dtype")
 
 
 @kinds

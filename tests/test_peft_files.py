@@ -1,6 +1,7 @@
 """PEFT, on disk: adapters go both ways through files, with the installed PEFT on the other side."""
 
 import json
+import os
 
 import peft
 import pytest
@@ -171,6 +172,90 @@ def test_a_failed_save_leaves_the_previous_folder_whole(tmp_path, monkeypatch):
             with pytest.raises(ZeroDivisionError):
                 tinylora.save(model, tmp_path, "second", format="peft")
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def killed_before_step(n, model, folder):
+    """Whether a process that saves the adapter `second` is killed before its n-th move or removal of a file."""
+    child = os.fork()
+    if not child:
+        steps = []
+
+        def counted(call):
+            def before(*args, **kwargs):
+                steps.append(call)
+                if len(steps) == n:
+                    os._exit(9)
+                return call(*args, **kwargs)
+
+            return before
+
+        for name in ("replace", "rename", "unlink", "mkdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            tinylora.save(model, folder, "second", format="peft")
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork")
+@pytest.mark.parametrize("there", [True, False])
+def test_kill_9_at_any_step_of_a_save_never_mixes_two_adapters(there, tmp_path):
+    """Two adapters of the same shapes and other scales: one's config with the other's tensors would load unnoticed."""
+    model = trained(trained(qwen2(), LoraConfig(r=2, alpha=1)), LoraConfig(r=2, alpha=8), "second")
+    logits = {}
+    for name in ("default", "second"):
+        tinylora.save(model, tmp_path / name, name, format="peft")
+        logits[name] = base_logits(tinylora.load(qwen2(), tmp_path / name))
+    seen, n = [], 1
+    while True:
+        folder = tmp_path / f"killed {n}"
+        if there:
+            tinylora.save(model, folder, format="peft")
+        killed = killed_before_step(n, model, folder)
+
+        def adapter(load, folder=folder):
+            try:
+                found = load(folder)
+            except (ValueError, OSError) as error:
+                assert "adapter_config.json" in str(error) or "expected an adapter" in str(error)
+                return None
+            (which,) = (name for name, want in logits.items() if torch.equal(found, want))
+            return which
+
+        ours = adapter(lambda folder: base_logits(tinylora.load(qwen2(), folder)))
+        config = folder / "adapter_config.json"
+        theirs = ours if config.exists() else adapter(lambda f: peft.PeftModel.from_pretrained(qwen2(), str(f)))
+        assert theirs in (ours, None)
+        seen.append((ours, theirs))
+        tinylora.save(
+            model, folder, format="peft"
+        )  # whatever was left behind, the next save and what it leaves are whole
+        assert sorted(p.name for p in folder.iterdir() if ".tmp" not in p.name) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+        assert adapter(lambda folder: base_logits(tinylora.load(qwen2(), folder))) == "default"
+        if not killed:
+            break
+        n += 1
+    before = "default" if there else None
+    assert seen[0] == (before, before) and seen[-1] == ("second", "second")
+    assert (("second", None) in seen) == there  # both files whole, and the config away
+
+
+def test_an_adapter_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    model = trained(trained(qwen2(), LoraConfig(r=2, alpha=1)), LoraConfig(r=2, alpha=8), "second")
+    tinylora.save(model, tmp_path, format="peft")
+    open_now = peft_files.safe_open
+
+    def late(*args):
+        tinylora.save(model, tmp_path, "second", format="peft")
+        return open_now(*args)
+
+    monkeypatch.setattr(peft_files, "safe_open", late)
+    with pytest.raises(ValueError, match="was written to while it was read"):
+        tinylora.load(qwen2(), tmp_path)
 
 
 def saved(tmp_path, kind="LoRA", config=(), tensors=lambda found: found, **changes):

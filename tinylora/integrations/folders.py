@@ -5,13 +5,10 @@ What needs a model (which layers there are, how an adapter goes onto them) happe
 config without weights, whose layers have the right shapes and no memory behind them.
 """
 
-import contextlib
 import json
 import os
 import shutil
 import struct
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -151,10 +148,10 @@ def convert(adapter: str | os.PathLike, out: str | os.PathLike, format: str, bas
     The base's weights are read a layer at a time: a 7B model takes less memory than its largest weight in fp32 and
     the adapter. ValueError if `out` holds anything, and as `tinylora.load` and `tinylora.save`.
     """
-    _refuse_existing(out)
+    checkpoint.refuse_existing(out)
     model = load_onto_skeleton(ModelFolder(base), adapter, with_base=format == "tinylora")
     model.name_or_path = str(base)
-    with _whole_folder(out) as scratch:
+    with checkpoint.whole_folder(out) as scratch:
         return Path(out) / peft_files.save(model, scratch, format=format).name
 
 
@@ -165,7 +162,7 @@ def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.Pat
     and block by block, so that memory holds the adapter and 32 MB of a weight. Returns `out`.
     ValueError if `out` holds anything, for quantised or tied weights that would change, and as `tinylora.load`.
     """
-    _refuse_existing(out)
+    checkpoint.refuse_existing(out)
     source = ModelFolder(base)
     model = load_onto_skeleton(source, adapter, with_base=False)
     factors, whole = {}, {}
@@ -184,7 +181,7 @@ def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.Pat
             whole[name] = t.detach()
     total = sum(shard.path.stat().st_size for shard in source.shards)
     with (
-        _whole_folder(out) as scratch,
+        checkpoint.whole_folder(out) as scratch,
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=None) as bar,
     ):
         weights = {shard.path.name for shard in source.shards}
@@ -230,26 +227,6 @@ def _merge_shard(shard: Shard, out: Path, factors, whole, bar) -> None:
 
 def _write(file, t: Tensor) -> None:
     file.write(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
-
-
-def _refuse_existing(out: str | os.PathLike) -> None:
-    if os.path.lexists(out):
-        raise ValueError(f"{out} exists, expected a new folder to write to")
-
-
-@contextlib.contextmanager
-def _whole_folder(out: str | os.PathLike) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when all went well, and is removed otherwise."""
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}.", suffix=".tmp"))
-    try:
-        os.chmod(scratch, 0o777 & ~checkpoint.umask())
-        yield scratch
-        _refuse_existing(out)
-        os.rename(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _bar(items, what: str):

@@ -6,14 +6,16 @@ active adapter on a plain torch.nn.Linear, not merged, no dropout acting. Everyt
 unchanged, and is counted with its reason (`counts`). Nothing is cached from one call to the next but constants: the
 factors are read from the layer every time, whatever an optimiser, a load or `.data =` did to them.
 
-    PEFT's layer     down      core                             up
-    TinyLoRA         A         Σ v_i P_i                        B
-    LoRA             A         scaling · I, none at 1           B (on a CPU: none, and scaling · B)
-    VeRA             A[:, :K]  diag(lambda_d)                   diag(lambda_b) B[:N]
-    AdaLoRA          diag(E · scaling / ranknum) A    none      B
+    PEFT's layer     down      core                    up                 in eager torch on a CPU
+    TinyLoRA         A         Σ v_i P_i               B                  the same operator
+    LoRA             A         scaling · I             B                  `ops.diagonal`: a factor, no core
+    VeRA             A[:, :K]  diag(lambda_d)          diag(lambda_b) B   `ops.diagonal`: d, b
+    AdaLoRA          A         diag(E) scaling / rank  B                  `ops.diagonal`: d and a factor
 
 Every layer gives the dtype that PEFT's own gives, and rounds once where PEFT's rounds the base, the correction and
-their sum. The gradient of a gradient does not exist on this path.
+their sum. Under autocast, x, the base's weight and its bias are cast as F.linear's would be; the factors stay as they
+are, where PEFT rounds them, and everything at rank r, to autocast's dtype. The gradient of a gradient does not exist
+on this path.
 """
 
 import functools
@@ -26,10 +28,12 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from tinylora.ops import eager
 from tinylora.ops.checks import fits
+from tinylora.ops.diagonal import FEW, diagonal_linear
 from tinylora.ops.dispatch import interpreting
 from tinylora.ops.linear import unchecked
 
 _TENSORS = (Tensor, nn.Parameter)
+_CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts
 
 
 def _plain(linear: nn.Module) -> bool:
@@ -44,87 +48,166 @@ def _plain(linear: nn.Module) -> bool:
     )
 
 
-# Each of these gives (down, core, up, basis, scale) of the adapter `name` in a layer of PEFT, or says why there is none
-# that the operator could take. The registries of nn.Module are read directly: __getattr__ and the containers'
-# __getitem__ cost a microsecond each, and a small layer costs ten.
+# Each of these computes a layer of PEFT's with the adapter `name`, or says why the operator cannot. x, weight and bias
+# are of one dtype and device. A layer of a small model takes ten microseconds and its code is in no cache when its turn
+# comes: calls of Python's and looks through nn.Module's __getattr__ or a container's __getitem__ would cost more, so
+# `__dict__` and the registries are read directly, and conditions stand where they are asked.
 
 
-def _tinylora(layer, name):
-    modules = layer._modules
-    down = modules["tinylora_A"]._buffers.get(name)
+def _tinylora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
+    modules = layer["_modules"]
+    down = modules["tinylora_A"].__dict__["_buffers"].get(name)
     if down is None:
-        return "the active adapter is not in this layer"
-    if _drops(modules["tinylora_dropout"]._modules[name]):
-        return "dropout acts"
-    v = modules["tinylora_v"]._modules[name]._parameters.get(layer._tinylora_v_key[name])
+        return _ABSENT
+    dropout = modules["tinylora_dropout"].__dict__["_modules"][name]
+    if type(dropout) is not nn.Identity and _drops(dropout):
+        return _DROPS
+    v = modules["tinylora_v"].__dict__["_modules"][name].__dict__["_parameters"].get(layer["_tinylora_v_key"][name])
     if v is None:
         return "v is not a parameter of its own"
-    return down, v, modules["tinylora_B"]._buffers[name], modules["tinylora_P"]._buffers[name], 1.0
+    up = modules["tinylora_B"].__dict__["_buffers"][name]
+    basis = modules["tinylora_P"].__dict__["_buffers"][name]
+    if (
+        on_cpu
+        and down.dtype is up.dtype is v.dtype is basis.dtype is torch.float32
+        and down.is_cpu
+        and up.is_cpu
+        and v.is_cpu
+        and basis.is_cpu
+    ):
+        if not torch.is_grad_enabled() and x.numel() <= FEW.get(x.dtype, 0):
+            return eager.infer(x, weight, down, eager.mix(v, basis), up, bias)
+        return unchecked(x, weight, down, v, up, bias, None, basis)
+    return _operator(x, weight, down, v, up, bias, basis)
 
 
-def _lora(layer, name):
-    modules = layer._modules
-    down = modules["lora_A"]._modules.get(name)
+def _lora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
+    modules = layer["_modules"]
+    down = modules["lora_A"].__dict__["_modules"].get(name)
     if down is None:
-        return "the active adapter is not in this layer"
-    if name in layer.lora_variant:
+        return _ABSENT
+    if name in layer["lora_variant"]:
         return "a variant of LoRA (DoRA, aLoRA, ...)"
-    if _drops(modules["lora_dropout"]._modules[name]):
-        return "dropout acts"
-    up = modules["lora_B"]._modules[name]
-    if not _plain(down) or not _plain(up):
+    dropout = modules["lora_dropout"].__dict__["_modules"][name]
+    if type(dropout) is not nn.Identity and _drops(dropout):
+        return _DROPS
+    up = modules["lora_B"].__dict__["_modules"][name]
+    a, b = down.__dict__, up.__dict__
+    if (
+        type(down) is not nn.Linear  # `_plain`, twice
+        or type(up) is not nn.Linear
+        or a["_forward_hooks"]
+        or a["_forward_pre_hooks"]
+        or a["_backward_hooks"]
+        or a["_backward_pre_hooks"]
+        or b["_forward_hooks"]
+        or b["_forward_pre_hooks"]
+        or b["_backward_hooks"]
+        or b["_backward_pre_hooks"]
+        or "forward" in a
+        or "forward" in b
+    ):
         return "lora_A or lora_B is not a plain torch.nn.Linear, or has hooks"
-    if up._parameters["bias"] is not None:
+    down, up, scale = a["_parameters"]["weight"], b["_parameters"]["weight"], layer["scaling"][name]
+    if b["_parameters"]["bias"] is not None:
         return "lora_bias"
-    return down._parameters["weight"], None, up._parameters["weight"], None, layer.scaling[name]
+    if (
+        on_cpu
+        and down.is_cpu
+        and up.is_cpu
+        and down.dtype is up.dtype is torch.float32
+        and type(down) in _TENSORS
+        and type(up) in _TENSORS
+    ):
+        return diagonal_linear(x, weight, bias, down, None, up, None, scale)
+    return _operator(x, weight, down, _scaled_identity(down.shape[0], scale, x.device), up, bias)
 
 
-def _vera(layer, name):
-    modules = layer._modules
-    d = modules["vera_lambda_d"]._parameters.get(name)
+def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
+    modules = layer["_modules"]
+    d = modules["vera_lambda_d"].__dict__["_parameters"].get(name)
     if d is None:
-        return "the active adapter is not in this layer"
-    if layer.quantization_backend is not None:
+        return _ABSENT
+    if layer["quantization_backend"] is not None:
         return "a quantised base layer"
-    if _drops(modules["vera_dropout"]._modules[name]):
-        return "dropout acts"
-    b = modules["vera_lambda_b"]._parameters[name]
-    A, B = modules["vera_A"]._buffers[name], modules["vera_B"]._buffers[name]
-    if not A.device == B.device == b.device == d.device:
-        return "operands on several devices"
-    N, K, r = layer.out_features, layer.in_features, len(d)
+    dropout = modules["vera_dropout"].__dict__["_modules"][name]
+    if type(dropout) is not nn.Identity and _drops(dropout):
+        return _DROPS
+    b = modules["vera_lambda_b"].__dict__["_parameters"][name]
+    down = modules["vera_A"].__dict__["_buffers"][name]
+    up = modules["vera_B"].__dict__["_buffers"][name]
+    (N, K), r = weight.shape, len(d)
     if 8 * r > min(N, K) and N * r > _VERA:
         return "a rank above an eighth of the layer's size: nothing to gain"
-    return A[:, :K], torch.diag(d), b[:, None] * B[:N], None, 1.0
+    if down.shape[1] != K:
+        down = down[:, :K]
+    if up.shape[0] != N:
+        up = up[:N]
+    if (
+        on_cpu
+        and down.is_cpu
+        and up.is_cpu
+        and d.is_cpu
+        and b.is_cpu
+        and down.dtype is up.dtype is d.dtype is b.dtype is torch.float32
+        and type(d) in _TENSORS
+        and type(b) in _TENSORS
+    ):
+        return diagonal_linear(x, weight, bias, down, d, up, b, 1.0)
+    if not down.device == up.device == b.device == d.device:
+        return "operands on several devices"
+    return _operator(x, weight, down, torch.diag(d), b[:, None] * up, bias)
 
 
-# diag(lambda_b) B, [N, r], is formed on every call, and the core's gradient is [r, r]: at a rank near the layer's own
-# size that costs more than PEFT's passes over Y, unless all of it is a few numbers.
+# The gradient of lambda_b takes one more product [N, M] [M, r] than PEFT's, which keeps Y's correction instead: at a
+# rank near the layer's own size that costs more than PEFT's passes over Y, unless all of it is a few numbers.
 _VERA = 1 << 14
 
 
-def _adalora(layer, name):
-    modules = layer._modules
-    down = modules["lora_A"]._parameters.get(name)
+def _adalora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
+    modules = layer["_modules"]
+    down = modules["lora_A"].__dict__["_parameters"].get(name)
     if down is None:
-        return "the active adapter is not in this layer"
-    if _drops(modules["lora_dropout"]._modules[name]):
-        return "dropout acts"
-    E, ranknum = modules["lora_E"]._parameters[name], modules["ranknum"]._parameters[name]
-    return down * (E * (layer.scaling[name] / (ranknum + 1e-5))), None, modules["lora_B"]._parameters[name], None, 1.0
+        return _ABSENT
+    dropout = modules["lora_dropout"].__dict__["_modules"][name]
+    if type(dropout) is not nn.Identity and _drops(dropout):
+        return _DROPS
+    E, up = modules["lora_E"].__dict__["_parameters"][name], modules["lora_B"].__dict__["_parameters"][name]
+    ranknum, scale = modules["ranknum"].__dict__["_parameters"][name], layer["scaling"][name]
+    if (
+        on_cpu
+        and down.is_cpu
+        and up.is_cpu
+        and E.is_cpu
+        and ranknum.is_cpu
+        and down.dtype is up.dtype is E.dtype is torch.float32
+        and type(down) in _TENSORS
+        and type(up) in _TENSORS
+        and type(E) in _TENSORS
+        and E.numel() > 0  # all of a layer's triplets may be pruned
+    ):
+        if not (ranknum.requires_grad and torch.is_grad_enabled()):
+            return diagonal_linear(x, weight, bias, down, E, up, None, scale / (ranknum.item() + 1e-5))
+        # on a bf16 base PEFT's cast of the adapter to fp32 leaves ranknum trainable: its gradient is asked for, too
+        return diagonal_linear(x, weight, bias, down, E * (scale / (ranknum + 1e-5)), up, None, 1.0)
+    return _operator(x, weight, down * (E * (scale / (ranknum + 1e-5))), None, up, bias)
+
+
+_ABSENT = "the active adapter is not in this layer"
+_DROPS = "dropout acts"
 
 
 def _drops(dropout: nn.Module) -> bool:
-    if type(dropout) is nn.Identity:
-        return False
+    """Whether a dropout that is no nn.Identity changes anything."""
     return type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0)
 
 
-_COVERED: dict[str, tuple[str, str, Callable]] = {
-    "TinyLoRA": ("peft.tuners.tinylora.layer", "Linear", _tinylora),
-    "LoRA": ("peft.tuners.lora.layer", "Linear", _lora),
-    "VeRA": ("peft.tuners.vera.layer", "Linear", _vera),
-    "AdaLoRA": ("peft.tuners.adalora.layer", "SVDLinear", _adalora),
+# kind: (module, class, what computes it, whether its result under autocast has x's dtype and not autocast's)
+_COVERED: dict[str, tuple[str, str, Callable, bool]] = {
+    "TinyLoRA": ("peft.tuners.tinylora.layer", "Linear", _tinylora, True),
+    "LoRA": ("peft.tuners.lora.layer", "Linear", _lora, False),
+    "VeRA": ("peft.tuners.vera.layer", "Linear", _vera, True),
+    "AdaLoRA": ("peft.tuners.adalora.layer", "SVDLinear", _adalora, False),
 }
 
 FAST = "fast"
@@ -152,9 +235,64 @@ def _why_not(layer, x, args, kwargs, cls) -> str:
     weight = layer._modules["base_layer"]._parameters["weight"]
     if type(x) not in _TENSORS or type(weight) not in _TENSORS:
         return "a tensor subclass"
-    if x.dtype is not weight.dtype or x.device != weight.device:
-        return "x and the base weight differ in dtype or device"
     return "something looks at every call (global hooks, a dispatch mode, torch.func, torch.jit.trace)"
+
+
+def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, gives_dtype_of_x: bool) -> Callable:
+    counts = _counts[kind]
+    kernels_on_cpu = interpreting()
+
+    @functools.wraps(original)
+    def forward(self, x, *args, **kwargs):
+        compiling = torch.compiler.is_compiling()
+        layer = self.__dict__
+        base = layer["_modules"]["base_layer"]
+        name, own = self._active_adapter, base.__dict__
+        if type(name) is list and len(name) == 1:
+            name = name[0]
+        if (
+            not args
+            and not kwargs
+            and type(self) is cls
+            and type(name) is str
+            and not self._disable_adapters  # PEFT's class has a default of these three
+            and not self.merged_adapters
+            and layer.get("cast_input_dtype_enabled", True)
+            and type(base) is nn.Linear  # from here to "forward": `_plain`
+            and not own["_forward_hooks"]
+            and not own["_forward_pre_hooks"]
+            and not own["_backward_hooks"]
+            and not own["_backward_pre_hooks"]
+            and "forward" not in own
+            and type(weight := own["_parameters"]["weight"]) in _TENSORS
+            and type(x) in _TENSORS
+            and (compiling or not _watched())
+        ):
+            bias = own["_parameters"]["bias"]
+            if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+                found = _under_autocast(compute, layer, name, x, weight, bias, compiling or kernels_on_cpu)
+                if gives_dtype_of_x and type(found) is not str:
+                    found = found.to(x.dtype)
+            elif x.dtype is not weight.dtype:
+                found = _DIFFER
+            elif x.is_cpu and weight.is_cpu:
+                found = compute(layer, name, x, weight, bias, not (compiling or kernels_on_cpu))
+            else:
+                found = compute(layer, name, x, weight, bias, False) if x.device == weight.device else _DIFFER
+        else:
+            found = _why_not(self, x, args, kwargs, cls)
+        if type(found) is not str:
+            if not compiling:  # a count in a compiled graph would be a guard on its value
+                counts[FAST] += 1
+            return found
+        if not compiling:
+            counts[found] = counts.get(found, 0) + 1
+        return original(self, x, *args, **kwargs)
+
+    return forward
+
+
+_DIFFER = "x and the base weight differ in dtype or device"
 
 
 def _watched() -> bool:
@@ -167,84 +305,27 @@ def _watched() -> bool:
     )
 
 
-def _forward_of(cls: type, kind: str, original: Callable, factors: Callable) -> Callable:
-    counts = _counts[kind]
-
-    @functools.wraps(original)
-    def forward(self, x, *args, **kwargs):
-        compiling = torch.compiler.is_compiling()
-        name, base = self._active_adapter, self._modules["base_layer"]
-        if type(name) is list and len(name) == 1:
-            name = name[0]
-        if (
-            type(self) is cls
-            and not args
-            and not kwargs
-            and not self._disable_adapters
-            and not self.merged_adapters
-            and type(name) is str
-            and _plain(base)
-            and self.__dict__.get("cast_input_dtype_enabled", True)
-            and type(x) in _TENSORS
-            and type(weight := base._parameters["weight"]) in _TENSORS
-            and x.dtype is weight.dtype
-            and x.device == weight.device
-            and (compiling or not _watched())
-        ):
-            found = factors(self, name)
-        else:
-            found = _why_not(self, x, args, kwargs, cls)
-        if type(found) is tuple:
-            down, core, up, basis, scale = found
-            y = _operator(x, weight, down, core, up, base._parameters["bias"], basis, scale, compiling)
-            if type(y) is not str:
-                if not compiling:
-                    counts[FAST] += 1
-                return y
-            found = y
-        if not compiling:  # a count in a compiled graph would be a guard on its value
-            counts[found] = counts.get(found, 0) + 1
-        return original(self, x, *args, **kwargs)
-
-    return forward
+def _under_autocast(compute, layer, name, x, weight, bias, traced) -> Tensor | str:
+    """`compute` on what autocast makes of the base layer's operands, in autocast's dtype."""
+    if x.dtype not in _CAST or weight.dtype not in _CAST or x.device != weight.device:
+        return _DIFFER
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        cast = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return compute(layer, name, *cast, device == "cpu" and not traced)
 
 
-def _operator(x, weight, down, core, up, bias, basis, scale, compiling) -> Tensor | str:
+def _operator(x, weight, down, core, up, bias, basis=None) -> Tensor | str:
     """The fused operator with what PEFT's layer holds, or the reason why it does not take that."""
-    device = x.device
-    if (
-        device.type == "cpu"
-        and not compiling
-        and not torch.is_grad_enabled()
-        and weight.dtype in _FEW
-        and down.dtype is up.dtype is torch.float32
-        and down.device == up.device == device
-        and (core is None or (core.dtype is torch.float32 and core.device == device))
-        and (basis is None or (basis.dtype is torch.float32 and basis.device == device))
-        and x.numel() <= _FEW[weight.dtype]
-        and up.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-        and not interpreting()
-    ):
-        return eager.infer(x, weight, down, eager.mix(core, basis), up, bias, scale)
-    if scale != 1 and device.type == "cpu" and not compiling and up.dtype is torch.float32:
-        up = (
-            up * scale
-        )  # N r numbers once, where a core would be three passes over [M, r]; a kernel has the core for free
-    elif scale != 1:
-        core = _scaled_identity(down.shape[0], scale, device)
-    if torch.is_autocast_enabled(device.type):
-        return "autocast"
     if not fits(x, weight, down, core, up, bias, None, basis):
         return "operands that do not fit (dtype, device, rank 0, not loaded)"
     return unchecked(x, weight, down, core, up, bias, None, basis)
 
 
-# Up to so many numbers in x Python costs as much as arithmetic, and `eager.infer` is used.
-_FEW = {torch.float32: 1 << 20, torch.bfloat16: eager.SMALL, torch.float16: eager.SMALL}
-
-
-def _scaled_identity(r: int, scale: float, device: torch.device) -> Tensor:
+def _scaled_identity(r: int, scale: float, device: torch.device) -> Tensor | None:
+    if scale == 1:
+        return None
     if torch.compiler.is_compiling():
         return scale * torch.eye(r, device=device)
     return _constant(r, scale, device)
@@ -264,10 +345,10 @@ def patch_peft() -> None:
     quantised or hooked base layers, convolutions, embeddings, ...) runs PEFT's own forward; `counts()` says how often.
     Models compiled before keep the graphs they have. ImportError without peft.
     """
-    for kind, (cls, factors) in _classes().items():
+    for kind, (cls, *how) in _classes().items():
         if cls not in _originals:
             original = cls.__dict__["forward"]
-            ours = _forward_of(cls, kind, original, factors)
+            ours = _forward_of(cls, kind, original, *how)
             _originals[cls] = original, ours
             cls.forward = ours
 
@@ -304,12 +385,12 @@ def reset_counts() -> None:
 
 def covered() -> list[str]:
     """The layers that `patch_peft` covers, as PEFT names them."""
-    return [f"{module.removesuffix('.layer')}.{cls}" for module, cls, _ in _COVERED.values()]
+    return [f"{module.removesuffix('.layer')}.{cls}" for module, cls, *_ in _COVERED.values()]
 
 
-def _classes() -> dict[str, tuple[type, Callable]]:
+def _classes() -> dict[str, tuple[type, Callable, bool]]:
     try:
         import peft  # noqa: F401
     except ImportError as error:
         raise ImportError("patch_peft needs peft: pip install tinylora[peft]") from error
-    return {kind: (getattr(import_module(m), name), factors) for kind, (m, name, factors) in _COVERED.items()}
+    return {kind: (getattr(import_module(m), name), *how) for kind, (m, name, *how) in _COVERED.items()}

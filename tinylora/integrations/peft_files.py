@@ -66,8 +66,10 @@ def save(
             "peft" is the folder that PEFT's own TinyLoRA, LoRA, VeRA or AdaLoRA writes: PeftModel.from_pretrained
             takes it. "lora" is a plain LoRA for PEFT, vLLM and SGLang: A = down, B = up core, in fp32, without an SVD.
 
-    Files are written beside their place and moved there whole: an interruption leaves the previous adapter. Merged
-    or not, active or not, the adapter is the same.
+    Whatever interrupts it, a reader finds the previous adapter or the new one, or an error, and never the config of one
+    with the tensors of the other: a new folder appears whole; in one that exists files are written beside their places,
+    and for the moment between two moves there is no adapter_config.json (PEFT's error; `load` finds the new pair).
+    Merged or not, active or not, the adapter is the same.
 
     ValueError: no adapter of that name; another format; a TinyLoRA whose tying PEFT cannot express (its groups are
     floor(modules / groups) modules and the rest in the last one), an adapter that PEFT has not (LoRA-XS, Tied-LoRA),
@@ -118,30 +120,63 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> 
 
 def is_peft_folder(folder: str | os.PathLike) -> bool:
     """Whether an adapter of PEFT lies in the folder. ValueError if one of ours lies there, too."""
-    theirs, ours = Path(folder) / CONFIG, Path(folder) / checkpoint.FILE
+    (theirs, _), ours = _pair(Path(folder)), Path(folder) / checkpoint.FILE
     if theirs.is_file() and ours.is_file():
         raise ValueError(f"{folder} holds both {CONFIG} (PEFT's) and {ours.name} (ours), expected one adapter")
     return theirs.is_file()
 
 
+_NEW = ".new"  # files that are complete and not yet in their places
+
+
+def _pair(folder: Path) -> tuple[Path, Path]:
+    """Where config and tensors of the folder's adapter are: in their places, or on their way (`_write_folder`)."""
+    config, tensors = folder / CONFIG, folder / TENSORS
+    prepared, new = folder / (CONFIG + _NEW), folder / (TENSORS + _NEW)
+    if config.is_file() or not prepared.is_file():
+        return config, tensors
+    return prepared, new if new.is_file() else tensors
+
+
 def _write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Both files, each moved into its place whole; the config last, because it is what makes a folder an adapter."""
+    """Both files, such that no moment shows one adapter's config beside another's tensors.
+
+    In a folder that exists: both are written whole under names of their own; the old config goes, and with it the old
+    adapter; the tensors move, then the new config, because it is what makes a folder an adapter. After an interruption
+    the two are where `_pair` looks, and the next save moves them first.
+    """
     ours = folder / checkpoint.FILE
     if ours.exists():
         raise ValueError(f"{folder} holds {ours.name}, an adapter in tinylora's format: expected another folder")
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    prepared = folder / (TENSORS + ".new")
-    checkpoint.write_whole(prepared, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
-    def finish(path: str) -> None:  # the two moves follow each other; nothing that can fail stands between them
-        Path(path).write_text(text)
-        os.replace(prepared, folder / TENSORS)
+    def write(into: Path, suffix: str) -> None:
+        path = into / (TENSORS + suffix)
+        checkpoint.write_whole(path, lambda to: save_file(tensors, to, metadata={"format": "pt"}))
+        try:
+            checkpoint.write_whole(into / (CONFIG + suffix), lambda to: Path(to).write_text(text))
+        except BaseException:
+            path.unlink()
+            raise
 
-    try:
-        checkpoint.write_whole(folder / CONFIG, finish)
-    finally:
-        prepared.unlink(missing_ok=True)
+    if not folder.exists():
+        with checkpoint.whole_folder(folder) as scratch:
+            write(scratch, "")
+        return folder / TENSORS
+    _move_into_place(folder)
+    write(folder, _NEW)
+    (folder / CONFIG).unlink(missing_ok=True)
+    _move_into_place(folder)
     return folder / TENSORS
+
+
+def _move_into_place(folder: Path) -> None:
+    """The second half of a save, if the first is done and the old config is gone."""
+    config, tensors = _pair(folder)
+    if config.name != CONFIG:
+        if tensors.name != TENSORS:
+            os.replace(tensors, folder / TENSORS)
+        os.replace(config, folder / CONFIG)
 
 
 def _names_for_peft(model: nn.Module, sites: tuple[Site, ...]) -> list[str]:
@@ -267,23 +302,26 @@ def peft_groups(modules: int, weight_tying: float) -> list[int]:
 
 
 def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, tensors) of an adapter folder of PEFT. ValueError says what is missing or damaged."""
-    folder = Path(folder)
+    """(config, tensors) of an adapter folder of PEFT. ValueError says what is missing, damaged or being replaced."""
+    settings, path = pair = _pair(Path(folder))
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        text = settings.read_text()
+        config = json.loads(text)
         kind = config["peft_type"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read, expected a config of PEFT: {error!r}") from None
+        raise ValueError(f"{settings} cannot be read, expected a config of PEFT: {error!r}") from None
     if kind not in _READERS:
-        raise ValueError(f"{folder / CONFIG}: peft_type is {kind!r}, expected one of {', '.join(_READERS)}")
-    path = folder / TENSORS
+        raise ValueError(f"{settings}: peft_type is {kind!r}, expected one of {', '.join(_READERS)}")
     if not path.is_file():
         raise ValueError(f"{path} does not exist, expected PEFT's adapter as safetensors")
     try:
         with safe_open(path, "pt") as file:
-            return config, {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
+            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from None
+    if _pair(Path(folder)) != pair or settings.read_text() != text:
+        raise ValueError(f"{folder} was written to while it was read, expected an adapter at rest: read it again")
+    return config, tensors
 
 
 class _Reader:

@@ -17,8 +17,9 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -93,6 +94,26 @@ def write_whole(path: Path, write: Callable[[str], object]) -> Path:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(scratch.name)
     return path
+
+
+def refuse_existing(out: str | os.PathLike) -> None:
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists, expected a new folder to write to")
+
+
+@contextlib.contextmanager
+def whole_folder(out: str | os.PathLike) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when all went well, and is removed otherwise."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}.", suffix=".tmp"))
+    try:
+        os.chmod(scratch, 0o777 & ~umask())
+        yield scratch
+        refuse_existing(out)
+        os.rename(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> nn.Module:

@@ -120,6 +120,8 @@ class Siblings:
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
         if len({(w.device, w.dtype) for w in weights}) > 1 or weights[0].is_meta:
             return
+        if any(w.untyped_storage().nbytes() < w.nbytes for w in weights):
+            return  # a skeleton's weight, one number seen as many: a copy would be all the memory it was to save
         for parts in (weights, biases):
             if parts and joined(parts) is None:
                 whole = torch.cat([p.data for p in parts])

@@ -4,6 +4,8 @@ Three rules keep it fast and exact:
 - Y is touched twice, by the frozen matmul and by one in-place addmm; no delta, no sum, no cast of Y exists.
 - Everything at rank r (z, s, t, q: [M, r]) is fp32 even for bf16 operands. Torch has no bf16 x bf16 -> fp32
   matmul on CPUs, so `thin` upcasts a block of rows that stays in the L2 cache, never the whole of x.
+- Everything at rank r lies in memory as its transpose, [r, M]: BLAS takes 0.6 of the time for D Xᵀ that it takes for
+  X Dᵀ (r <= 8), a fifth for C zᵀ, half for tᵀ z, and reads it as fast wherever it is read.
 - s = 0 adds exact zeros: with a zero core the result is F.linear's, bit for bit.
 """
 
@@ -23,6 +25,8 @@ SMALL, TINY = 1 << 15, 1 << 12
 # Elements of one upcast block: 1 MiB in fp32, which fits the L2 cache of every server CPU of the last years.
 BLOCK = 1 << 18
 
+ALIGNED = 64  # bytes; where torch's own tensors on a CPU start
+
 
 def rank_dtype(*operands: Tensor | None) -> torch.dtype:
     """The dtype of everything at rank r: fp32, or fp64 as soon as one operand has it."""
@@ -37,21 +41,24 @@ def row_blocks(M: int, width: int) -> Iterator[slice]:
 
 
 def thin(x: Tensor, down: Tensor) -> Tensor:
-    """z = X Dᵀ, [M, r], in fp32 (fp64 if an operand is), whatever the dtype of x."""
+    """z = X Dᵀ, [M, r] with columns in one piece, in fp32 (fp64 if an operand is), whatever the dtype of x."""
     dtype = torch.float64 if torch.float64 in (x.dtype, down.dtype) else torch.float32
-    # Row-major: BLAS takes three to six times as long on the [N, r] layout that Uᵀ comes in.
+    # Row-major: BLAS takes three times as long on the [N, r] layout that Uᵀ comes in, at r = 2; as long at r = 8.
     if down.dtype != dtype:
         down = down.to(dtype)
     if not down.is_contiguous():
         down = down.contiguous()
+    if down.data_ptr() % ALIGNED:
+        # What MKL makes of an [r, K] that lies elsewhere, as tensors of a file do, differs in its last bits.
+        down = down.clone()
     if x.dtype == dtype:
-        return F.linear(x, down)
+        return torch.mm(down, x.t()).t()
     if x.numel() <= BLOCK:
-        return F.linear(x.to(dtype), down)
-    z = x.new_empty(x.shape[0], down.shape[0], dtype=dtype)
+        return torch.mm(down, x.to(dtype).t()).t()
+    z = x.new_empty(down.shape[0], x.shape[0], dtype=dtype)
     for rows in row_blocks(*x.shape):
-        torch.mm(x[rows].to(dtype), down.t(), out=z[rows])
-    return z
+        torch.mm(down, x[rows].to(dtype).t(), out=z[:, rows])
+    return z.t()
 
 
 def add_product(y: Tensor, s: Tensor, factor: Tensor) -> None:
@@ -87,7 +94,7 @@ def apply_core(
     if core.dtype != z.dtype:
         core = core.to(z.dtype)
     if adapter_ids is None:
-        return torch.mm(z, core) if transposed else F.linear(z, core)
+        return torch.mm(core.t() if transposed else core, z.t()).t()
     M, r = z.shape
     chosen = adapter_ids.clamp(min=0) if gaps else adapter_ids
     parts = []
@@ -127,6 +134,8 @@ def mix_gradient(dcore: Tensor, basis: Tensor | None) -> Tensor:
     """dvᵢ = <Pᵢ, dC>; without a basis dC as it is."""
     if basis is None:
         return dcore
+    if dcore.dim() == 2 and dcore.dtype == basis.dtype:
+        return torch.mv(basis.reshape(len(basis), -1), dcore.reshape(-1))
     return torch.matmul(dcore.flatten(-2), basis.to(dcore.dtype).flatten(-2).t())
 
 
@@ -166,25 +175,15 @@ def forward(
     return y, z
 
 
-def infer(
-    x: Tensor, weight: Tensor, down: Tensor, core: Tensor | None, up: Tensor, bias: Tensor | None, scale: float
-) -> Tensor:
-    """Y = X Wᵀ + b + scale · ((X Dᵀ) Cᵀ) Uᵀ for x of [..., K], without autograd, in as few calls as torch allows.
+def infer(x: Tensor, weight: Tensor, down: Tensor, core: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    """Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ for x of [..., K], without autograd, in as few calls as torch allows.
 
     For a few rows on a CPU, where calls cost more than numbers. core is mixed already; fp32 operands, or a bf16 or
     fp16 layer with fp32 factors.
     """
     y = F.linear(x, weight, bias)
-    same = x.dtype == down.dtype
-    s = F.linear(x if same else x.to(down.dtype), down)
-    if core is not None:
-        s = F.linear(s, core)
-    if not same:
-        return y.add_(F.linear(s, up), alpha=scale)
-    if y.dim() == 2:
-        return y.addmm_(s, up.t(), alpha=scale)
-    y.view(-1, y.shape[-1]).addmm_(s.view(-1, s.shape[-1]), up.t(), alpha=scale)
-    return y
+    z = F.linear(x if x.dtype is down.dtype else x.to(down.dtype), down)
+    return y.add_(F.linear(F.linear(z, core), up))
 
 
 def backward(

@@ -1,10 +1,12 @@
 """`adapted_linear`: the one operator that every adapter runs through. Checks, autograd, tracing, autocast.
 
-Eager calls on plain tensors go straight to the code that computes (`_forward`, `_backward`): the dispatcher's
+Eager calls on plain tensors go straight to the module that computes (`_computes`): the dispatcher's
 wrapper around a Python custom op costs tens of microseconds, as much as a small linear layer. Whatever looks
 at the call from outside (torch.compile, torch.export, dispatch modes, tensor subclasses, autocast) meets
 the custom op `tinylora::adapted_linear`, with the same two functions as its body.
 """
+
+import contextlib
 
 import torch
 from torch import Tensor
@@ -60,14 +62,12 @@ def adapted_linear(
 def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant=False) -> Tensor:
     """`adapted_linear` for operands that are known to fit: a layer's own. Every microsecond here is paid per layer."""
     ids = None if adapter_ids is None else adapter_ids.reshape(-1)
-    outside = _seen_from_outside(x, weight, down, core, up)
-    module = None if outside else _computes(x, weight, down, core, up, batch_invariant)
-    # The kernels take rows in any number of dimensions; each of the two views costs as much as a small launch.
-    kernels = not (outside or module is eager or module is invariant)
-    rows = x if kernels or x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if outside:
-        y, _ = torch.ops.tinylora.adapted_linear(rows, weight, down, core, up, bias, ids, basis, batch_invariant)
-    elif torch.is_grad_enabled() and (
+    if _seen_from_outside(x, weight, down, core, up):
+        x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y, _ = torch.ops.tinylora.adapted_linear(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    module = _computes(x, weight, down, core, up, batch_invariant)
+    if torch.is_grad_enabled() and (
         x.requires_grad
         or (core is not None and core.requires_grad)
         or down.requires_grad
@@ -75,12 +75,17 @@ def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invaria
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        y = _AdaptedLinear.apply(rows, weight, down, core, up, bias, ids, basis, module)
-    elif kernels:
-        y, _ = module.forward(rows, weight, down, core, up, bias, ids, basis, want_z=False)
-    else:
+        return _AdaptedLinear.apply(x, weight, down, core, up, bias, ids, basis, module)
+    rows = _rows(x, module)
+    if rows is not x or module is eager or module is invariant:
         y, _ = module.forward(rows, weight, down, core, up, bias, ids, basis)
-    return y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
+        return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
+    return module.forward(x, weight, down, core, up, bias, ids, basis, want_z=False)[0]
+
+
+def _rows(x: Tensor, module) -> Tensor:
+    """x as `module` takes it: the kernels in any number of dimensions, since a view costs as much as a small launch."""
+    return x if x.dim() == 2 or not (module is eager or module is invariant) else x.reshape(-1, x.shape[-1])
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: bool) -> Tensor:
@@ -156,21 +161,26 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, down, core, up, bias, adapter_ids, basis, module):
-        y, z = module.forward(x, weight, down, core, up, bias, adapter_ids, basis)
+        rows = _rows(x, module)  # in here: outside it would be two more nodes a layer
+        y, z = module.forward(rows, weight, down, core, up, bias, adapter_ids, basis)
         need = ctx.needs_input_grad[:6]
         ctx.module = module
-        ctx.save_for_backward(*_saved(x, weight, down, core, up, adapter_ids, basis, z, need))
-        return y
+        ctx.save_for_backward(*_saved(rows, weight, down, core, up, adapter_ids, basis, z, need))
+        # Not a view in autograd's books: it may be changed in place as any layer's output may.
+        return y if rows is x else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        need = ctx.needs_input_grad[:6]
-        device = dy.device.type
-        if torch.is_autocast_enabled(device):  # a backward called inside autocast; the context costs microseconds
-            with torch.autocast(device, enabled=False):
-                return (*ctx.module.backward(dy, *ctx.saved_tensors, need), None, None, None)
-        return (*ctx.module.backward(dy, *ctx.saved_tensors, need), None, None, None)
+        need, module = ctx.needs_input_grad[:6], ctx.module
+        rows = _rows(dy, module)
+        # A backward may be called inside autocast; the context costs microseconds.
+        autocast = torch.is_autocast_enabled(dy.device.type)
+        with torch.autocast(dy.device.type, enabled=False) if autocast else contextlib.nullcontext():
+            dx, *others = module.backward(rows, *ctx.saved_tensors, need)
+        if dx is not None and rows is not dy:
+            dx = dx.view(*dy.shape[:-1], dx.shape[-1])
+        return dx, *others, None, None, None
 
 
 # --- the custom op: what torch.compile, torch.export and dispatch modes see -------------------------------
@@ -190,7 +200,8 @@ def _op(
     basis: Tensor | None,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant)
+    y, z = _forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant)
+    return y, z.contiguous()  # of one layout, whichever path made it: graphs know it beforehand
 
 
 @_op.register_fake

@@ -177,7 +177,8 @@ def _op(
     adapter_ids: Tensor | None,
     basis: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(x, weights, down, core, up, biases, adapter_ids, basis)
+    y, z = _forward(x, weights, down, core, up, biases, adapter_ids, basis)
+    return y, z.contiguous()  # of one layout, whichever path made it: graphs know it beforehand
 
 
 @_op.register_fake
