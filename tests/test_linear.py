@@ -45,6 +45,17 @@ def test_formula_from_the_paper(config, dtype):
     assert_as_good_as_torch("y", layer(x), exact, plain)
 
 
+@pytest.mark.parametrize("shape", [(32,), (5, 32), (2, 3, 32)], ids=str)
+def test_the_output_may_be_changed_in_place(shape):
+    """As any layer's: `nn.ReLU(inplace=True)` after it, a residual added to it."""
+    x = torch.randn(shape, requires_grad=True)
+    _, layer = layer_with_a_trained_adapter()
+    v = tinylora.adapter_parameters(layer)[0]
+    (want,) = torch.autograd.grad((layer(x) + 1).relu().sum(), v)
+    (got,) = torch.autograd.grad(layer(x).add_(1).relu_().sum(), v)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_new_adapter_changes_nothing_and_shares_the_weight(config, bias):

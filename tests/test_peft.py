@@ -117,6 +117,17 @@ def test_shapes_and_the_input_gradient(kind, dtype, shape):
         torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(dtype).eps * scale)
 
 
+@kinds
+def test_the_output_may_be_changed_in_place(kind):
+    tinylora.patch_peft()
+    layer = layer_of(adapted(kind))
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    (want,) = torch.autograd.grad((layer(x) + 1).relu().sum(), x)
+    (got,) = torch.autograd.grad(layer(x).add_(1).relu_().sum(), x)
+    only_fast(kind)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("kind", ["TinyLoRA", "LoRA", "AdaLoRA"])
 def test_adapters_in_the_models_own_dtype(kind):
     model = peft.get_peft_model(qwen2(dtype=torch.bfloat16), CONFIGS[kind](), autocast_adapter_dtype=False)

@@ -79,7 +79,9 @@ def _forward(x, weight, bias, down, d, up, b, scale) -> tuple[Tensor, Tensor]:
     s = z if d is None else z * _column(d, z.dtype)
     factor = up if b is None else up * b[:, None]
     y.addmm_(s.t().to(y.dtype), factor.t().to(y.dtype), alpha=scale)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])), z
+    if x.dim() != 2:  # not a view in autograd's books: it may be changed in place as any layer's output may
+        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+    return y, z
 
 
 class _DiagonalLinear(torch.autograd.Function):
