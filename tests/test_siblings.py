@@ -14,7 +14,7 @@ import tinylora
 from tinylora import LoraConfig, LoraXSConfig, TinyLoraConfig, VeraConfig
 from tinylora.nn.siblings import Siblings, called_together
 from tinylora.ops import linear
-from tinylora.ops.siblings import Whole, adapted_linears, joined
+from tinylora.ops.siblings import adapted_linears, joined
 
 CONFIGS = {
     "one v": TinyLoraConfig(r=2, u=3, n_tie=100),
@@ -447,20 +447,19 @@ def test_tied_parameters_are_not_moved_apart():
     assert not groups(model) and model.alias.weight.data_ptr() == model.a.weight.data_ptr()
 
 
-def test_what_was_joined_once_is_looked_at_only_while_it_lies_there():
-    """`Whole` shows the memory of its parts: writes through `.data` count, and another memory is never mistaken."""
+def test_joined_is_a_view_of_what_lies_side_by_side_in_one_storage():
     storage = torch.randn(10, 4)
-    weights, biases = list(storage.split([6, 4])), list(torch.randn(10).split([6, 4]))
-    whole = Whole.of(weights, biases)
-    assert whole.shows(weights, biases)
-    weights[0].data[2] = 7.0
-    assert torch.equal(whole.weight, torch.cat(weights)) and torch.equal(whole.bias, torch.cat(biases))
-    assert not whole.shows([weights[0].clone(), weights[1]], biases)
-    assert not whole.shows(weights, [biases[0], biases[1].clone()])
-    assert not whole.shows([weights[0][:5], weights[1]], biases) and not whole.shows(weights, [])
-    square = torch.randn(8, 4)
-    assert not Whole.of(square.split(4), []).shows([square[:4].t(), square[4:]], [])
-    assert Whole.of([weights[0], torch.randn(4, 4)], []) is None
+    parts = list(storage.split([6, 4]))
+    whole = joined(parts)
+    parts[0].data[2] = 7.0
+    assert torch.equal(whole, storage) and whole.data_ptr() == storage.data_ptr()
+    assert torch.equal(joined(storage[2:].split([4, 4])), storage[2:])
+    assert joined([parts[0].clone(), parts[1]]) is None and joined([parts[0][:5], parts[1]]) is None
+    assert joined([storage[:4].t(), storage[4:]]) is None and joined(parts[::-1]) is None
+    # Two storages over neighbouring memory, as an allocator may hand them out, are not one.
+    memory = bytearray(64)
+    first, second = (torch.frombuffer(memory, dtype=torch.float32, offset=o, count=8).view(2, 4) for o in (0, 32))
+    assert second.data_ptr() == first.data_ptr() + first.nbytes and joined([first, second]) is None
 
 
 def test_a_base_weight_that_changes_is_seen_at_once():

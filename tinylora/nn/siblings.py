@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tinylora.adapters import Adapter, Factors
 from tinylora.nn.linear import Linear
 from tinylora.ops.dispatch import MAX_RANK
-from tinylora.ops.siblings import Whole, adapted_linears, joined
+from tinylora.ops.siblings import adapted_linears, joined
 
 
 def group(root: nn.Module) -> None:
@@ -84,7 +84,6 @@ class Siblings:
         self.running = False
         self.shares: tuple[Tensor, int, list[Tensor | None]] | None = None  # x, its version, what nobody took yet
         self.wide: dict[str, Wide] = {}
-        self.whole: Whole | None = None  # the weights, and the biases, as one tensor each
         self.copied = False  # a copy's layers have storages of their own until it runs
 
     def __getstate__(self):
@@ -115,7 +114,7 @@ class Siblings:
 
         Nothing happens while the layers are on their way (some moved, some not yet).
         """
-        self.wide, self.whole = {}, None
+        self.wide = {}
         weights = [layer.weight for layer in self.layers]
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
         if len({(w.device, w.dtype) for w in weights}) > 1 or weights[0].is_meta:
@@ -127,7 +126,6 @@ class Siblings:
                 whole = torch.cat([p.data for p in parts])
                 for part, rows in zip(parts, whole.split([len(p) for p in parts]), strict=True):
                     part.data = rows
-        self.whole = Whole.of(weights, biases)
         for name in self.layers[0].adapters:
             if all(name in layer.adapters for layer in self.layers):
                 wide = _wide([layer.adapters[name] for layer in self.layers])
@@ -194,11 +192,11 @@ class Siblings:
         operands = weights, wide.down, core, wide.up, biases, ids, wide.basis
         device = weight.device.type
         if not torch.is_autocast_enabled(device):
-            return list(adapted_linears(x, *operands, self.whole)) if x.dtype == weight.dtype else None
+            return list(adapted_linears(x, *operands)) if x.dtype == weight.dtype else None
         if weight.dtype != torch.get_autocast_dtype(device):
             return None
         with torch.autocast(device, enabled=False):
-            return list(adapted_linears(x.to(weight.dtype), *operands, self.whole))
+            return list(adapted_linears(x.to(weight.dtype), *operands))
 
 
 def _wide(adapters: list[Adapter]) -> Wide | None:

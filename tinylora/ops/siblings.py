@@ -25,7 +25,6 @@ def adapted_linears(
     biases: Sequence[Tensor],
     adapter_ids: Tensor | None,
     basis: Tensor | None,
-    whole: "Whole | None" = None,
 ) -> tuple[Tensor, ...]:
     """(Y_1, .., Y_G), each [..., N_i], for operands that are known to fit: those of layers.
 
@@ -33,7 +32,6 @@ def adapted_linears(
     weights: each [N_i, K], frozen
     down:    [R, K], frozen; core: as `adapted_linear` takes it; up: [N_1 + .. + N_G, R], frozen
     biases:  each [N_i], frozen, or none at all
-    whole:   what `Whole.of` made of weights and biases once; looked at only while it still is where they are
 
     Gradients are computed for x and core. The results are slices of one buffer: their rows are strided.
     """
@@ -43,52 +41,28 @@ def adapted_linears(
     if linear._seen_from_outside(x, weights[0], down, core, up):
         y, _ = torch.ops.tinylora.adapted_linears(x2d, list(weights), down, core, up, list(biases), ids, basis)
     elif torch.is_grad_enabled() and (x.requires_grad or (core is not None and core.requires_grad)):
-        ys = _AdaptedLinears.apply(x2d, core, down, up, ids, basis, whole, len(weights), *weights, *biases)
+        ys = _AdaptedLinears.apply(x2d, core, down, up, ids, basis, len(weights), *weights, *biases)
         return ys if x.dim() == 2 else tuple(y.view(*x.shape[:-1], n) for y, n in zip(ys, sizes, strict=True))
     else:
-        y, _ = _forward(x2d, weights, down, core, up, biases, ids, basis, whole)
+        y, _ = _forward(x2d, weights, down, core, up, biases, ids, basis)
     return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])).split_with_sizes(sizes, -1)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor | None:
     """The tensor that parts form without a copy: rows one after another in one storage; None if they do not."""
+    # Asked on every call, so in few steps: memory within the first one's storage is in no other's.
     first = parts[0]
-    storage, at, rows = first.untyped_storage().data_ptr(), first.data_ptr(), 0
+    at = first.data_ptr()
+    rows = 0
     for part in parts:
-        if part.data_ptr() != at or part.untyped_storage().data_ptr() != storage or not part.is_contiguous():
+        if part.data_ptr() != at or not part.is_contiguous():
             return None
-        at += part.numel() * part.element_size()
-        rows += part.shape[0]
+        at += part.nbytes
+        rows += len(part)
+    storage = first.untyped_storage()
+    if at > storage.data_ptr() + storage.nbytes():
+        return None
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
-
-
-class Whole:
-    """Weights (and biases) that lie side by side as one tensor each, made once and good for as long as they lie there.
-
-    To ask whether parts lie side by side, and to view them as one, costs a small layer's time on every call. This
-    holds the views, so the memory that they show is nobody else's: parts that start at the addresses that they had,
-    contiguous and as long as they were, are this very memory, whatever was written to it.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, places: list[tuple[int, int]]):
-        self.weight, self.bias, self.places = weight, bias, places
-
-    @classmethod
-    def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> "Whole | None":
-        """None where the weights, or the biases, do not lie side by side."""
-        weight, bias = joined(weights), joined(biases) if biases else None
-        if weight is None or (biases and bias is None):
-            return None
-        return cls(weight, bias, [(part.data_ptr(), part.numel()) for part in (*weights, *biases)])
-
-    def shows(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
-        """Whether these are the parts still."""
-        if len(weights) + len(biases) != len(self.places):
-            return False
-        for part, (place, numel) in zip((*weights, *biases), self.places, strict=True):
-            if part.data_ptr() != place or part.numel() != numel or not part.is_contiguous():
-                return False
-        return True
 
 
 # On a CPU one wide product of 16-bit numbers takes 0.75 to 1.0 of the time of several, and one of fp32 numbers as long,
@@ -101,13 +75,9 @@ def _on_torch(x, weights, down, core, up) -> bool:
     return linear._computes(x, weights[0], down, core, up, False) is eager
 
 
-def _forward(x, weights, down, core, up, biases, adapter_ids, basis, whole=None) -> tuple[Tensor, Tensor]:
+def _forward(x, weights, down, core, up, biases, adapter_ids, basis) -> tuple[Tensor, Tensor]:
     """([Y_1 | .. | Y_G], z)."""
-    bias = None
-    if whole is not None and whole.shows(weights, biases):
-        weight, bias = whole.weight, whole.bias
-    else:
-        weight = joined(weights)
+    weight = joined(weights)
     apart = weight is None or (weight.element_size() > 2 and weight.numel() > WIDE_ON_CPU)
     if x.is_cpu and apart and _on_torch(x, weights, down, core, up):
         return eager.forward_of_parts(x, weights, down, core, up, biases, adapter_ids, basis)
@@ -118,7 +88,8 @@ def _forward(x, weights, down, core, up, biases, adapter_ids, basis, whole=None)
             y, z = linear._forward(x, own, down, core, u, own_bias, adapter_ids, basis, False)
             ys.append(y)
         return torch.cat(ys, -1), z
-    if biases and bias is None:
+    bias = None
+    if biases:
         bias = joined(biases)
         bias = torch.cat(list(biases)) if bias is None else bias
     return linear._forward(x, weight, down, core, up, bias, adapter_ids, basis, False)
@@ -141,9 +112,9 @@ class _AdaptedLinears(torch.autograd.Function):
     """The eager call; dY comes in parts and is never put together."""
 
     @staticmethod
-    def forward(ctx, x, core, down, up, adapter_ids, basis, whole, count, *base):
+    def forward(ctx, x, core, down, up, adapter_ids, basis, count, *base):
         weights, biases = base[:count], base[count:]
-        y, z = _forward(x, weights, down, core, up, biases, adapter_ids, basis, whole)
+        y, z = _forward(x, weights, down, core, up, biases, adapter_ids, basis)
         need = ctx.needs_input_grad
         ctx.save_for_backward(z if need[1] else None, down, core, up, adapter_ids, basis, *weights)
         # Slices, but not views in autograd's books: each may be changed in place as any layer's output may.
