@@ -286,6 +286,8 @@ def backward(
             return backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, choice, pin)
     need_x, need_weight, need_down, need_core, need_up, need_bias = need
     dx = dweight = ddown = dcore = dup = dbias = None
+    if z is not None and not z.is_contiguous():  # the torch path's z: the kernels' rows lie one after the other
+        z = z.contiguous()
     values, own_basis = _mixed_inside(core, basis)
     ours = Core(values, own_basis, adapter_ids)
     theirs = Core(values, own_basis, adapter_ids, transposed=True)
@@ -329,6 +331,8 @@ def backward_of_parts(dys, z, weight, down, core, up, adapter_ids, basis, need_x
         with torch.cuda.device(first.device):
             return backward_of_parts(dys, z, weight, down, core, up, adapter_ids, basis, need_x, need_core, choice)
     dys = [_walkable(dy) for dy in dys]
+    if z is not None and not z.is_contiguous():
+        z = z.contiguous()
     values, own_basis = _mixed_inside(core, basis)
     theirs = Core(values, own_basis, adapter_ids, transposed=True)
     dx = dcore = None
