@@ -221,7 +221,10 @@ def plan(args, device: torch.device, budget: float) -> linear.Plan:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
+    if args.what and argv[0] != args.what:  # argparse would take the command's own defaults in their place
+        parser().error(f"options come after the command: python -m bench {args.what} {' '.join(argv[:2])} ...")
     if args.what == "table":
         report.write_readme(args.readme, args.results)
         return 0

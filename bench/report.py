@@ -244,7 +244,8 @@ def rollout_table(rows: list[Row]) -> str:
 def _where(rows: list[Row]) -> str:
     first = rows[0]
     versions = f"torch {first.torch}" + (f", triton {first.triton}" if first.device.startswith("NVIDIA") else "")
-    threads = f", {first.threads} thread{'s' * (first.threads > 1)}" if first.threads else ""
+    used = sorted({row.threads for row in rows if row.threads})
+    threads = f", {' or '.join(map(str, used))} thread{'s' * (used[-1] > 1)}" if used else ""
     return f"**{first.device}**{threads}; {versions}, PEFT {first.peft}; {first.date[:10]}"
 
 

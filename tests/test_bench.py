@@ -289,6 +289,13 @@ def test_means_are_over_qwen_at_16_rows_and_more():
     assert missed == "ours / bare: 2.000 over 2 cells, bar 1.25: MISSED"
 
 
+def test_an_option_before_the_command_is_no_silent_default(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "svd"])
+    assert "options come after the command: python -m bench svd --out" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(["--help"])
