@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-KERNEL_TESTS := tests/test_kernels.py tests/test_compile.py tests/test_counts.py tests/test_choice.py
+KERNEL_TESTS := tests/test_kernels.py tests/test_compile.py tests/test_counts.py tests/test_choice.py tests/test_launch.py
 
 help:
 	@echo "make bench        the benchmark on this machine's device: a table, a CSV and a plot in bench/out/"
