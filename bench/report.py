@@ -253,9 +253,9 @@ def summary(rows: list[Row]) -> str:
     """The results of one device in one table: ours and PEFT's, a line for each question."""
     lines: list[list[str]] = []
 
-    def ratios(what: str, found: Iterable[dict[str, Row]], name: str = who.OURS, base: str = who.BARE) -> None:
+    def ratios(what: str, found: Iterable[dict[str, Row]], name: str = who.OURS) -> None:
         found = list(found)
-        values = [over(found, name, base), over(found, who.PEFT, base)]
+        values = [over(found, name, who.BARE), over(found, who.PEFT, who.BARE)]
         if values[0]:
             lines.append([what, *map(_mean, values)])
 
@@ -275,8 +275,9 @@ def summary(rows: list[Row]) -> str:
         for name in cell:
             if name.startswith(who.OURS):
                 extra = name.removeprefix(who.OURS)
-                one = {name: cell[name]} | {n: cell[n] for n in (who.BARE, who.PEFT) if n in cell and not extra}
-                ratios(f"generate(), {model}, batch {batch}{extra}", [one | {who.BARE: cell[who.BARE]}], name)
+                beside = (who.BARE,) if extra else (who.BARE, who.PEFT)  # PEFT's runs one adapter, as ours plain
+                one = {n: cell[n] for n in (name, *beside) if n in cell}
+                ratios(f"generate(), {model}, batch {batch}{extra}", [one], name)
     patched: dict[tuple, list] = defaultdict(list)
     for (size, adapter, pass_, _), cell in _by(rows, "peft", lambda r: (r.model, r.layer, r.pass_, r.dtype)):
         patched[size, adapter, pass_].append(cell)

@@ -82,8 +82,8 @@ class Linear(nn.Linear):
         return (own["weight"], own["bias"]) if plain else (self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.base()
         if self.active is None or self.merged is not None:
+            weight, bias = self.base()
             if self.batch_invariant:
                 return frozen_linear(x, weight, bias, batch_invariant=True)
             return F.linear(x, weight, bias)
@@ -92,6 +92,7 @@ class Linear(nn.Linear):
             y = siblings.output(self, x)
             if y is not None:
                 return y
+        weight, bias = self.base()
         adapter = self._modules["adapters"]._modules[self.active]
         down, core, up, basis = adapter.factors()
         invariant = self.batch_invariant
