@@ -6,11 +6,13 @@ active adapter on a plain torch.nn.Linear, not merged, no dropout acting. Everyt
 unchanged, and is counted with its reason (`counts`). Nothing is cached from one call to the next but constants: the
 factors are read from the layer every time, whatever an optimiser, a load or `.data =` did to them.
 
-    PEFT's layer     down      core                    up                 in eager torch on a CPU
-    TinyLoRA         A         Σ v_i P_i               B                  the same operator
-    LoRA             A         scaling · I             B                  `ops.diagonal`: a factor, no core
-    VeRA             A[:, :K]  diag(lambda_d)          diag(lambda_b) B   `ops.diagonal`: d, b
-    AdaLoRA          A         diag(E) scaling / rank  B                  `ops.diagonal`: d and a factor
+    PEFT's layer     down      core                    up
+    TinyLoRA         A         Σ v_i P_i               B
+    LoRA             A         scaling · I             B
+    VeRA             A[:, :K]  diag(lambda_d)          diag(lambda_b) B
+    AdaLoRA          A         diag(E) scaling / rank  B
+
+In eager torch on a CPU what is diagonal is a part of up, or a factor (`ops.cpu`).
 
 Every layer gives the dtype that PEFT's own gives, and rounds once where PEFT's rounds the base, the correction and
 their sum. Under autocast, x, the base's weight and its bias are cast as F.linear's would be; the factors stay as they
@@ -28,7 +30,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from tinylora.ops import eager
 from tinylora.ops.checks import fits
-from tinylora.ops.diagonal import FEW, diagonal_linear
+from tinylora.ops.cpu import linear_on_cpu
 from tinylora.ops.dispatch import interpreting
 from tinylora.ops.linear import unchecked
 
@@ -49,9 +51,10 @@ def _plain(linear: nn.Module) -> bool:
 
 
 # Each of these computes a layer of PEFT's with the adapter `name`, or says why the operator cannot. x, weight and bias
-# are of one dtype and device. A layer of a small model takes ten microseconds and its code is in no cache when its turn
-# comes: calls of Python's and looks through nn.Module's __getattr__ or a container's __getitem__ would cost more, so
-# `__dict__` and the registries are read directly, and conditions stand where they are asked.
+# are of one dtype and device; `on_cpu` says that they are plain ones there, weight and bias frozen. A layer of a small
+# model takes ten microseconds and its code is in no cache when its turn comes: calls of Python's and looks through
+# nn.Module's __getattr__ or a container's __getitem__ would cost more, so `__dict__` and the registries are read
+# directly, and conditions stand where they are asked.
 
 
 def _tinylora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
@@ -75,9 +78,7 @@ def _tinylora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         and v.is_cpu
         and basis.is_cpu
     ):
-        if not torch.is_grad_enabled() and x.numel() <= FEW.get(x.dtype, 0):
-            return eager.infer(x, weight, down, eager.mix(v, basis), up, bias)
-        return unchecked(x, weight, down, v, up, bias, None, basis)
+        return linear_on_cpu(x, weight, bias, down, eager.mix(v, basis), up)
     return _operator(x, weight, down, v, up, bias, basis)
 
 
@@ -119,7 +120,7 @@ def _lora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         and type(down) in _TENSORS
         and type(up) in _TENSORS
     ):
-        return diagonal_linear(x, weight, bias, down, None, up, None, scale)
+        return linear_on_cpu(x, weight, bias, down, None, up, scale)
     return _operator(x, weight, down, _scaled_identity(down.shape[0], scale, x.device), up, bias)
 
 
@@ -140,9 +141,9 @@ def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
     if 8 * r > min(N, K) and N * r > _VERA:
         return "a rank above an eighth of the layer's size: nothing to gain"
     if down.shape[1] != K:
-        down = down[:, :K]
+        down = down.narrow(1, 0, K)
     if up.shape[0] != N:
-        up = up[:N]
+        up = up.narrow(0, 0, N)
     if (
         on_cpu
         and down.is_cpu
@@ -153,7 +154,7 @@ def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         and type(d) in _TENSORS
         and type(b) in _TENSORS
     ):
-        return diagonal_linear(x, weight, bias, down, d, up, b, 1.0)
+        return linear_on_cpu(x, weight, bias, down, None, up * d * b.unsqueeze(1))
     if not down.device == up.device == b.device == d.device:
         return "operands on several devices"
     return _operator(x, weight, down, torch.diag(d), b[:, None] * up, bias)
@@ -187,9 +188,9 @@ def _adalora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         and E.numel() > 0  # all of a layer's triplets may be pruned
     ):
         if not (ranknum.requires_grad and torch.is_grad_enabled()):
-            return diagonal_linear(x, weight, bias, down, E, up, None, scale / (ranknum.item() + 1e-5))
+            return linear_on_cpu(x, weight, bias, down, None, up * E.view(-1), scale / (ranknum.item() + 1e-5))
         # on a bf16 base PEFT's cast of the adapter to fp32 leaves ranknum trainable: its gradient is asked for, too
-        return diagonal_linear(x, weight, bias, down, E * (scale / (ranknum + 1e-5)), up, None, 1.0)
+        return linear_on_cpu(x, weight, bias, down, None, up * (E.view(-1) * (scale / (ranknum + 1e-5))))
     return _operator(x, weight, down * (E * (scale / (ranknum + 1e-5))), None, up, bias)
 
 
@@ -276,7 +277,8 @@ def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, giv
             elif x.dtype is not weight.dtype:
                 found = _DIFFER
             elif x.is_cpu and weight.is_cpu:
-                found = compute(layer, name, x, weight, bias, not (compiling or kernels_on_cpu))
+                frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+                found = compute(layer, name, x, weight, bias, frozen and not (compiling or kernels_on_cpu))
             else:
                 found = compute(layer, name, x, weight, bias, False) if x.device == weight.device else _DIFFER
         else:
@@ -313,7 +315,8 @@ def _under_autocast(compute, layer, name, x, weight, bias, traced) -> Tensor | s
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         cast = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        return compute(layer, name, *cast, device == "cpu" and not traced)
+        frozen = not any(t is not None and t.requires_grad for t in cast[1:])
+        return compute(layer, name, *cast, frozen and device == "cpu" and not traced)
 
 
 def _operator(x, weight, down, core, up, bias, basis=None) -> Tensor | str:

@@ -4,8 +4,8 @@ Three rules keep it fast and exact:
 - Y is touched twice, by the frozen matmul and by one in-place addmm; no delta, no sum, no cast of Y exists.
 - Everything at rank r (z, s, t, q: [M, r]) is fp32 even for bf16 operands. Torch has no bf16 x bf16 -> fp32
   matmul on CPUs, so `thin` upcasts a block of rows that stays in the L2 cache, never the whole of x.
-- Everything at rank r lies in memory as its transpose, [r, M]: BLAS takes 0.6 of the time for D Xᵀ that it takes for
-  X Dᵀ (r <= 8), a fifth for C zᵀ, half for tᵀ z, and reads it as fast wherever it is read.
+- Up to rank 8 what is [M, r] lies in memory as its transpose, [r, M], which BLAS makes from x in 0.6 of the time and
+  reads as fast. MKL has one thread for such a product, however many there are: each thread gets a panel of rows.
 - s = 0 adds exact zeros: with a zero core the result is F.linear's, bit for bit.
 """
 
@@ -33,53 +33,94 @@ def rank_dtype(*operands: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in operands) else torch.float32
 
 
-def row_blocks(M: int, width: int) -> Iterator[slice]:
-    """Slices of M rows, each of at most BLOCK elements at `width` elements a row, and of at least one row."""
-    rows = max(1, BLOCK // max(1, width))
+def row_blocks(M: int, width: int, threads: int = 1) -> Iterator[slice]:
+    """Slices of M rows, each of at most BLOCK elements a thread at `width` elements a row, and of at least one row."""
+    rows = max(1, BLOCK * threads // max(1, width))
     for start in range(0, M, rows):
         yield slice(start, start + rows)
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """x as [M, K]."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def like_rows(y: Tensor, x: Tensor) -> Tensor:
+    """A new tensor y [M, N] in the dimensions of x [..., K]; no view, which nobody may change behind autograd."""
+    return y if x.dim() == 2 else y.resize_(*x.shape[:-1], y.shape[1])
+
+
+def panels(x: Tensor) -> int:
+    """Into how many panels of as many rows x is cut: one a thread, or one where that does not come out even."""
+    M, threads = x.shape[0], torch.get_num_threads()
+    return threads if M % threads == 0 and x.is_cpu and threads * 32 <= M else 1
+
+
 def thin(x: Tensor, down: Tensor) -> Tensor:
-    """z = X Dᵀ, [M, r] with columns in one piece, in fp32 (fp64 if an operand is), whatever the dtype of x."""
+    """z = X Dᵀ, [M, r] in rows or in columns, in fp32 (fp64 if an operand is), whatever the dtype of x."""
     dtype = torch.float64 if torch.float64 in (x.dtype, down.dtype) else torch.float32
-    # Row-major: BLAS takes three times as long on the [N, r] layout that Uᵀ comes in, at r = 2; as long at r = 8.
-    if down.dtype != dtype:
+    if down.dtype is not dtype:
         down = down.to(dtype)
-    if not down.is_contiguous():
+    if not down.is_contiguous():  # BLAS takes three times as long on the [N, r] layout that Uᵀ comes in
         down = down.contiguous()
     if down.data_ptr() % ALIGNED:
         # What MKL makes of an [r, K] that lies elsewhere, as tensors of a file do, differs in its last bits.
         down = down.clone()
-    if x.dtype == dtype:
-        return torch.mm(down, x.t()).t()
-    if x.numel() <= BLOCK:
-        return torch.mm(down, x.to(dtype).t()).t()
-    z = x.new_empty(down.shape[0], x.shape[0], dtype=dtype)
-    for rows in row_blocks(*x.shape):
-        torch.mm(down, x[rows].to(dtype).t(), out=z[:, rows])
-    return z.t()
+    if x.dtype is dtype:
+        return _thin(x, down)
+    threads = torch.get_num_threads()
+    if x.numel() <= BLOCK * threads:
+        return _thin(x.to(dtype), down)
+    z = x.new_empty(down.shape[0], x.shape[0], dtype=dtype).t()
+    for rows in row_blocks(*x.shape, threads):
+        z[rows] = _thin(x[rows].to(dtype), down)
+    return z
 
 
-def add_product(y: Tensor, s: Tensor, factor: Tensor) -> None:
-    """y += s F in place, for s of [M, r] and F of [r, N]."""
+def _thin(x: Tensor, down: Tensor) -> Tensor:
+    (M, K), r = x.shape, down.shape[0]
+    parts = panels(x)
+    if parts > 1 and r <= 8:
+        z = torch.bmm(down.expand(parts, r, K), x.view(parts, M // parts, K).mT)
+        return z.transpose(0, 1).reshape(r, M).t()
+    if torch.get_num_threads() > 1:
+        return torch.mm(x, down.t())
+    return torch.mm(down, x.t()).t()
+
+
+def add_product(y: Tensor, s: Tensor, factor: Tensor, scale: float = 1.0) -> None:
+    """y += scale · s F in place, for s of [M, r] and F of [r, N]."""
     dtype = y.dtype
-    if dtype == torch.bfloat16 and s.dtype == torch.float32 and y.is_cpu:
+    if dtype is torch.bfloat16 and s.dtype is torch.float32 and y.is_cpu:
         numel = y.numel()
         if numel <= SMALL and factor.numel() <= 4 * SMALL and numel * s.shape[1] > TINY:
-            y.copy_(torch.addmm(y.to(s.dtype), s.to(dtype).to(s.dtype), factor.to(s.dtype)))
+            wide = s.to(dtype).to(torch.float32), factor if factor.dtype is torch.float32 else factor.float()
+            y.copy_(torch.addmm(y.to(torch.float32), *wide, alpha=scale))
             return
-    y.addmm_(s if s.dtype == dtype else s.to(dtype), factor if factor.dtype == dtype else factor.to(dtype))
+    if s.dtype is not dtype:
+        s = s.to(dtype)
+    if factor.dtype is not dtype:  # in rows: oneDNN takes up to a third longer on columns
+        factor = factor.to(dtype, memory_format=torch.contiguous_format)
+    y.addmm_(s, factor, alpha=scale)
 
 
 def thin_transposed(s: Tensor, x: Tensor) -> Tensor:
     """sᵀ X, [r, K], for s of [M, r]: the gradient of a thin factor, summed over rows in s's dtype."""
-    if x.dtype == s.dtype:
-        return s.T @ x
+    if x.dtype is s.dtype:
+        return _thin_transposed(s, x)
+    if x.numel() <= BLOCK * (threads := torch.get_num_threads()):
+        return _thin_transposed(s, x.to(s.dtype))
     total = s.new_zeros(s.shape[1], x.shape[1])
-    for rows in row_blocks(*x.shape):
-        total.addmm_(s[rows].T, x[rows].to(s.dtype))
+    for rows in row_blocks(*x.shape, threads):
+        total += _thin_transposed(s[rows], x[rows].to(s.dtype))
     return total
+
+
+def _thin_transposed(s: Tensor, x: Tensor) -> Tensor:
+    (M, r), K = s.shape, x.shape[1]
+    if (parts := panels(x)) == 1:
+        return torch.mm(s.t(), x)
+    return torch.bmm(s.view(parts, M // parts, r).mT, x.view(parts, M // parts, K)).sum(0)
 
 
 def apply_core(
@@ -165,25 +206,14 @@ def forward(
     adapter_ids: Tensor | None,
     basis: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(Y, z) for x of [M, K]."""
+    """(Y, z), Y [..., N] for x of [..., K] and z [M, r]."""
     gaps = adapter_ids is not None and (not adapter_ids.is_cpu or check_ids(adapter_ids, core.shape[0]))
     core = mix(core, basis)
-    y = F.linear(x, weight, bias)
-    z = thin(x, down)
-    s = apply_core(z, core, adapter_ids, gaps=gaps)
-    add_product(y, s, up.t())
-    return y, z
-
-
-def infer(x: Tensor, weight: Tensor, down: Tensor, core: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
-    """Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ for x of [..., K], without autograd, in as few calls as torch allows.
-
-    For a few rows on a CPU, where calls cost more than numbers. core is mixed already; fp32 operands, or a bf16 or
-    fp16 layer with fp32 factors.
-    """
-    y = F.linear(x, weight, bias)
-    z = F.linear(x if x.dtype is down.dtype else x.to(down.dtype), down)
-    return y.add_(F.linear(F.linear(z, core), up))
+    rows = in_rows(x)
+    y = F.linear(rows, weight, bias)
+    z = thin(rows, down)
+    add_product(y, apply_core(z, core, adapter_ids, gaps=gaps), up.t())
+    return like_rows(y, x), z
 
 
 def backward(
@@ -198,30 +228,41 @@ def backward(
     basis: Tensor | None,
     need: tuple[bool, bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of (x, weight, down, core, up, bias), None where `need` is False.
+    """Gradients of (x, weight, down, core, up, bias), None where `need` is False, from dy of [..., N].
 
-    dX = dY W + ((dY U) C) D, dW = dYᵀ X, dD = (t C)ᵀ X, dC = tᵀ z, dU = dYᵀ s, db = Σ_m dY, with t = dY U.
+    dX = dY W + ((dY U) C) D, dW = dYᵀ X, dD = (t C)ᵀ X, dC = tᵀ z, dU = dYᵀ s, db = Σ_m dY, with t = dY U. Where all
+    rows have one core, h = zᵀ dY, [r, N], gives dU = (C h)ᵀ and, where nothing else needs t, dC = (h U)ᵀ.
     x may be None unless dW or dD is needed, z unless dC or dU is.
     """
     need_x, need_weight, need_down, need_core, need_up, need_bias = need
-    core_dtype = None if core is None else core.dtype
+    shape, core_dtype, one = dy.shape, None if core is None else core.dtype, adapter_ids is None
     core = mix(core, basis)
-    dx = dweight = ddown = dcore = dup = dbias = None
-    if need_x or need_down or need_core:
+    dx = dweight = ddown = dcore = dup = dbias = t = None
+    dy = in_rows(dy)
+    if need_x or need_down or (need_core and not one):
         t = thin(dy, up.t())
     if need_x or need_down:
         q = apply_core(t, core, adapter_ids, transposed=True)
+    if one and (need_up or (need_core and t is None)):
+        h = thin_transposed(z, dy)
     if need_x:
         dx = torch.mm(dy, weight)
         add_product(dx, q, down)
+        if len(shape) != 2:
+            dx = dx.view(*shape[:-1], dx.shape[-1])
     if need_weight:
-        dweight = dy.T @ x
+        dweight = torch.mm(dy.t(), in_rows(x))
     if need_down:
-        ddown = thin_transposed(q, x).to(down.dtype)
+        ddown = thin_transposed(q, in_rows(x)).to(down.dtype)
     if need_core:
-        dcore = mix_gradient(core_gradient(t, z, core, adapter_ids), basis).to(core_dtype)
+        dcore = torch.mm(h, up.to(h.dtype)).t() if t is None else core_gradient(t, z, core, adapter_ids)
+        dcore = mix_gradient(dcore, basis).to(core_dtype)
     if need_up:
-        dup = thin_transposed(apply_core(z, core, adapter_ids), dy).T.to(up.dtype).contiguous()
+        if one:
+            dup = h if core is None else torch.mm(core.to(h.dtype), h)
+        else:
+            dup = thin_transposed(apply_core(z, core, adapter_ids), dy)
+        dup = dup.t().to(up.dtype).contiguous()
     if need_bias:
         dbias = dy.sum(0)
     return dx, dweight, ddown, dcore, dup, dbias

@@ -83,8 +83,10 @@ def product(
 ) -> tuple[Tensor, Tensor]:
     """(Y, z) with Y = X w + b + s up, z = X down and s = z Cᵀ (z C if `transposed`).
 
-    x [M, K], w [K, N], down [K, r], up [r, N] in any strides; core is mixed already, in the dtype of z.
+    x [..., K], w [K, N], down [K, r], up [r, N] in any strides; core is mixed already, in the dtype of z.
+    returns Y [..., N] and z [M, r].
     """
+    given, x = x, eager.in_rows(x)
     M, (K, N), r = x.shape[0], w.shape, down.shape[1]
     dtype = eager.rank_dtype(x, down)
     inner, outer, width = K, N, up_to(r)
@@ -103,7 +105,7 @@ def product(
         own = torch.mm(block, w) if bias is None else torch.addmm(bias, block, w)
         own.addmm_(apply_core(own_z, r, core, ids, transposed).to(y.dtype), up)
         y[rows], z[rows] = own[:count, :N], own_z[:count, :r]
-    return y, z
+    return eager.like_rows(y, given), z
 
 
 def forward(
@@ -116,7 +118,7 @@ def forward(
     adapter_ids: Tensor | None,
     basis: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(Y, z) for x of [M, K]."""
+    """(Y, z), Y [..., N] for x of [..., K] and z [M, r]."""
     if adapter_ids is not None:
         eager.check_ids(adapter_ids, core.shape[0])
     core = mix(core, basis, eager.rank_dtype(x, down))

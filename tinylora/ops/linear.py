@@ -6,8 +6,6 @@ at the call from outside (torch.compile, torch.export, dispatch modes, tensor su
 the custom op `tinylora::adapted_linear`, with the same two functions as its body.
 """
 
-import contextlib
-
 import torch
 from torch import Tensor
 
@@ -76,16 +74,9 @@ def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invaria
         or (bias is not None and bias.requires_grad)
     ):
         return _AdaptedLinear.apply(x, weight, down, core, up, bias, ids, basis, module)
-    rows = _rows(x, module)
-    if rows is not x or module is eager or module is invariant:
-        y, _ = module.forward(rows, weight, down, core, up, bias, ids, basis)
-        return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
+    if module is eager or module is invariant:
+        return module.forward(x, weight, down, core, up, bias, ids, basis)[0]
     return module.forward(x, weight, down, core, up, bias, ids, basis, want_z=False)[0]
-
-
-def _rows(x: Tensor, module) -> Tensor:
-    """x as `module` takes it: the kernels in any number of dimensions, since a view costs as much as a small launch."""
-    return x if x.dim() == 2 or not (module is eager or module is invariant) else x.reshape(-1, x.shape[-1])
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: bool) -> Tensor:
@@ -161,26 +152,32 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, down, core, up, bias, adapter_ids, basis, module):
-        rows = _rows(x, module)  # in here: outside it would be two more nodes a layer
-        y, z = module.forward(rows, weight, down, core, up, bias, adapter_ids, basis)
-        need = ctx.needs_input_grad[:6]
-        ctx.module = module
-        ctx.save_for_backward(*_saved(rows, weight, down, core, up, adapter_ids, basis, z, need))
-        # Not a view in autograd's books: it may be changed in place as any layer's output may.
-        return y if rows is x else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        ctx.module, ctx.v_dtype = module, None
+        if module is eager and basis is not None:
+            ctx.v_dtype, core = core.dtype, eager.mix(core, basis)  # kept: a few numbers, and spares the backward a sum
+            y, z = eager.forward(x, weight, down, core, up, bias, adapter_ids, None)
+        else:
+            y, z = module.forward(x, weight, down, core, up, bias, adapter_ids, basis)
+        ctx.save_for_backward(*_saved(x, weight, down, core, up, adapter_ids, basis, z, ctx.needs_input_grad[:6]))
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        need, module = ctx.needs_input_grad[:6], ctx.module
-        rows = _rows(dy, module)
-        # A backward may be called inside autocast; the context costs microseconds.
-        autocast = torch.is_autocast_enabled(dy.device.type)
-        with torch.autocast(dy.device.type, enabled=False) if autocast else contextlib.nullcontext():
-            dx, *others = module.backward(rows, *ctx.saved_tensors, need)
-        if dx is not None and rows is not dy:
-            dx = dx.view(*dy.shape[:-1], dx.shape[-1])
-        return dx, *others, None, None, None
+        if torch._C._is_any_autocast_enabled():  # a backward called inside autocast; the context costs microseconds
+            with torch.autocast(dy.device.type, enabled=False):
+                return _gradients(ctx, dy)
+        return _gradients(ctx, dy)
+
+
+def _gradients(ctx, dy):
+    need = ctx.needs_input_grad[:6]
+    if ctx.v_dtype is None:
+        return *ctx.module.backward(dy, *ctx.saved_tensors, need), None, None, None
+    *saved, basis = ctx.saved_tensors
+    dx, dweight, ddown, dcore, dup, dbias = eager.backward(dy, *saved, None, need)
+    dv = None if dcore is None else eager.mix_gradient(dcore, basis).to(ctx.v_dtype)
+    return dx, dweight, ddown, dv, dup, dbias, None, None, None
 
 
 # --- the custom op: what torch.compile, torch.export and dispatch modes see -------------------------------

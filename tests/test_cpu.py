@@ -1,0 +1,153 @@
+"""What PEFT's layers run on a CPU: numbers and gradients, folded and not, on one thread and on two."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import NAMES, Problem, assert_as_good_as_torch, grads
+
+from tinylora.ops import cpu, reference
+
+f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+FROZEN = ("weight", "bias")
+
+FOLDED = [
+    Problem(64, 48, 40, 3, f64),
+    Problem(5, 7, 9, 2),
+    Problem(0, 7, 9, 2),
+    Problem(128, 48, 40, 3),  # a panel of rows for each thread
+    Problem(131, 48, 40, 8, bias=False),  # panels that do not come out even
+    Problem(128, 40, 48, 8, core="none"),
+    Problem(128, 40, 48, 9, core="none", bias=False),  # a rank that lies in rows
+]
+UNFOLDED = [
+    Problem(130, 200, 300, 3, f64),
+    Problem(130, 200, 300, 3),
+    Problem(131, 300, 200, 8, core="none"),
+    Problem(130, 200, 300, 9, core="none", bias=False),
+    Problem(5, 48, 40, 3, bf16, factors=f32),
+    Problem(128, 48, 40, 8, f16, factors=f32, core="none"),
+    Problem(600, 256, 40, 8, bf16, factors=f32),  # too many numbers in Y to add in fp32
+    Problem(1200, 40, 1000, 2, bf16, factors=f32),  # several blocks of rows in fp32
+]
+
+
+@pytest.fixture(params=[1, 2], ids=lambda n: f"{n}-threads")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def ours(x, weight, down, core, up, bias, ids=None, basis=None, scale=1.0):
+    return cpu.linear_on_cpu(x, weight.detach(), None if bias is None else bias.detach(), down, core, up, scale)
+
+
+def exact(x, weight, down, core, up, bias, ids=None, basis=None, scale=1.0):
+    return reference.adapted_linear(x, weight, down, core, up * scale, bias)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.75])
+@pytest.mark.parametrize("problem", FOLDED + UNFOLDED, ids=lambda p: p.id)
+def test_numbers(problem, scale, threads, poison_empty):
+    operands, _, _ = problem.operands()
+    x, weight, down, *_ = operands
+    assert cpu._folds(x, weight, down) == (problem in FOLDED)
+    dy = torch.randn(problem.M, problem.N).to(problem.dtype)
+
+    def of(function, operands):
+        return grads(lambda *t, **kw: function(*t, scale=scale, **kw), operands, None, None, dy)
+
+    want = of(exact, [None if t is None else t.double() for t in operands])
+    torchs = of(exact, [None if t is None else t.to(problem.dtype) for t in operands])
+    found = of(ours, operands)
+    with torch.no_grad():
+        found["y without grad"] = ours(*operands, scale=scale)
+    for name, value in found.items():
+        if name in FROZEN:
+            assert value is None
+            continue
+        as_torch = name.split()[0]
+        if problem.dtype is f64:
+            torch.testing.assert_close(value, want[as_torch])
+        else:
+            assert_as_good_as_torch(name, value, want[as_torch], torchs[as_torch])
+        operand = operands[0] if as_torch == "y" else operands[NAMES.index(name)]
+        assert value.dtype == operand.dtype, name
+
+
+@pytest.mark.parametrize("problem", [FOLDED[3], FOLDED[5], UNFOLDED[1], UNFOLDED[2]], ids=lambda p: p.id)
+@pytest.mark.parametrize("asked", [("x",), ("core",), ("up",), ("down",), ("x", "core"), ("down", "up")], ids="+".join)
+def test_each_gradient_is_the_same_whatever_else_is_asked_for(problem, asked):
+    operands, _, _ = problem.operands()
+    all_of_them = grads(ours, operands, None, None, torch.ones(problem.M, problem.N))
+    asked = [n for n in asked if operands[NAMES.index(n)] is not None]
+    leaves = [t if t is None else t.requires_grad_(n in asked) for n, t in zip(NAMES, operands, strict=True)]
+    y = ours(*leaves)
+    assert y.requires_grad == bool(asked)
+    wanted = [leaves[NAMES.index(name)] for name in asked]
+    found = torch.autograd.grad(y, wanted, torch.ones_like(y)) if asked else ()
+    for name, grad in zip(asked, found, strict=True):
+        torch.testing.assert_close(grad, all_of_them[name], rtol=1e-4, atol=1e-4)
+        assert grad.is_contiguous(), name  # torch's fused optimizers read a gradient as it lies
+
+
+@pytest.mark.parametrize("problem", [FOLDED[3], UNFOLDED[1], UNFOLDED[5]], ids=lambda p: p.id)
+@pytest.mark.parametrize("zero", ["core", "up"])
+def test_a_zero_core_or_up_gives_the_base_layer_bit_for_bit(problem, zero):
+    operands, _, _ = problem.with_(core="dense").operands()
+    x, weight, down, core, up, bias = operands
+    core, up = (torch.zeros_like(t) if n == zero else t for n, t in (("core", core), ("up", up)))
+    for rows in (x, x.view(2, -1, x.shape[-1]), x[:3]):
+        for grad in (False, True):
+            y = ours(rows, weight, down, core.requires_grad_(grad), up, bias)
+            assert torch.equal(y, F.linear(rows, weight, bias))
+
+
+def test_few_bf16_rows_of_a_small_layer_are_rounded_as_many_are():
+    """They are multiplied in fp32, in another order than oneDNN's: one number in 40,000 to 200,000 differs."""
+    g = torch.Generator().manual_seed(0)
+    differ = total = 0
+    for _ in range(200):
+        x, weight = (torch.randn(n, 128, generator=g).to(bf16) for n in (32, 128))
+        bias, down, up = torch.randn(128, generator=g).to(bf16), torch.randn(2, 128), torch.zeros(128, 2)
+        with torch.no_grad():
+            y, want = cpu.linear_on_cpu(x, weight, bias, down, None, up), F.linear(x, weight, bias)
+        assert x.numel() <= cpu.FEW[bf16] and weight.numel() <= cpu.SMALL
+        differ, total = differ + (y != want).sum().item(), total + y.numel()
+        torch.testing.assert_close(y, want, rtol=2**-7, atol=1e-3)
+    assert differ <= 1e-4 * total
+
+
+def test_strides_and_dimensions():
+    operands, _, _ = Problem(24, 20, 32, 3).operands()
+    x, *rest = operands
+    want = ours(*operands)
+    apart = torch.full((24, 64), float("nan"))
+    apart[:, ::2] = x
+    for same in (apart[:, ::2], x.T.contiguous().T):
+        torch.testing.assert_close(ours(same, *rest), want)
+    for lead in ((2, 3, 4), (24, 1), (1, 24)):
+        leaf = x.clone().requires_grad_()
+        y = ours(leaf.view(*lead, 32), *rest)
+        torch.testing.assert_close(y.detach(), want.view(*lead, 20))
+        y.sum().backward()  # dY is one number, expanded
+        assert leaf.grad.shape == x.shape
+    assert ours(x[0], *rest).shape == (20,)
+
+
+@pytest.mark.parametrize("problem", [FOLDED[3], UNFOLDED[1]], ids=lambda p: p.id)
+def test_the_gradient_of_a_gradient_is_refused_and_autocast_changes_nothing_in_a_backward(problem):
+    operands, _, _ = problem.operands()
+    x = operands[0].requires_grad_()
+    up = operands[4].requires_grad_()
+    y = ours(*operands)
+    (want,) = torch.autograd.grad(y.square().sum(), up, retain_graph=True)
+    (once,) = torch.autograd.grad(y.square().sum(), up, create_graph=True)
+    assert torch.equal(once, want)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        once.sum().backward()
+    y = ours(*operands)
+    with torch.autocast("cpu", torch.bfloat16):
+        (inside,) = torch.autograd.grad(y.square().sum(), up)
+    assert torch.equal(inside, want) and x.grad is None

@@ -1,0 +1,151 @@
+"""The operator with one core, for layers so small that calls and passes are its price: what PEFT's run on a CPU.
+
+    Y = X Wᵀ + bias + α · ((X Dᵀ) Cᵀ) Uᵀ
+
+    LoRA      U = B          C = 1           α = scaling           A and B train
+    AdaLoRA   U = B ∘ E      C = 1           α = scaling / rank    A, B and E train
+    VeRA      U = b ∘ B ∘ d  C = 1           α = 1                 d and b train
+    TinyLoRA  U = B          C = Σᵢ vᵢ Pᵢ    α = 1                 v trains
+
+What D, C and U are made of is a few numbers: torch makes them, and its autograd takes their gradients on. With
+z = X Dᵀ, t = dY U and q = t C, [M, r] in fp32 (fp64 if an operand is), and h = zᵀ dY, [r, N]:
+    dX = dY W + α q D,  dD = α qᵀ X,  dC = α tᵀ z = α (h U)ᵀ,  dU = α (C h)ᵀ
+
+`adapted_linear` gives the same numbers. Here a scale is a factor of a product that is computed anyway, one autograd
+node has all the gradients, and a small fp32 layer is folded: W' = W + α U C D is made anew in every call, which leaves
+one product for Y and one for dX.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinylora.ops.eager import BLOCK, SMALL, add_product, in_rows, like_rows, thin, thin_transposed
+
+# Up to so many numbers in x Python costs as much as arithmetic, and without autograd the fewest calls are the best way.
+FEW = {torch.float32: 1 << 20, torch.bfloat16: SMALL, torch.float16: SMALL}
+
+# Up to this many products, [N, r] by [r, K], making W' takes less time than a second pass over Y, whatever M is.
+FOLD = 1 << 17
+
+
+def linear_on_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    scale: float = 1.0,
+) -> Tensor:
+    """Y = X Wᵀ + bias + scale · ((X Dᵀ) Cᵀ) Uᵀ, for operands on a CPU that are known to fit: a layer's own.
+
+    x:    [..., K], the dtype of weight; weight [N, K] and bias [N] or None are frozen
+    down: [r, K]; core: [r, r] or None for 1; up: [N, r], all fp32 or all fp64
+
+    returns [..., N] in weight's dtype. Gradients for x, down, core and up, as far as they require them. With a zero
+    core or up the result is F.linear's, bit for bit; of a few bf16 rows in a small layer, but for 1 of 40,000 numbers.
+    """
+    if not torch.is_grad_enabled():
+        if _folds(x, weight, down):
+            return F.linear(x, _folded(weight, down, core, up, scale), bias)
+        if x.numel() <= FEW.get(x.dtype, 0) and down.dtype is torch.float32:
+            wide = x if x.dtype is torch.float32 else x.float()
+            if x.dtype is torch.bfloat16 and weight.numel() <= SMALL:
+                # A fourth of oneDNN's time, most of which is preparation. Y is rounded where it rounds.
+                y = F.linear(wide, weight.float(), None if bias is None else bias.float()).to(x.dtype)
+            else:
+                y = F.linear(x, weight, bias)
+            z = F.linear(wide, down)
+            return y.add_(F.linear(z if core is None else F.linear(z, core), up), alpha=scale)
+    elif x.requires_grad or down.requires_grad or up.requires_grad or (core is not None and core.requires_grad):
+        return _LinearOnCPU.apply(x, weight, bias, down, core, up, scale)
+    return _forward(x, weight, bias, down, core, up, scale)[0]
+
+
+def _folds(x: Tensor, weight: Tensor, down: Tensor) -> bool:
+    """Whether W' = W + U C D is the faster way to Y, and as exact: not in 16 bits, which lose so small an update."""
+    return weight.numel() * down.shape[0] <= FOLD and x.dtype is down.dtype
+
+
+def _folded(weight, down, core, up, scale) -> Tensor:
+    return torch.addmm(weight, up if core is None else torch.mm(up, core), down, alpha=scale)
+
+
+def _forward(x, weight, bias, down, core, up, scale) -> tuple[Tensor, Tensor]:
+    """(Y, z)."""
+    rows = in_rows(x)
+    y = F.linear(rows, weight, bias)
+    z = thin(rows, down)
+    _add(y, z, up.t() if core is None else torch.mm(core.t(), up.t()), scale)
+    return like_rows(y, x), z
+
+
+def _add(y: Tensor, s: Tensor, factor: Tensor, scale: float) -> None:
+    """y += scale · s F in place, rounded as PEFT's sum of a 16-bit and an fp32 tensor is where y is small.
+
+    Up to 4 SMALL numbers that takes less time than a 16-bit product of rank r, which rounds s and F, too.
+    """
+    if y.element_size() == 2 and y.numel() <= 4 * SMALL and factor.dtype is s.dtype:
+        y.copy_(y.to(s.dtype).addmm_(s, factor, alpha=scale))
+    else:
+        add_product(y, s, factor, scale)
+
+
+class _LinearOnCPU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, core, up, scale):
+        _, _, _, need_down, need_core, need_up, _ = ctx.needs_input_grad
+        z, ctx.folded, ctx.scale = None, _folds(x, weight, down), scale
+        if ctx.folded:
+            weight = _folded(weight, down, core, up, scale)
+            rows = in_rows(x)
+            y = like_rows(F.linear(rows, weight, bias), x)
+            if need_core or need_up:
+                z = thin(rows, down)
+        else:
+            y, z = _forward(x, weight, bias, down, core, up, scale)
+        ctx.save_for_backward(x if need_down else None, z if need_core or need_up else None, weight, down, core, up)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+            return _backward_elsewhere(ctx, dy)
+        return _backward(ctx, dy)
+
+
+@torch.autograd.function.once_differentiable
+def _backward_elsewhere(ctx, dy):
+    """Inside autocast, or with create_graph; asking first spares the usual backward ten microseconds."""
+    with torch.autocast("cpu", enabled=False):
+        return _backward(ctx, dy)
+
+
+def _backward(ctx, dy):
+    x, z, weight, down, core, up = ctx.saved_tensors  # weight is W' where it is folded
+    need_x, _, _, need_down, need_core, need_up, _ = ctx.needs_input_grad
+    scale = ctx.scale
+    dx = ddown = dcore = dup = t = None
+    given, dy = dy, in_rows(dy)
+    wide = dy.float() if dy.element_size() == 2 and dy.numel() <= BLOCK * torch.get_num_threads() else dy  # cast once
+    if need_down or (need_x and not ctx.folded):
+        t = thin(wide, up.t())  # without α: a factor of what it is made for
+    if need_x:
+        dx = torch.matmul(given, weight)
+        if not ctx.folded:
+            _add(in_rows(dx), t, down if core is None else torch.mm(core, down), scale)
+    if need_down:
+        ddown = thin_transposed(t, in_rows(x))
+        ddown = _times(ddown if core is None else torch.mm(core.t(), ddown), scale)
+    if need_up or (need_core and t is None):
+        h = thin_transposed(z, wide)
+    if need_core:
+        dcore = _times(torch.mm(up.t(), h.t()) if t is None else torch.mm(t.t(), z), scale)
+    if need_up:
+        dup = _times(h if core is None else torch.mm(core, h), scale).t().contiguous()
+    return dx, None, None, ddown, dcore, dup, None
+
+
+def _times(t: Tensor, scale: float) -> Tensor:
+    return t if scale == 1 else t.mul_(scale)
