@@ -1,18 +1,19 @@
 """The operator with one core, for layers so small that calls and passes are its price: what PEFT's run on a CPU.
 
-    Y = X Wᵀ + bias + α · ((X Dᵀ) Cᵀ) Uᵀ
+    Y = X Wᵀ + bias + scale · ((X Dᵀ) Cᵀ) Uᵀ
 
-    LoRA      U = B          C = 1           α = scaling           A and B train
-    AdaLoRA   U = B ∘ E      C = 1           α = scaling / rank    A, B and E train
-    VeRA      U = b ∘ B ∘ d  C = 1           α = 1                 d and b train
-    TinyLoRA  U = B          C = Σᵢ vᵢ Pᵢ    α = 1                 v trains
+    PEFT's    U              C            scale             trains
+    LoRA      B              1            scaling           A, B
+    AdaLoRA   B ∘ E          1            scaling / rank    A, B, E
+    VeRA      b ∘ B ∘ d      1            1                 d, b
+    TinyLoRA  B              Σᵢ vᵢ Pᵢ     1                 v
 
 What D, C and U are made of is a few numbers: torch makes them, and its autograd takes their gradients on. With
 z = X Dᵀ, t = dY U and q = t C, [M, r] in fp32 (fp64 if an operand is), and h = zᵀ dY, [r, N]:
-    dX = dY W + α q D,  dD = α qᵀ X,  dC = α tᵀ z = α (h U)ᵀ,  dU = α (C h)ᵀ
+    dX = dY W + scale · q D,  dD = scale · qᵀ X,  dC = scale · tᵀ z = scale · (h U)ᵀ,  dU = scale · (C h)ᵀ
 
 `adapted_linear` gives the same numbers. Here a scale is a factor of a product that is computed anyway, one autograd
-node has all the gradients, and a small fp32 layer is folded: W' = W + α U C D is made anew in every call, which leaves
+node has all the gradients, and a small fp32 layer is folded: W' = W + scale · U C D is made anew in every call, which leaves
 one product for Y and one for dX.
 """
 
@@ -130,7 +131,7 @@ def _backward(ctx, dy):
     given, dy = dy, in_rows(dy)
     wide = dy.float() if dy.element_size() == 2 and dy.numel() <= BLOCK * torch.get_num_threads() else dy  # cast once
     if need_down or (need_x and not ctx.folded):
-        t = thin(wide, up.t())  # without α: a factor of what it is made for
+        t = thin(wide, up.t())  # without scale: a factor of what it is made for
     if need_x:
         dx = torch.matmul(given, weight)
         if not ctx.folded:
