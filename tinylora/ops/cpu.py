@@ -13,8 +13,8 @@ z = X Dᵀ, t = dY U and q = t C, [M, r] in fp32 (fp64 if an operand is), and h 
     dX = dY W + scale · q D,  dD = scale · qᵀ X,  dC = scale · tᵀ z = scale · (h U)ᵀ,  dU = scale · (C h)ᵀ
 
 `adapted_linear` gives the same numbers. Here a scale is a factor of a product that is computed anyway, one autograd
-node has all the gradients, and a small fp32 layer is folded: W' = W + scale · U C D is made anew in every call, which leaves
-one product for Y and one for dX.
+node has all the gradients, and a small fp32 layer is folded: W' = W + scale · U C D is made anew in every call, which
+leaves one product for Y and one for dX.
 """
 
 import torch
