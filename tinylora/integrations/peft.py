@@ -51,7 +51,7 @@ def _plain(linear: nn.Module) -> bool:
 
 
 # Each of these computes a layer of PEFT's with the adapter `name`, or says why the operator cannot. x, weight and bias
-# are of one dtype and device; `on_cpu` says that they are plain ones there, weight and bias frozen. A layer of a small
+# are of one dtype and device; `on_cpu` says that they are plain ones there and weight is frozen. A layer of a small
 # model takes ten microseconds and its code is in no cache when its turn comes: calls of Python's and looks through
 # nn.Module's __getattr__ or a container's __getitem__ would cost more, so `__dict__` and the registries are read
 # directly, and conditions stand where they are asked.
@@ -277,8 +277,8 @@ def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, giv
             elif x.dtype is not weight.dtype:
                 found = _DIFFER
             elif x.is_cpu and weight.is_cpu:
-                frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-                found = compute(layer, name, x, weight, bias, frozen and not (compiling or kernels_on_cpu))
+                on_cpu = not (compiling or kernels_on_cpu or weight.requires_grad)
+                found = compute(layer, name, x, weight, bias, on_cpu)
             else:
                 found = compute(layer, name, x, weight, bias, False) if x.device == weight.device else _DIFFER
         else:
@@ -315,8 +315,7 @@ def _under_autocast(compute, layer, name, x, weight, bias, traced) -> Tensor | s
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         cast = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        frozen = not any(t is not None and t.requires_grad for t in cast[1:])
-        return compute(layer, name, *cast, frozen and device == "cpu" and not traced)
+        return compute(layer, name, *cast, device == "cpu" and not (traced or weight.requires_grad))
 
 
 def _operator(x, weight, down, core, up, bias, basis=None) -> Tensor | str:

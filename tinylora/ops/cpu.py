@@ -41,11 +41,12 @@ def linear_on_cpu(
 ) -> Tensor:
     """Y = X Wᵀ + bias + scale · ((X Dᵀ) Cᵀ) Uᵀ, for operands on a CPU that are known to fit: a layer's own.
 
-    x:    [..., K], the dtype of weight; weight [N, K] and bias [N] or None are frozen
+    x:    [..., K], the dtype of weight; weight [N, K] is frozen; bias: [N] or None
     down: [r, K]; core: [r, r] or None for 1; up: [N, r], all fp32 or all fp64
 
-    returns [..., N] in weight's dtype. Gradients for x, down, core and up, as far as they require them. With a zero
-    core or up the result is F.linear's, bit for bit; of a few bf16 rows in a small layer, but for 1 of 40,000 numbers.
+    returns [..., N] in weight's dtype. Gradients for x, bias, down, core and up, as far as they require them. With a
+    zero core or up the result is F.linear's, bit for bit; of a few bf16 rows in a small layer, but for 1 of 40,000
+    numbers.
     """
     if not torch.is_grad_enabled():
         if _folds(x, weight, down):
@@ -59,7 +60,13 @@ def linear_on_cpu(
                 y = F.linear(x, weight, bias)
             z = F.linear(wide, down)
             return y.add_(F.linear(z if core is None else F.linear(z, core), up), alpha=scale)
-    elif x.requires_grad or down.requires_grad or up.requires_grad or (core is not None and core.requires_grad):
+    elif (
+        x.requires_grad
+        or down.requires_grad
+        or up.requires_grad
+        or (core is not None and core.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
         return _LinearOnCPU.apply(x, weight, bias, down, core, up, scale)
     return _forward(x, weight, bias, down, core, up, scale)[0]
 
@@ -125,9 +132,9 @@ def _backward_elsewhere(ctx, dy):
 
 def _backward(ctx, dy):
     x, z, weight, down, core, up = ctx.saved_tensors  # weight is W' where it is folded
-    need_x, _, _, need_down, need_core, need_up, _ = ctx.needs_input_grad
+    need_x, _, need_bias, need_down, need_core, need_up, _ = ctx.needs_input_grad
     scale = ctx.scale
-    dx = ddown = dcore = dup = t = None
+    dx = dbias = ddown = dcore = dup = t = None
     given, dy = dy, in_rows(dy)
     wide = dy.float() if dy.element_size() == 2 and dy.numel() <= BLOCK * torch.get_num_threads() else dy  # cast once
     if need_down or (need_x and not ctx.folded):
@@ -145,7 +152,9 @@ def _backward(ctx, dy):
         dcore = _times(torch.mm(up.t(), h.t()) if t is None else torch.mm(t.t(), z), scale)
     if need_up:
         dup = _times(h if core is None else torch.mm(core, h), scale).t().contiguous()
-    return dx, None, None, ddown, dcore, dup, None
+    if need_bias:
+        dbias = dy.sum(0)
+    return dx, None, dbias, ddown, dcore, dup, None
 
 
 def _times(t: Tensor, scale: float) -> Tensor:
