@@ -277,7 +277,7 @@ def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, giv
             elif x.dtype is not weight.dtype:
                 found = _DIFFER
             elif x.is_cpu and weight.is_cpu:
-                on_cpu = not (compiling or kernels_on_cpu or weight.requires_grad)
+                on_cpu = not (compiling or kernels_on_cpu or (weight.requires_grad and torch.is_grad_enabled()))
                 found = compute(layer, name, x, weight, bias, on_cpu)
             else:
                 found = compute(layer, name, x, weight, bias, False) if x.device == weight.device else _DIFFER
@@ -314,8 +314,9 @@ def _under_autocast(compute, layer, name, x, weight, bias, traced) -> Tensor | s
     device = x.device.type
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
+        trains = weight.requires_grad and torch.is_grad_enabled()
         cast = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        return compute(layer, name, *cast, device == "cpu" and not (traced or weight.requires_grad))
+        return compute(layer, name, *cast, device == "cpu" and not (traced or trains))
 
 
 def _operator(x, weight, down, core, up, bias, basis=None) -> Tensor | str:
