@@ -8,6 +8,7 @@ from problems import NAMES, Problem, assert_as_good_as_torch, grads
 from tinylora.ops import cpu, reference
 
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
 FOLDED = [
     Problem(64, 48, 40, 3, f64),
     Problem(5, 7, 9, 2),

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylora.ops.eager import BLOCK, SMALL, add_product, in_rows, like_rows, thin, thin_transposed
+from tinylora.ops.eager import SMALL, add_product, at_once, in_rows, like_rows, thin, thin_transposed
 
 # Up to so many numbers in x Python costs as much as arithmetic, and without autograd the fewest calls are the best way.
 FEW = {torch.float32: 1 << 20, torch.bfloat16: SMALL, torch.float16: SMALL}
@@ -136,7 +136,7 @@ def _backward(ctx, dy):
     scale = ctx.scale
     dx = dbias = ddown = dcore = dup = t = None
     given, dy = dy, in_rows(dy)
-    wide = dy.float() if dy.element_size() == 2 and dy.numel() <= BLOCK * torch.get_num_threads() else dy  # cast once
+    wide = dy.float() if dy.element_size() == 2 and at_once(dy) else dy  # cast once
     if need_down or (need_x and not ctx.folded):
         t = thin(wide, up.t())  # without scale: a factor of what it is made for
     if need_x:

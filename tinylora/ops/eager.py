@@ -40,6 +40,11 @@ def row_blocks(M: int, width: int, threads: int = 1) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
+def at_once(x: Tensor) -> bool:
+    """Whether all of x is upcast in one piece."""
+    return x.numel() <= BLOCK * torch.get_num_threads()
+
+
 def in_rows(x: Tensor) -> Tensor:
     """x as [M, K]."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -68,11 +73,10 @@ def thin(x: Tensor, down: Tensor) -> Tensor:
         down = down.clone()
     if x.dtype is dtype:
         return _thin(x, down)
-    threads = torch.get_num_threads()
-    if x.numel() <= BLOCK * threads:
+    if at_once(x):
         return _thin(x.to(dtype), down)
     z = x.new_empty(down.shape[0], x.shape[0], dtype=dtype).t()
-    for rows in row_blocks(*x.shape, threads):
+    for rows in row_blocks(*x.shape, torch.get_num_threads()):
         z[rows] = _thin(x[rows].to(dtype), down)
     return z
 
@@ -108,10 +112,10 @@ def thin_transposed(s: Tensor, x: Tensor) -> Tensor:
     """sᵀ X, [r, K], for s of [M, r]: the gradient of a thin factor, summed over rows in s's dtype."""
     if x.dtype is s.dtype:
         return _thin_transposed(s, x)
-    if x.numel() <= BLOCK * (threads := torch.get_num_threads()):
+    if at_once(x):
         return _thin_transposed(s, x.to(s.dtype))
     total = s.new_zeros(s.shape[1], x.shape[1])
-    for rows in row_blocks(*x.shape, threads):
+    for rows in row_blocks(*x.shape, torch.get_num_threads()):
         total += _thin_transposed(s[rows], x[rows].to(s.dtype))
     return total
 

@@ -152,12 +152,8 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, down, core, up, bias, adapter_ids, basis, module):
-        ctx.module, ctx.v_dtype = module, None
-        if module is eager and basis is not None:
-            ctx.v_dtype, core = core.dtype, eager.mix(core, basis)  # kept: a few numbers, and spares the backward a sum
-            y, z = eager.forward(x, weight, down, core, up, bias, adapter_ids, None)
-        else:
-            y, z = module.forward(x, weight, down, core, up, bias, adapter_ids, basis)
+        ctx.module = module
+        y, z = module.forward(x, weight, down, core, up, bias, adapter_ids, basis)
         ctx.save_for_backward(*_saved(x, weight, down, core, up, adapter_ids, basis, z, ctx.needs_input_grad[:6]))
         return y
 
@@ -171,13 +167,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def _gradients(ctx, dy):
-    need = ctx.needs_input_grad[:6]
-    if ctx.v_dtype is None:
-        return *ctx.module.backward(dy, *ctx.saved_tensors, need), None, None, None
-    *saved, basis = ctx.saved_tensors
-    dx, dweight, ddown, dcore, dup, dbias = eager.backward(dy, *saved, None, need)
-    dv = None if dcore is None else eager.mix_gradient(dcore, basis).to(ctx.v_dtype)
-    return dx, dweight, ddown, dv, dup, dbias, None, None, None
+    return *ctx.module.backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[:6]), None, None, None
 
 
 # --- the custom op: what torch.compile, torch.export and dispatch modes see -------------------------------
