@@ -188,6 +188,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16"])
     p.add_argument("--r", nargs="+", type=int, default=[2], help="ranks (default 2, which stands for 1 to 8)")
     p.add_argument("--M", nargs="+", type=int, help="buckets of rows (default: all)")
+    p.add_argument("--seconds", type=float, default=2.0, help="of timing a cell (default %(default)g)")
     p.add_argument("--minutes", type=float, default=25.0, help="time limit; run again to go on (default %(default)g)")
     p.add_argument("--dry-run", action="store_true", help="in Triton's interpreter, with tiny sizes; needs --out")
 
@@ -306,7 +307,7 @@ def _tune(args) -> int:
         )
         return 2
     device = torch.device("cpu" if args.dry_run else "cuda")
-    seconds = 0.0 if args.dry_run else 2.0
+    seconds = 0.0 if args.dry_run else args.seconds
     tune.run(args.out, device, args.models, args.dtypes, args.r, args.M, args.minutes, seconds, args.dry_run)
     return 0
 

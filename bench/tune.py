@@ -1,17 +1,21 @@
 """`python -m bench tune`: which launch shapes are the fastest on this card, for the table in kernels/tables.
 
-Every candidate of `tiles.candidates` for the distinct (N, K) of the models, every bucket of M and both directions is
-held against fp64, then timed beside the default; a wrong one gets no time. Each finished cell is appended to
-<out>/sm_<capability>.csv at once, so a killed run goes on where it stopped, and the table, <out>/sm_<capability>.json,
-is written anew from all rows: an entry wherever something beat the default. `--dry-run` does all of it in Triton's
-interpreter with tiny sizes: its times mean nothing.
+Every candidate of `tiles.candidates` for the distinct (N, K) of the models, alone and as siblings, every bucket of M
+and both directions is held against fp64, then timed beside the default; a wrong one gets no time. Each finished cell is
+appended to <out>/sm_<capability>.csv at once, so a killed run goes on where it stopped, and the table,
+<out>/sm_<capability>.json, is written anew from all rows: an entry wherever something beat the default. Kernels are
+compiled before, in as many processes as there are cores. `--dry-run` does all of it in Triton's interpreter with tiny
+sizes: its times mean nothing.
 """
 
 import csv
 import datetime
 import json
 import math
+import multiprocessing
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -42,6 +46,7 @@ class Cell:
     direction: str
     M: int
     pinned: bool = False  # one choice for every M (batch invariance); then M is where its candidates were timed
+    parts: str = ""  # the widths of siblings' dY, "3584+512+512", where x comes as those
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Row:
     direction: str
     M: int
     pinned: bool
+    parts: str
     candidate: int  # 0 is the default
     of: int
     choice: str  # as JSON
@@ -71,30 +77,39 @@ class Row:
 
     @property
     def cell(self) -> Cell:
-        return Cell(self.N, self.K, self.dtype, self.r, self.direction, self.M, self.pinned)
+        return Cell(self.N, self.K, self.dtype, self.r, self.direction, self.M, self.pinned, self.parts)
 
 
 def cells(models: list[str], dtypes: list[str], ranks: list[int], buckets: list[int]) -> list[Cell]:
-    """Every cell, those of many modules first; dX of a layer [N, K] is the cell of K and N, transposed."""
-    wanted: dict[tuple[int, int], int] = {}
+    """Every cell, those of many numbers first; dX of a layer [N, K] is the cell of K and N, transposed.
+
+    Siblings are one layer, whose dY comes in parts. Batch-invariant layers run alone.
+    """
+    wanted: dict[tuple[int, int, str], int] = {}
     for model in models:
-        for layer in shapes.layers(model):
-            wanted[layer.N, layer.K] = wanted.get((layer.N, layer.K), 0) + layer.modules
+        shape, depth = shapes.projections(model), shapes.config(model)["num_hidden_layers"]
+        groups = [(name,) for name in shape]
+        groups += [group for group in shapes.SIBLINGS if len(group) > 1 and group[0] in shape]
+        for group in groups:
+            widths = [shape[name][0] for name in group]
+            key = sum(widths), shape[group[0]][1], "+".join(map(str, widths)) if len(group) > 1 else ""
+            wanted[key] = wanted.get(key, 0) + depth * key[0] * key[1]
     ordered = sorted(wanted, key=lambda shape: -wanted[shape])
     return [
-        Cell(*((N, K) if direction == FORWARD else (K, N)), dtype, r, direction, M, pinned)
+        Cell(N, K, dtype, r, FORWARD, M, pinned) if direction == FORWARD else Cell(K, N, dtype, r, BACKWARD, M, pinned, parts)
         for M, pinned in [(M, False) for M in buckets] + [(M, True) for M in PINNED_AT if max(buckets) >= M]
         for dtype in dtypes
         for r in ranks
         for direction in DIRECTIONS
-        for N, K in ordered
+        for N, K, parts in ordered
+        if not (pinned and parts)
     ]
 
 
 class Operands:
     """x, w and factors of one cell, in copies enough to pass the cache; and what they give in fp64."""
 
-    def __init__(self, cell: Cell, device: torch.device):
+    def __init__(self, cell: Cell, device: torch.device, buffers: int | None = None):
         from tinylora.kernels import tiles
 
         dtype = tiles.DTYPES[cell.dtype]
@@ -104,13 +119,14 @@ class Operands:
             return (torch.randn(*shape, generator=g, device=device) * scale).to(dtype)
 
         bytes_ = dtype.itemsize * (cell.N * cell.K + cell.M * (cell.N + cell.K))
-        self.buffers = timing.buffers_past_cache(bytes_, device)
+        self.buffers = buffers or timing.buffers_past_cache(bytes_, device)
         x, w = normal(cell.M, cell.K), normal(cell.N, cell.K, scale=cell.K**-0.5)
         self.down, self.up = normal(cell.r, cell.K, scale=cell.K**-0.5), normal(cell.N, cell.r, scale=cell.r**-0.5)
         self.core = torch.randn(cell.r, cell.r, generator=g, device=device) * cell.r**-0.5
         if cell.direction == BACKWARD:  # the same numbers, as the backward finds them: W [K, N] and U [K, r] turned
             w, self.down, self.up = (t.T.contiguous().T for t in (w, self.down, self.up))
-        self.xs = [x.clone() for _ in range(self.buffers)]
+        self.widths = [int(width) for width in cell.parts.split("+")] if cell.parts else [cell.K]
+        self.xs = [[part.contiguous() for part in x.split(self.widths, 1)] for _ in range(self.buffers)]
         self.ws = [w.clone(memory_format=torch.preserve_format) for _ in range(self.buffers)]
         self.place(0)
         some = torch.linspace(0, cell.M - 1, min(CHECKED, cell.M), device=device).long()
@@ -125,14 +141,17 @@ class Operands:
         self.x, self.w = self.xs[i], self.ws[i]
 
     def run(self, choice) -> Tensor:
+        from tinylora.kernels.core import Core
         from tinylora.ops import fused
 
-        return fused.forward(self.x, self.w, self.down, self.core, self.up, None, None, None, choice)[0]
+        x = self.x[0] if len(self.x) == 1 else self.x
+        return fused._linear(x, self.w, self.down, Core(self.core), self.up, None, choice)[0]
 
     def wrong(self, choice) -> str:
         """Why this candidate gets no time, or nothing."""
         # What the memory holds of the candidate before must not pass for the numbers of one that stores nothing.
-        stale = [self.x.new_full((len(self.x), self.w.shape[0]), math.nan) for _ in range(2)]
+        first = self.x[0]
+        stale = [first.new_full((len(first), self.w.shape[0]), math.nan) for _ in range(2)]
         del stale
         try:
             error = (self.run(choice)[self.some].double() - self.exact).abs().max().item()
@@ -141,15 +160,51 @@ class Operands:
         return "" if error <= self.allowed else f"wrong: error {error:.1e}, allowed {self.allowed:.1e}"
 
 
-def measure(cell: Cell, capability, device: torch.device, budget: float) -> list[Row]:
-    """All candidates of a cell."""
+def choices_of(cell: Cell, capability) -> list:
+    """The candidates of a cell, the default first."""
     from tinylora.kernels import tiles
 
     dtype = tiles.DTYPES[cell.dtype]
     if cell.pinned:
-        choices = tiles.pinned_candidates(cell.N, cell.K, cell.r, dtype, capability)
-    else:
-        choices = tiles.candidates(cell.M, cell.N, cell.K, cell.r, dtype, capability)
+        return tiles.pinned_candidates(cell.N, cell.K, cell.r, dtype, capability)
+    return tiles.candidates(cell.M, cell.N, cell.K, cell.r, dtype, capability)
+
+
+def compile_once(cell: Cell, choices: list) -> None:
+    """Run these candidates on few rows: Triton's cache on disk then holds their kernels."""
+    operands = Operands(replace(cell, M=min(cell.M, 256)), torch.device("cuda"), buffers=1)
+    for choice in choices:
+        operands.wrong(choice)  # one that fails says so again when its turn comes
+
+
+def compile_all(wanted: list[Cell], capability, workers: int) -> None:
+    """`compile_once` for every kernel that the cells need, in processes of their own."""
+    jobs, seen = [], set()
+    for cell in wanted:
+        fresh = []
+        for choice in choices_of(cell, capability):
+            # As much as the compiler sees of it; how K is cut, it only sees whether.
+            thin = choice.thin and replace(choice.thin, split=min(choice.thin.split, 2))
+            main = choice.main and (replace(choice.main, split=min(choice.main.split, 2)) if hasattr(choice.main, "split") else choice.main)
+            whole = tuple(cell.K % t.k == 0 for t in (thin, main) if t)
+            key = cell.dtype, cell.r, cell.direction, cell.parts.count("+"), thin, main, choice.expand, whole
+            if key not in seen:
+                seen.add(key)
+                fresh.append(choice)
+        jobs += [(cell, fresh[i : i + 4]) for i in range(0, len(fresh), 4)]
+    if not jobs:
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        running = [pool.submit(compile_once, *job) for job in jobs]
+        for done in tqdm(as_completed(running), total=len(jobs), desc="compile", unit="job"):
+            done.result()
+
+
+def measure(cell: Cell, capability, device: torch.device, budget: float) -> list[Row]:
+    """All candidates of a cell."""
+    from tinylora.kernels import tiles
+
+    choices = choices_of(cell, capability)
     found = [
         Row(**asdict(cell), candidate=i, of=len(choices), choice=json.dumps(tiles.to_json(choice)))
         for i, choice in enumerate(choices)
@@ -277,6 +332,8 @@ def run(
     done = {row.cell for row in file.measured}
     left = [cell for cell in wanted if cell not in done]
     deadline = time.perf_counter() + 60 * minutes
+    if not dry and os.cpu_count() > 2:
+        compile_all(left, capability, os.cpu_count() - 1)
     with tqdm(total=len(wanted), initial=len(wanted) - len(left), desc="tune", unit="cell") as bar:
         while left and time.perf_counter() < deadline:
             cell = left.pop(0)
