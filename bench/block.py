@@ -144,7 +144,10 @@ def _peft(name, case, block):
     with torch.no_grad():
         for projection in NAMES:
             layer, f = block.projection(projection), case.factors[projection]
-            v = layer.tinylora_v["default"][layer._tinylora_v_key["default"]]
+            if hasattr(layer, "_tinylora_v_key"):
+                v = layer.tinylora_v["default"][layer._tinylora_v_key["default"]]
+            else:  # PEFT 0.21.0
+                v = layer._tinylora_v_ref["default"]
             v.copy_(f.v)
             layer.tinylora_A["default"].copy_(f.down)
             layer.tinylora_B["default"].copy_(f.up)

@@ -96,7 +96,9 @@ def cells(models: list[str], dtypes: list[str], ranks: list[int], buckets: list[
             wanted[key] = wanted.get(key, 0) + depth * key[0] * key[1]
     ordered = sorted(wanted, key=lambda shape: -wanted[shape])
     return [
-        Cell(N, K, dtype, r, FORWARD, M, pinned) if direction == FORWARD else Cell(K, N, dtype, r, BACKWARD, M, pinned, parts)
+        Cell(N, K, dtype, r, FORWARD, M, pinned)
+        if direction == FORWARD
+        else Cell(K, N, dtype, r, BACKWARD, M, pinned, parts)
         for M, pinned in [(M, False) for M in buckets] + [(M, True) for M in PINNED_AT if max(buckets) >= M]
         for dtype in dtypes
         for r in ranks
@@ -185,7 +187,9 @@ def compile_all(wanted: list[Cell], capability, workers: int) -> None:
         for choice in choices_of(cell, capability):
             # As much as the compiler sees of it; how K is cut, it only sees whether.
             thin = choice.thin and replace(choice.thin, split=min(choice.thin.split, 2))
-            main = choice.main and (replace(choice.main, split=min(choice.main.split, 2)) if hasattr(choice.main, "split") else choice.main)
+            main = choice.main and (
+                replace(choice.main, split=min(choice.main.split, 2)) if hasattr(choice.main, "split") else choice.main
+            )
             whole = tuple(cell.K % t.k == 0 for t in (thin, main) if t)
             key = cell.dtype, cell.r, cell.direction, cell.parts.count("+"), thin, main, choice.expand, whole
             if key not in seen:

@@ -14,14 +14,19 @@ def tile_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def dot_wide(a, b, acc, PRECISION: tl.constexpr):
+def dot_wide(a, b, acc, PRECISION: tl.constexpr, IN_PARTS: tl.constexpr = True):
     """acc + a b in fp32, where b may be wider than a: [m, k] x [k, n].
 
     A 16-bit a meets b as hi + lo, two 16-bit numbers that hold 16 bits of it or more: the tensor cores' price
-    of a factor that is kept in fp32.
+    of a factor that is kept in fp32. IN_PARTS: an fp32 dot, which adds up k numbers one after another, starts from zero
+    and is added as a whole; over a long K that halves the error and more, for the registers of a second sum.
     """
-    if a.dtype == tl.float32:
+    if a.dtype == tl.float32 and not IN_PARTS:
         acc = tl.dot(a, b.to(tl.float32), acc, input_precision=PRECISION)
+    elif a.dtype == tl.float32:
+        # A limit on imprecise sums, which only fp8 knows, keeps Triton from making it one long sum again.
+        zero = tl.zeros_like(acc)
+        acc += tl.dot(a, b.to(tl.float32), zero, input_precision=PRECISION, max_num_imprecise_acc=16)
     elif b.dtype == a.dtype:
         acc = tl.dot(a, b, acc)
     else:
@@ -30,6 +35,74 @@ def dot_wide(a, b, acc, PRECISION: tl.constexpr):
         acc = tl.dot(a, high, acc)
         acc = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), acc)
     return acc
+
+
+@triton.jit
+def fold(t, P: tl.constexpr):
+    """The first P columns of t [m, n], the others being zero: [m, P]."""
+    return tl.sum(tl.reshape(t, (t.shape[0], t.shape[1] // P, P)), axis=1) if P < t.shape[1] else t
+
+
+@triton.jit
+def unfold(t, WIDTH: tl.constexpr):
+    """t [m, P] with columns of zeros up to WIDTH."""
+    if t.shape[1] < WIDTH:
+        block = tl.arange(0, WIDTH // t.shape[1])[None, :, None]
+        t = tl.reshape(tl.where(block == 0, t[:, None, :], 0.0), (t.shape[0], WIDTH))
+    return t
+
+
+@triton.jit
+def mix_core(core, basis, TRANSPOSED: tl.constexpr, R: tl.constexpr, U: tl.constexpr, P: tl.constexpr):
+    """C of all rows, Cᵀ if TRANSPOSED: [P, P] fp32, zero beyond R.
+
+    With U > 0 core is v, and C = Σ_a v_a P_a is summed many P at a time: one by one each would wait for memory.
+    """
+    j = tl.arange(0, P)[:, None]
+    i = tl.arange(0, P)[None, :]
+    at = i * R + j if TRANSPOSED else j * R + i
+    real = (i < R) & (j < R)
+    if U == 0:
+        mixed = tl.load(core + at, mask=real, other=0.0).to(tl.float32)  # [P, P]
+    else:
+        MOST: tl.constexpr = 4096 // (P * P)
+        AT_ONCE: tl.constexpr = MOST if MOST < U else triton.next_power_of_2(U)
+        mixed = tl.zeros((P, P), tl.float32)
+        for first in range(0, U, AT_ONCE):
+            a = first + tl.arange(0, AT_ONCE)
+            v = tl.load(core + a, mask=a < U, other=0.0).to(tl.float32)  # [AT_ONCE]
+            some = (a < U)[:, None, None] & real[None, :, :]
+            p = tl.load(basis + a[:, None, None] * (R * R) + at[None, :, :], mask=some, other=0.0)
+            mixed += tl.sum(v[:, None, None] * p.to(tl.float32), axis=0)  # p: [AT_ONCE, P, P]
+    return mixed
+
+
+@triton.jit
+def mix_rows(
+    z, core, basis, own, adapted,
+    TRANSPOSED: tl.constexpr, R: tl.constexpr, U: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """s [BLOCK_M, P] of z [BLOCK_M, P] where row m's C is Σ_a v[own[m], a] P_a, or nothing unless adapted[m].
+
+    All rows' C at once are a product of their v with the P, one row of which is a P_a: small ranks alone have the room.
+    """
+    AT_ONCE: tl.constexpr = 16 if U <= 16 else 32
+    COLUMNS: tl.constexpr = 16 if P * P < 16 else P * P
+    f = tl.arange(0, COLUMNS)
+    j = f // P
+    i = f % P
+    at = i * R + j if TRANSPOSED else j * R + i
+    real = (i < R) & (j < R)
+    mixed = tl.zeros((z.shape[0], COLUMNS), tl.float32)
+    for first in range(0, U, AT_ONCE):
+        a = first + tl.arange(0, AT_ONCE)
+        some = adapted[:, None] & (a < U)[None, :]
+        v = tl.load(core + own[:, None] * U + a[None, :], mask=some, other=0.0)  # [BLOCK_M, AT_ONCE]
+        one = (a < U)[:, None] & real[None, :]
+        p = tl.load(basis + a[:, None] * (R * R) + at[None, :], mask=one, other=0.0)  # [AT_ONCE, COLUMNS]
+        mixed += tl.dot(v.to(tl.float32), p.to(tl.float32), input_precision=PRECISION)
+    c = tl.reshape(fold(mixed, P * P), (z.shape[0], P, P))
+    return tl.sum(z[:, None, :] * c, axis=2)
 
 
 @triton.jit
@@ -46,6 +119,7 @@ def apply_core(
     R: tl.constexpr,
     U: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """s = z Cᵀ, or z C if TRANSPOSED, in fp32: [BLOCK_M, BLOCK_R], zero beyond R as z is.
 
@@ -54,40 +128,51 @@ def apply_core(
     CORE "rows":  the same with a first dimension of `adapters`: row m uses core[ids[m]], -1 gives s = 0, and an id that
                   is neither -1 nor below `adapters` reads nothing and gives NaN
 
-    One rank at a time, so that nothing larger than z lives in registers and no dot rounds.
+    PRECISION: how rows' C are summed from their v, "ieee" or "tf32x3"; all else is multiplied in fp32.
     """
+    P: tl.constexpr = BLOCK_R if R > 8 else 2 if R <= 2 else triton.next_power_of_2(R)
+    ranks = tl.arange(0, BLOCK_R)
+    real = ranks < R
     if CORE == "none":
         s = z
-    else:
-        ranks = tl.arange(0, BLOCK_R)
-        real = ranks < R
-        if CORE == "rows":
-            own = tl.load(ids + rows, mask=rows < M, other=-1).to(tl.int64)  # [BLOCK_M]
-            adapted = (own >= 0) & (own < adapters)
+    elif CORE == "dense" and P <= 8:
+        c = mix_core(core, basis, TRANSPOSED, R, U, P)
+        s = unfold(tl.sum(fold(z, P)[:, None, :] * c[None, :, :], axis=2), BLOCK_R)
+    elif CORE == "dense" and P <= 32:
+        s = tl.dot(z, mix_core(core, basis, TRANSPOSED, R, U, P).T, input_precision="ieee")
+    elif CORE == "dense":  # [P, P] would not fit the registers: one rank at a time
         s = tl.zeros_like(z)
         for i in range(R):
             z_i = tl.sum(tl.where(ranks[None, :] == i, z, 0.0), axis=1)  # [BLOCK_M]
             at = i * R + ranks if TRANSPOSED else ranks * R + i  # C[i, :] or C[:, i]
-            if U == 0:
-                if CORE == "rows":
+            c = tl.load(core + at, mask=real, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_R]
+            s += z_i[:, None] * c
+    else:
+        own = tl.load(ids + rows, mask=rows < M, other=-1).to(tl.int64)  # [BLOCK_M]
+        adapted = (own >= 0) & (own < adapters)
+        if U > 0 and P <= 8:
+            folded = fold(z, P)
+            s = unfold(mix_rows(folded, core, basis, own, adapted, TRANSPOSED, R, U, P, PRECISION), BLOCK_R)
+        else:
+            s = tl.zeros_like(z)
+            for i in range(R):
+                z_i = tl.sum(tl.where(ranks[None, :] == i, z, 0.0), axis=1)  # [BLOCK_M]
+                at = i * R + ranks if TRANSPOSED else ranks * R + i
+                if U == 0:
                     one = adapted[:, None] & real[None, :]
                     c = tl.load(core + own[:, None] * (R * R) + at[None, :], mask=one, other=0.0)  # [BLOCK_M, BLOCK_R]
                     c = c.to(tl.float32)
                 else:
-                    c = tl.load(core + at, mask=real, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_R]
+                    c = tl.zeros_like(z)
+                    for first in range(0, U, 16):
+                        a = first + tl.arange(0, 16)
+                        some = adapted[:, None] & (a < U)[None, :]
+                        v = tl.load(core + own[:, None] * U + a[None, :], mask=some, other=0.0)  # [BLOCK_M, 16]
+                        one = (a < U)[:, None] & real[None, :]
+                        p = tl.load(basis + a[:, None] * (R * R) + at[None, :], mask=one, other=0.0)  # [16, BLOCK_R]
+                        c += tl.dot(v.to(tl.float32), p.to(tl.float32), input_precision=PRECISION)
                 s += z_i[:, None] * c
-            else:
-                c = tl.zeros_like(z)
-                for a in range(U):
-                    p = tl.load(basis + a * (R * R) + at, mask=real, other=0.0).to(tl.float32)  # [BLOCK_R]
-                    if CORE == "rows":
-                        v = tl.load(core + own * U + a, mask=adapted, other=0.0).to(tl.float32)  # [BLOCK_M]
-                        c += v[:, None] * p[None, :]
-                    else:
-                        c += tl.load(core + a).to(tl.float32) * p[None, :]
-                s += z_i[:, None] * c
-        if CORE == "rows":
-            s = tl.where(((own < -1) | (own >= adapters))[:, None], float("nan"), s)
+        s = tl.where(((own < -1) | (own >= adapters))[:, None], float("nan"), s)
     return s
 
 

@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .blocks import apply_core, dot_wide, last_to_arrive, load_s, load_up
-from .core import Core
+from .core import Core, core_precision
 from .launch import Launch
 from .scratch import workspace
 from .tiles import Decode, period
@@ -59,7 +60,9 @@ def decode_kernel(
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    CORE_PRECISION: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -71,7 +74,11 @@ def decode_kernel(
     [M, WIDTH] comes from `thin`, and slice 0 alone adds it.
     SPLIT_K: the partial sums meet in planes [slices, M, N] and z_planes [slices, M, R]; the last program of a
     column block adds them from first to last.
+    PDL: the launch before may still run, and the one after may start: nothing is read or written until the former ends.
     """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     tile_n = tl.program_id(0)
     m = tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -105,7 +112,9 @@ def decode_kernel(
     z_mask = rows & (ranks[None, :] < R)
     z_at = m[:, None] * R + ranks[None, :]
     if INLINE:
-        s_tile = apply_core(z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, WIDTH)  # [BLOCK_M, WIDTH]
+        s_tile = apply_core(
+            z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, WIDTH, CORE_PRECISION
+        )  # [BLOCK_M, WIDTH]
         u_tile = load_up(up, n, 0, N, stride_un, stride_ur, R, WIDTH, WIDTH, x.dtype.element_ty)  # [BLOCK_N, WIDTH]
         acc = dot_wide(u_tile, s_tile.T, acc, PRECISION)
         if tile_n == 0:
@@ -182,13 +191,16 @@ def plan_decode(
             "HAS_BIAS": bias is not None,
             "EVEN_K": K % tile.k == 0,
             "PRECISION": precision,
+            "CORE_PRECISION": core_precision(x.dtype, precision),
             "SPLIT_K": split,
+            "PDL": tile.pdl,
             "BLOCK_M": tile.m,
             "BLOCK_N": tile.n,
             "BLOCK_K": tile.k,
             "num_warps": tile.warps,
             "num_stages": tile.stages,
             "maxnreg": tile.registers,
+            "launch_pdl": tile.pdl,
         },
     )
     device, sizes = x.device, (tile.split * M * N, tile.split * M * r) if split else ()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from .blocks import load_s, load_up, tile_order
 from .columns import ColumnBlocks
@@ -169,6 +170,8 @@ def gemm_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    PDL: tl.constexpr,
+    FLATTEN: tl.constexpr,
     SUBTILES: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -180,6 +183,7 @@ def gemm_kernel(
     DESCRIPTORS: x, w, y are tensor descriptors, and PROGRAMS programs walk over all tiles. The low-rank dot
     comes last, so the main loop is the bare matmul's; S and U of the next tile are loaded right after it, and
     the stores and the next main loop hide them.
+    PDL: the thin pass that writes S may still run: nothing but X and W is read before the first tile's main loop ends.
     Otherwise x, w, y are pointers and every program owns one tile.
     X lies in BLOCKS tensors side by side: x up to column `end`, x1 up to `end1`, x2 up to K.
     EXPAND: no product of its own, Y += S Uᵀ in place: the second half of "library matmul, then one pass".
@@ -191,11 +195,14 @@ def gemm_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if DESCRIPTORS:
-        if WIDTH == BLOCK_R:
-            s_tile = load_s(s, m, 0, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
+        if WIDTH == BLOCK_R and not FLATTEN:
+            if PDL:
+                s_tile = tl.zeros((BLOCK_M, BLOCK_R), x.dtype)
+            else:
+                s_tile = load_s(s, m, 0, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
             u_tile = load_up(up, n, 0, N, stride_un, stride_ur, R, PERIOD, BLOCK_R, x.dtype)  # [BLOCK_N, BLOCK_R]
         tiles = tiles_m * tiles_n
-        for tile in tl.range(first, tiles, PROGRAMS, flatten=False):
+        for tile in tl.range(first, tiles, PROGRAMS, flatten=FLATTEN):
             tile_m, tile_n = tile_order(tile, tiles_m, tiles_n, GROUP_M)
             row = tile_m * BLOCK_M
             column = tile_n * BLOCK_N
@@ -203,7 +210,12 @@ def gemm_kernel(
                 x, x1, x2, w, row, column, M, N, K, end, end1, 0, 0, 0, 0, 0, 0,
                 BLOCKS, BLOCK_M, BLOCK_N, BLOCK_K, True, K_MAJOR, True, PRECISION,
             )  # fmt: skip
-            if WIDTH == BLOCK_R:
+            if PDL:
+                if tile == first:
+                    gdc_wait()
+                    if WIDTH == BLOCK_R and not FLATTEN:
+                        s_tile = load_s(s, m, 0, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
+            if WIDTH == BLOCK_R and not FLATTEN:
                 acc = tl.dot(s_tile, u_tile.T, acc)
                 after_m, after_n = tile_order(min(tile + PROGRAMS, tiles - 1), tiles_m, tiles_n, GROUP_M)
                 m = after_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -313,6 +325,8 @@ def plan_gemm(
             "EVEN_K": expand or blocks.divided_by(tile.k),
             "PRECISION": precision,
             "PROGRAMS": tile.programs if tile.descriptors else 0,
+            "PDL": tile.pdl,
+            "FLATTEN": tile.flatten,
             "SUBTILES": tile.subtiles,
             "GROUP_M": tile.group,
             "BLOCK_M": tile.m,
@@ -321,6 +335,7 @@ def plan_gemm(
             "num_warps": tile.warps,
             "num_stages": tile.stages,
             "maxnreg": tile.registers,
+            "launch_pdl": tile.pdl,
         },
         boxes,
     )

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import apply_core, dot_wide, last_to_arrive
-from .core import Core
+from .blocks import apply_core, dot_wide, fold, last_to_arrive
+from .core import Core, core_precision
 from .launch import Launch
 from .scratch import workspace
 from .tiles import CoreGradient, FactorGradient
@@ -25,18 +25,26 @@ def store_core_gradient(
     out, dcore, basis, adapter, i, j, R: tl.constexpr, U: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
     """Store tile (i, j) of dC, or with U > 0 dv_a = <P_a, dC>, as the gradient of one adapter's core."""
-    rows = i * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    columns = j * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-    at = rows * R + columns
-    inside = (rows < R) & (columns < R)
     if U == 0:
+        rows = i * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        columns = j * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
         out += adapter.to(tl.int64) * (R * R)
-        tl.store(out + at, dcore.to(out.dtype.element_ty), mask=inside)
-    else:
-        for a in range(U):
-            p = tl.load(basis + a * (R * R) + at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_R]
-            dv = tl.sum(tl.sum(p * dcore, axis=1), axis=0)
-            tl.store(out + adapter.to(tl.int64) * U + a, dv.to(out.dtype.element_ty))
+        tl.store(out + rows * R + columns, dcore.to(out.dtype.element_ty), mask=(rows < R) & (columns < R))
+    else:  # then dC is one tile
+        P: tl.constexpr = 2 if R <= 2 else triton.next_power_of_2(R)
+        MOST: tl.constexpr = 4096 // (P * P)
+        AT_ONCE: tl.constexpr = MOST if MOST < U else triton.next_power_of_2(U)
+        small = fold(fold(dcore, P).T, P).T  # [P, P]
+        rows = tl.arange(0, P)[:, None]
+        columns = tl.arange(0, P)[None, :]
+        inside = (rows < R) & (columns < R)
+        for first in range(0, U, AT_ONCE):
+            a = first + tl.arange(0, AT_ONCE)
+            at = a[:, None, None] * (R * R) + (rows * R + columns)[None, :, :]
+            some = (a < U)[:, None, None] & inside[None, :, :]
+            p = tl.load(basis + at, mask=some, other=0.0).to(tl.float32)  # [AT_ONCE, P, P]
+            dv = tl.sum(tl.sum(p * small[None, :, :], axis=2), axis=1)
+            tl.store(out + adapter.to(tl.int64) * U + a, dv.to(out.dtype.element_ty), mask=a < U)
 
 
 @triton.jit(do_not_specialize=["M", "slice_rows"])
@@ -159,6 +167,7 @@ def factor_gradient_kernel(
     CORE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
+    CORE_PRECISION: tl.constexpr,
     SPLIT_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -178,11 +187,11 @@ def factor_gradient_kernel(
         row = m.to(tl.int64)[:, None]
         z_tile = tl.load(z + row * R + ranks[None, :], mask=(m[:, None] < M) & (ranks[None, :] < R), other=0.0)
         s_tile = apply_core(
-            z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, BLOCK_R
+            z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, BLOCK_R, CORE_PRECISION
         )  # [BLOCK_M, BLOCK_R]
         x_at = x + row * stride_xm + c.to(tl.int64)[None, :] * stride_xc
         x_tile = tl.load(x_at, mask=(m[:, None] < M) & (c[None, :] < C), other=0.0)  # [BLOCK_M, BLOCK_C]
-        acc = dot_wide(x_tile.T, s_tile, acc, PRECISION)
+        acc = dot_wide(x_tile.T, s_tile, acc, PRECISION, IN_PARTS=False)
     inside = (c[:, None] < C) & (ranks[None, :] < R)
     out_at = out + ranks[None, :] * stride_or + c.to(tl.int64)[:, None] * stride_oc
     if SPLIT_M:
@@ -218,6 +227,7 @@ def plan_factor_gradient(
             "CORE": core.kind,
             "TRANSPOSED": core.transposed,
             "PRECISION": precision,
+            "CORE_PRECISION": core_precision(x.dtype, precision),
             "SPLIT_M": slices > 1,
             "BLOCK_M": tile.m,
             "BLOCK_C": tile.c,

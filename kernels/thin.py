@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .blocks import apply_core, dot_wide, last_to_arrive
 from .columns import ColumnBlocks
-from .core import Core
+from .core import Core, core_precision
 from .launch import Launch
 from .scratch import workspace
 from .tiles import Thin, period
@@ -24,7 +25,7 @@ from .tiles import Thin, period
 def store_rank_rows(
     z, z_tile, s, core, basis, ids, m, M, adapters,
     R: tl.constexpr, U: tl.constexpr, CORE: tl.constexpr, TRANSPOSED: tl.constexpr,
-    STORE_S: tl.constexpr, WIDTH: tl.constexpr, PERIOD: tl.constexpr,
+    STORE_S: tl.constexpr, WIDTH: tl.constexpr, PERIOD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store z in fp32, and s = z Cᵀ in s's dtype with zeros up to WIDTH columns.
 
@@ -36,7 +37,9 @@ def store_rank_rows(
     inside = m[:, None] < M
     tl.store(z + row * R + ranks[None, :], z_tile, mask=inside & (ranks[None, :] < R))  # [BLOCK_M, WIDTH]
     if STORE_S:
-        s_tile = apply_core(z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, WIDTH)  # [BLOCK_M, WIDTH]
+        s_tile = apply_core(
+            z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, WIDTH, PRECISION
+        )  # [BLOCK_M, WIDTH]
         high = s_tile.to(s.dtype.element_ty)
         at = s + row * WIDTH + ranks[None, :]
         tl.store(at, high, mask=inside & (ranks[None, :] < PERIOD))
@@ -105,17 +108,23 @@ def thin_kernel(
     PERIOD: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    CORE_PRECISION: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """z [M, R] fp32 and s [M, WIDTH]; program (i, j) sums row block i over slice j of K, in fp32.
+
+    PDL: the matmul that reads s may start as soon as every program of this launch has.
 
     X lies in BLOCKS tensors side by side: x up to column `end`, x1 up to `end1`, x2 up to K.
 
     SPLIT_K: every program stores its partial z in planes [slices, M, R], and the last one of a row block adds
     the planes from first to last, whoever it is: the same bits on every run.
     """
+    if PDL:
+        gdc_launch_dependents()
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, WIDTH)
     real = ranks < R
@@ -148,11 +157,13 @@ def thin_kernel(
             for j in range(slices):
                 z_tile += tl.load(planes + j * plane + at, mask=one, other=0.0, cache_modifier=".cg")
             store_rank_rows(
-                z, z_tile, s, core, basis, ids, m, M, adapters, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
+                z, z_tile, s, core, basis, ids, m, M, adapters, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD,
+                CORE_PRECISION,
             )  # fmt: skip
     else:
         store_rank_rows(
-            z, z_tile, s, core, basis, ids, m, M, adapters, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD
+            z, z_tile, s, core, basis, ids, m, M, adapters, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD,
+            CORE_PRECISION,
         )  # fmt: skip
 
 
@@ -191,7 +202,9 @@ def plan_thin(
             "PERIOD": period(first.dtype, r),
             "EVEN_K": blocks.divided_by(tile.k),
             "PRECISION": precision,
+            "CORE_PRECISION": core_precision(first.dtype, precision),
             "SPLIT_K": split,
+            "PDL": tile.pdl,
             "BLOCK_M": tile.m,
             "BLOCK_K": tile.k,
             "num_warps": tile.warps,

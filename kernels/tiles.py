@@ -49,6 +49,7 @@ class Gemm:
     descriptors, programs: bulk copies, by that many programs that walk over all tiles
     subtiles: in how many column blocks a tile is stored; rank: how much of the padded rank one dot takes
     registers: an upper bound for a thread, None for the compiler's own
+    pdl: starts while the thin pass still runs (programmatic dependent launch, from 9.0 on), whose tile says so, too
     """
 
     m: int
@@ -62,11 +63,13 @@ class Gemm:
     group: int = 8
     rank: int = 32
     registers: int | None = None
+    pdl: bool = False
+    flatten: bool = False
 
 
 @dataclass(frozen=True)
 class Thin:
-    """Rows per program, the K step, and in how many slices K is cut. `width`: the padded rank."""
+    """Rows per program, the K step, and in how many slices K is cut. `width`: the padded rank; `pdl`: as the Gemm's."""
 
     m: int
     k: int
@@ -75,11 +78,15 @@ class Thin:
     warps: int = 4
     stages: int = 4
     registers: int | None = None
+    pdl: bool = False
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Rows (all of X, padded), columns per program, the K step, and in how many slices K is cut."""
+    """Rows (all of X, padded), columns per program, the K step, and in how many slices K is cut.
+
+    pdl: gets ready while the launch before still runs, and lets the one after do the same.
+    """
 
     m: int
     n: int
@@ -88,6 +95,7 @@ class Decode:
     warps: int = 4
     stages: int = 4
     registers: int | None = None
+    pdl: bool = False
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,10 @@ def _tinylora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
     dropout = modules["tinylora_dropout"].__dict__["_modules"][name]
     if type(dropout) is not nn.Identity and _drops(dropout):
         return _DROPS
-    v = modules["tinylora_v"].__dict__["_modules"][name].__dict__["_parameters"].get(layer["_tinylora_v_key"][name])
+    if "_tinylora_v_key" in layer:
+        v = modules["tinylora_v"].__dict__["_modules"][name].__dict__["_parameters"].get(layer["_tinylora_v_key"][name])
+    else:  # PEFT 0.21.0
+        v = layer["_tinylora_v_ref"].get(name)
     if v is None:
         return "v is not a parameter of its own"
     up = modules["tinylora_B"].__dict__["_buffers"][name]

@@ -131,6 +131,16 @@ class Siblings:
                 wide = _wide([layer.adapters[name] for layer in self.layers])
                 if wide is not None:
                     self.wide[name] = wide
+                    if wide.basis is not None and not wide.one_v:
+                        self._share_cores([layer.adapters[name].factors().core for layer in self.layers])
+
+    @staticmethod
+    def _share_cores(cores: list[Tensor]) -> None:
+        """Put every v into one storage, unless somebody else has put it where it is."""
+        alone = all(v.untyped_storage().nbytes() == v.nbytes for v in cores)
+        if alone and len({(v.dtype, v.device, v.dim()) for v in cores}) == 1 and cores[0].dim() == 1:
+            for v, part in zip(cores, torch.cat([v.data for v in cores]).split([len(v) for v in cores]), strict=True):
+                v.data = part
 
     def output(self, layer: Linear, x: Tensor) -> Tensor | None:
         """The layer's Y for x, or None: then it computes alone."""
@@ -188,7 +198,13 @@ class Siblings:
                 return None
             ids = rows.of(x)
             cores = [layer._modules["adapters"]._modules[name].row_core() for layer in self.layers]
-        core = cores[0] if wide.one_v else torch.block_diag(*cores) if wide.basis is None else torch.cat(cores, -1)
+        if wide.one_v:
+            core = cores[0]
+        elif wide.basis is None:
+            core = torch.block_diag(*cores)
+        else:
+            core = None if ids is not None or graded or torch.compiler.is_compiling() else joined(cores)
+            core = torch.cat(cores, -1) if core is None else core
         operands = weights, wide.down, core, wide.up, biases, ids, wide.basis
         device = weight.device.type
         if not torch.is_autocast_enabled(device):
