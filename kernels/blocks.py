@@ -40,7 +40,7 @@ def dot_wide(a, b, acc, PRECISION: tl.constexpr, IN_PARTS: tl.constexpr = True):
 @triton.jit
 def fold(t, P: tl.constexpr):
     """The first P columns of t [m, n], the others being zero: [m, P]."""
-    return tl.sum(tl.reshape(t, (t.shape[0], t.shape[1] // P, P)), axis=1) if P < t.shape[1] else t
+    return tl.sum(tl.reshape(t, (t.shape[0], t.shape[1] // P, P)), axis=1) if t.shape[1] > P else t
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def mix_rows(
     All rows' C at once are a product of their v with the P, one row of which is a P_a: small ranks alone have the room.
     """
     AT_ONCE: tl.constexpr = 16 if U <= 16 else 32
-    COLUMNS: tl.constexpr = 16 if P * P < 16 else P * P
+    COLUMNS: tl.constexpr = P * P if P > 4 else 16
     f = tl.arange(0, COLUMNS)
     j = f // P
     i = f % P

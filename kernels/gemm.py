@@ -171,7 +171,7 @@ def gemm_kernel(
     PRECISION: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PDL: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    FLAT: tl.constexpr,
     SUBTILES: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -180,10 +180,10 @@ def gemm_kernel(
 ):
     """Y = X Wᵀ + S Uᵀ + b, tiles of [BLOCK_M, BLOCK_N]; S [M, WIDTH] is in X's dtype, accumulation in fp32.
 
-    DESCRIPTORS: x, w, y are tensor descriptors, and PROGRAMS programs walk over all tiles. The low-rank dot
-    comes last, so the main loop is the bare matmul's; S and U of the next tile are loaded right after it, and
-    the stores and the next main loop hide them.
-    PDL: the thin pass that writes S may still run: nothing but X and W is read before the first tile's main loop ends.
+    DESCRIPTORS: x, w, y are tensor descriptors, and PROGRAMS programs walk over all tiles. The low-rank dot comes
+    last: the main loop is the bare matmul's. FLAT: the next tile's first steps are under way while this one is stored.
+    PDL: the thin pass that writes S may still run. Nothing but X and W is read before the first tile's main loop ends:
+    such a launch must follow that pass, which started when both were there. One without descriptors waits at once.
     Otherwise x, w, y are pointers and every program owns one tile.
     X lies in BLOCKS tensors side by side: x up to column `end`, x1 up to `end1`, x2 up to K.
     EXPAND: no product of its own, Y += S Uᵀ in place: the second half of "library matmul, then one pass".
@@ -191,18 +191,8 @@ def gemm_kernel(
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     first = tl.program_id(0)
-    tile_m, tile_n = tile_order(first, tiles_m, tiles_n, GROUP_M)
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if DESCRIPTORS:
-        if WIDTH == BLOCK_R and not FLATTEN:
-            if PDL:
-                s_tile = tl.zeros((BLOCK_M, BLOCK_R), x.dtype)
-            else:
-                s_tile = load_s(s, m, 0, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
-            u_tile = load_up(up, n, 0, N, stride_un, stride_ur, R, PERIOD, BLOCK_R, x.dtype)  # [BLOCK_N, BLOCK_R]
-        tiles = tiles_m * tiles_n
-        for tile in tl.range(first, tiles, PROGRAMS, flatten=FLATTEN):
+        for tile in tl.range(first, tiles_m * tiles_n, PROGRAMS, flatten=FLAT):
             tile_m, tile_n = tile_order(tile, tiles_m, tiles_n, GROUP_M)
             row = tile_m * BLOCK_M
             column = tile_n * BLOCK_N
@@ -210,29 +200,23 @@ def gemm_kernel(
                 x, x1, x2, w, row, column, M, N, K, end, end1, 0, 0, 0, 0, 0, 0,
                 BLOCKS, BLOCK_M, BLOCK_N, BLOCK_K, True, K_MAJOR, True, PRECISION,
             )  # fmt: skip
-            if PDL:
-                if tile == first:
-                    gdc_wait()
-                    if WIDTH == BLOCK_R and not FLATTEN:
-                        s_tile = load_s(s, m, 0, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
-            if WIDTH == BLOCK_R and not FLATTEN:
-                acc = tl.dot(s_tile, u_tile.T, acc)
-                after_m, after_n = tile_order(min(tile + PROGRAMS, tiles - 1), tiles_m, tiles_n, GROUP_M)
-                m = after_m * BLOCK_M + tl.arange(0, BLOCK_M)
-                n = after_n * BLOCK_N + tl.arange(0, BLOCK_N)
-                s_tile = load_s(s, m, 0, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
-                u_tile = load_up(up, n, 0, N, stride_un, stride_ur, R, PERIOD, BLOCK_R, x.dtype)  # [BLOCK_N, BLOCK_R]
-            else:
-                m = row + tl.arange(0, BLOCK_M)
-                n = column + tl.arange(0, BLOCK_N)
-                for rank in range(0, WIDTH, BLOCK_R):
-                    a = load_s(s, m, rank, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
-                    b = load_up(up, n, rank, N, stride_un, stride_ur, R, PERIOD, BLOCK_R, x.dtype)
-                    acc = tl.dot(a, b.T, acc)  # b: [BLOCK_N, BLOCK_R]
+            if PDL and tile == first:
+                gdc_wait()
+            m = row + tl.arange(0, BLOCK_M)
+            n = column + tl.arange(0, BLOCK_N)
+            for rank in range(0, WIDTH, BLOCK_R):
+                a = load_s(s, m, rank, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
+                b = load_up(up, n, rank, N, stride_un, stride_ur, R, PERIOD, BLOCK_R, x.dtype)
+                acc = tl.dot(a, b.T, acc)  # b: [BLOCK_N, BLOCK_R]
             finish(y, acc, bias, row, column, M, N, 0, HAS_BIAS, True, SUBTILES, BLOCK_M, BLOCK_N)
     else:
+        tile_m, tile_n = tile_order(first, tiles_m, tiles_n, GROUP_M)
         row = tile_m * BLOCK_M
         column = tile_n * BLOCK_N
+        m = row + tl.arange(0, BLOCK_M)
+        n = column + tl.arange(0, BLOCK_N)
+        if PDL:  # whoever wrote s, or y
+            gdc_wait()
         if EXPAND:
             at = m.to(tl.int64)[:, None] * stride_ym + n.to(tl.int64)[None, :]
             acc = tl.load(y + at, mask=(m[:, None] < M) & (n[None, :] < N), other=0.0)  # [BLOCK_M, BLOCK_N]
@@ -326,7 +310,7 @@ def plan_gemm(
             "PRECISION": precision,
             "PROGRAMS": tile.programs if tile.descriptors else 0,
             "PDL": tile.pdl,
-            "FLATTEN": tile.flatten,
+            "FLAT": tile.flat,
             "SUBTILES": tile.subtiles,
             "GROUP_M": tile.group,
             "BLOCK_M": tile.m,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .blocks import apply_core, dot_wide, fold, last_to_arrive
 from .core import Core, core_precision
@@ -63,6 +64,7 @@ def core_gradient_kernel(
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT_M: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -70,7 +72,11 @@ def core_gradient_kernel(
 
     Program (a, j, tile) sums slice_rows rows from row j slice_rows on, for adapter a and one
     [BLOCK_R, BLOCK_R] tile of dC; planes: [slices, tiles, adapters, BLOCK_R, BLOCK_R] fp32.
+    PDL: the launch before may still run, and the one after may start.
     """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     adapter = tl.program_id(0)
     tiles_r: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     i = tl.program_id(2) // tiles_r
@@ -126,9 +132,11 @@ def plan_core_gradient(
             "ROWS": core.kind == "rows",
             "PRECISION": tile.precision,
             "SPLIT_M": slices > 1,
+            "PDL": tile.pdl,
             "BLOCK_M": tile.m,
             "BLOCK_R": tile.r,
             "num_warps": tile.warps,
+            "launch_pdl": tile.pdl,
         },
     )
     device, shape, dtype = t.device, like.shape, like.dtype

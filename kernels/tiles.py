@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ class Gemm:
     subtiles: in how many column blocks a tile is stored; rank: how much of the padded rank one dot takes
     registers: an upper bound for a thread, None for the compiler's own
     pdl: starts while the thin pass still runs (programmatic dependent launch, from 9.0 on), whose tile says so, too
+    flat: main loop and stores in one loop: a tile's first steps are under way while the one before is stored
     """
 
     m: int
@@ -64,7 +66,7 @@ class Gemm:
     rank: int = 32
     registers: int | None = None
     pdl: bool = False
-    flatten: bool = False
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class CoreGradient:
     rows: int
     precision: str
     warps: int = 4
+    pdl: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,9 @@ class Card:
     expand_cost: a separate pass over Y costs expand_cost / K of the layer's time. From the card's bf16 rate F and
     its bandwidth B: 4 M N bytes / B against 2 M N K / F is (2 F / B) / K.
     slack: by how much the fused matmul is expected to trail the library's.
-    rank_in_registers: how wide S and U may be to wait in registers for the next tile without spilling.
+    rank_at_once: how wide S and U may be for one dot, without spilling.
+    pdl: whether a launch may start before the one that it depends on has ended.
+    flat: whether Triton 3.6 compiles the flat loop of `Gemm`.
     """
 
     sms: int
@@ -149,17 +154,19 @@ class Card:
     bulk_copies: bool
     expand_cost: float
     slack: float
-    rank_in_registers: int = 32
+    rank_at_once: int = 32
+    pdl: bool = False
+    flat: bool = False
 
 
 CARDS = {
     (8, 0): Card(108, 166912, False, 331.0, 0.05),
     (8, 6): Card(84, 101376, False, 200.0, 0.05),
     (8, 9): Card(128, 101376, False, 330.0, 0.05),
-    (9, 0): Card(132, 232448, True, 367.0, 0.04, 64),
-    (10, 0): Card(148, 232448, True, 485.0, 0.04),
-    (10, 3): Card(148, 232448, True, 485.0, 0.04),
-    (12, 0): Card(170, 101376, False, 250.0, 0.05),
+    (9, 0): Card(132, 232448, True, 367.0, 0.01, 64, True, True),
+    (10, 0): Card(148, 232448, True, 485.0, 0.04, 32, True),
+    (10, 3): Card(148, 232448, True, 485.0, 0.04, 32, True),
+    (12, 0): Card(170, 101376, False, 250.0, 0.05, 32, True),
 }
 # On a card with bulk copies a matmul without them (operands that they refuse) reaches half of the library's speed.
 POINTER_SLACK = 0.5
@@ -174,10 +181,9 @@ def card(capability: tuple[int, int]) -> Card | None:
 def _gemms(chip: Card, descriptors: bool, width: int) -> list[tuple[Gemm, float]]:
     """Candidates with the share of the peak that a full wave of them reaches."""
     if descriptors:
-        rank = chip.rank_in_registers
 
         def bulk(m: int, n: int) -> Gemm:
-            return Gemm(m, n, 64, 8, 4, True, chip.sms, 4 if m * n > 128 * 128 else 2, 8, rank, ALL_REGISTERS)
+            return _bulk(m, n, chip)
 
         tall = () if width > 32 else ((bulk(256, 128), 1.0),)
         return [(bulk(128, 256), 1.0), *tall, (bulk(128, 128), 0.9)]
@@ -185,6 +191,14 @@ def _gemms(chip: Card, descriptors: bool, width: int) -> list[tuple[Gemm, float]
         wide = () if width > 64 else ((Gemm(128, 256, 32, 8, 4), 1.0),)
         return [*wide, (Gemm(128, 128, 64, 8, 3), 0.9), (Gemm(64, 128, 64, 4, 3), 0.75)]
     return [(Gemm(128, 128, 32, 8, 3), 1.0), (Gemm(64, 128, 32, 4, 3), 0.75)]
+
+
+def _bulk(m: int, n: int, chip: Card, **changes) -> Gemm:
+    """A tile by bulk copies. On 9.0 three stages: what a fourth would take, the thin pass has beside it."""
+    stages, subtiles = (3, 2) if chip.flat else (4, 4 if m * n > 128 * 128 else 2)
+    rank = chip.rank_at_once
+    tile = Gemm(m, n, 64, 8, stages, True, chip.sms, subtiles, 8, rank, ALL_REGISTERS, chip.pdl, chip.flat)
+    return replace(tile, **changes)
 
 
 def gemm_tile(M: int, N: int, chip: Card, descriptors: bool, width: int, aligned: bool = True) -> Gemm:
@@ -222,15 +236,27 @@ def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int,
     return Thin(m, k, split, width, stages=3, registers=ALL_REGISTERS if bounded else None)
 
 
+def thin_beside(M: int, K: int, r: int, chip: Card) -> Thin:
+    """The thin pass of 16-bit operands while the fused matmul runs: a program on each multiprocessor, in little room."""
+    width = pad(r)
+    m = 64 if width <= 64 else 32
+    split = max(1, min(chip.sms // max(1, -(-M // m)), K // 256, 32))
+    return Thin(m, 64 if K % 64 == 0 or width <= 64 else 32, split, width, stages=3, pdl=True)
+
+
 def decode_tile(M: int, N: int, K: int, dtype: torch.dtype, chip: Card) -> Decode:
-    """W in 64 rows a program and enough slices of K to occupy the card twice."""
+    """W in 64 rows a program, and enough slices of K to occupy the card twice.
+
+    Where the rows of W alone do that, short steps: what counts then is that all programs are there from the start.
+    """
     m = pad(M)
-    k = 32 if dtype == torch.float32 else 64 if m > 32 or K % 8 else 128
-    stages = 4 if chip.shared > 150000 and dtype != torch.float32 else 3
     blocks = -(-N // 64)
+    split = max(1, min(2 * chip.sms // blocks, K // 512, 16))
+    k = 32 if dtype == torch.float32 else 64 if m > 32 or K % 8 or split == 1 else 128
     split = max(1, min(2 * chip.sms // blocks, K // (4 * k), 16))
+    stages = 4 if chip.shared > 150000 and dtype != torch.float32 and (m > 32 or split > 1) else 3
     registers = ALL_REGISTERS if dtype == torch.float32 else None
-    return Decode(m, 64, k, split, 8 if m > 64 and not chip.bulk_copies else 4, stages, registers)
+    return Decode(m, 64, k, split, 8 if m > 64 and not chip.bulk_copies else 4, stages, registers, chip.pdl)
 
 
 @remembered
@@ -289,13 +315,15 @@ def default(
     expand = Gemm(64, 64, 16, 4, 1)
     if dtype == torch.float32:
         # ieee dots multiply outside the tensor cores, all operands in registers
-        expand = Gemm(32, 64, 16, 4, 1, rank=16, registers=ALL_REGISTERS)
+        expand = Gemm(32, 64, 16, 4, 1, rank=16, registers=ALL_REGISTERS, pdl=chip.pdl)
         return Choice(None, thin, expand, "fp32: the library's matmul is the faster one, the low-rank part is added")
+    expand = replace(expand, pdl=chip.pdl)
     saved = chip.expand_cost / K
     lost = POINTER_SLACK if chip.bulk_copies and not bulk else chip.slack
     compared = f"a pass over Y costs {saved:.1%} at K = {K}, the fused matmul {lost:.0%}"
     if saved <= lost:
         return Choice(None, thin, expand, f"{compared}: the library multiplies")
+    thin = thin_beside(M, K, r, chip) if bulk and chip.pdl else thin
     return Choice(gemm_tile(M, N, chip, bulk, thin.width, descriptors), thin, None, f"{compared}: fused")
 
 
@@ -339,7 +367,8 @@ def pinned_default(
     if dtype == torch.float32:
         return Choice(Gemm(16, 64, 16, 4, 2, rank=16, registers=ALL_REGISTERS), thin, None, why)
     if descriptors and chip.bulk_copies:
-        main = Gemm(128, 128, 64, 8, 4, True, chip.sms, 2, rank=chip.rank_in_registers, registers=ALL_REGISTERS)
+        main = _bulk(128, 128, chip)
+        thin = thin_beside(PINNED_ROWS, K, r, chip) if chip.pdl else thin
     elif descriptors and chip.shared > 150000:
         main = Gemm(128, 128, 64, 8, 3)
     else:
@@ -348,13 +377,16 @@ def pinned_default(
 
 
 @remembered
-def core_gradient_tile(M: int, r: int, adapters: int, dtype: torch.dtype, small: bool = False) -> CoreGradient:
+def core_gradient_tile(
+    M: int, r: int, adapters: int, dtype: torch.dtype, capability: tuple[int, int] | None
+) -> CoreGradient:
     """512 rows a program; with many adapters fewer slices, since each adapter has programs of its own."""
     side = min(pad(r), 32)
-    if small:
+    if capability is None:
         return CoreGradient(16, 16, 32, "ieee")
     rows = 512 if adapters <= 64 else max(512, pad(-(-M // 4)))
-    return CoreGradient(64, side, rows, "ieee" if side == 16 or dtype == torch.float32 else "tf32x3")
+    precision = "ieee" if side == 16 or dtype == torch.float32 else "tf32x3"
+    return CoreGradient(64, side, rows, precision, pdl=card(capability).pdl)
 
 
 @remembered
@@ -453,24 +485,23 @@ def candidates(M: int, N: int, K: int, r: int, dtype: torch.dtype, capability: t
     usual = thin_tile(M, K, r, dtype, capability)
     thins = [usual, *(replace(usual, split=s) for s in (usual.split // 2, usual.split * 2) if 0 < s <= K // usual.k)]
     if M <= DECODE_ROWS:
-        for n, warps in ((32, 4), (64, 4), (64, 8), (128, 8)):
-            for k in (64, 128) if dtype != torch.float32 else (16, 32):
-                for split in (1, 2, 4, 8, 16):
-                    programs = -(-N // n) * split
-                    too_thin = split > 1 and (split > K // (2 * k) or programs > 6 * chip.sms)
-                    if too_thin or programs < chip.sms // 4:
-                        continue
-                    registers = ALL_REGISTERS if dtype == torch.float32 else None
-                    tile = Decode(pad(M), n, k, split, warps, 4, registers)
-                    thin = None if r <= INLINE_RANK else usual
-                    found.append(Choice(tile, thin, None, "decode"))
+        shapes = DECODE_SHAPES if dtype != torch.float32 else [(n, k, 4, 3) for n in (32, 64) for k in (16, 32)]
+        for (n, k, warps, stages), split in product(shapes, (1, 2, 3, 4, 5, 6, 8, 12)):
+            programs = -(-N // n) * split
+            too_thin = split > 1 and (split > K // (2 * k) or programs > 6 * chip.sms)
+            if too_thin or programs < chip.sms // 4:
+                continue
+            registers = ALL_REGISTERS if dtype == torch.float32 else None
+            tile = Decode(pad(M), n, k, split, warps, stages, registers, chip.pdl)
+            found.append(Choice(tile, None if r <= INLINE_RANK else usual, None, "decode"))
     if dtype != torch.float32:
-        found += [Choice(tile, usual, None, "fused") for tile in _wide_tiles(chip, usual.width)]
-        if isinstance(first.main, Gemm):
-            found += [replace(first, thin=thin) for thin in thins[1:]]
+        found += [Choice(tile, thin, None, "fused") for tile, thin in _wide_tiles(M, K, r, chip, usual)]
     if capability is None:
         return [first, replace(first, thin=thins[-1])]  # a dry run on a CPU tries two
-    expand = Gemm(64, 64, 16, 4, 1) if dtype != torch.float32 else default(8192, N, K, r, dtype, capability).expand
+    expand = replace(
+        Gemm(64, 64, 16, 4, 1) if dtype != torch.float32 else default(8192, N, K, r, dtype, capability).expand,
+        pdl=chip.pdl,
+    )
     found += [Choice(None, thin, expand, "library") for thin in thins]
     fits = [c for c in found if c.main is None or shared_bytes(c.main, dtype) <= chip.shared]
     return [c for i, c in enumerate(fits) if _shapes(c) not in map(_shapes, fits[:i])]
@@ -482,10 +513,8 @@ def pinned_candidates(N: int, K: int, r: int, dtype: torch.dtype, capability: tu
     if capability is None or dtype == torch.float32:
         return [first]
     chip = card(capability)
-    found = [first, *(replace(first, main=tile) for tile in _wide_tiles(chip, first.thin.width))]
-    for split in (first.thin.split // 2, first.thin.split * 2):
-        if 0 < split <= K // first.thin.k:
-            found.append(replace(first, thin=replace(first.thin, split=split)))
+    usual = thin_tile(PINNED_ROWS, K, r, dtype, capability)
+    found = [first, *(Choice(*both, None, "") for both in _wide_tiles(PINNED_ROWS, K, r, chip, usual))]
     fits = [c for c in found if shared_bytes(c.main, dtype) <= chip.shared]
     return [c for i, c in enumerate(fits) if _shapes(c) not in map(_shapes, fits[:i])]
 
@@ -494,12 +523,28 @@ def _shapes(choice: Choice) -> tuple:
     return choice.main, choice.thin, choice.expand
 
 
-def _wide_tiles(chip: Card, width: int) -> list[Gemm]:
-    """Tiles of the fused matmul: those of the default in other orders and depths, and smaller ones for few rows."""
-    tiles = [tile for tile, _ in _gemms(chip, chip.bulk_copies, width)]
-    tiles += [replace(tile, group=group) for tile in tiles for group in (4, 16)]
-    if chip.bulk_copies:
-        rank = chip.rank_in_registers
-        for m, n, warps in ((64, 128, 4), (64, 256, 8), (128, 64, 4)):
-            tiles.append(Gemm(m, n, 64, warps, 4, True, chip.sms, 2, 8, rank, ALL_REGISTERS))
-    return tiles
+def _wide_tiles(M: int, K: int, r: int, chip: Card, usual: Thin) -> list[tuple[Gemm, Thin]]:
+    """Tiles of the fused matmul, each with its thin pass: those of the default in other orders and depths, and smaller
+    ones for few rows."""
+    if not chip.bulk_copies:
+        tiles = [tile for tile, _ in _gemms(chip, False, usual.width)]
+        return [(replace(tile, group=group), usual) for tile in tiles for group in (8, 4, 16)]
+    beside = thin_beside(M, K, r, chip)
+    wider = replace(beside, k=128, stages=2) if K % 128 == 0 else beside
+    before = replace(usual, pdl=True)
+    big, tall, square = ((128, 256), (256, 128), (128, 128))
+    found = [(_bulk(*shape, chip), beside) for shape in (big, tall, square)]
+    found += [(_bulk(*shape, chip, subtiles=4), wider) for shape in (big, tall)]
+    found += [(_bulk(*big, chip, group=group), beside) for group in (4, 16)]
+    found += [(_bulk(*shape, chip, stages=4, subtiles=4), before) for shape in (big, tall)]
+    found.append((_bulk(*square, chip, warps=4, programs=2 * chip.sms, subtiles=4), before))
+    for m, n, warps in ((64, 128, 4), (64, 256, 8), (128, 64, 4)):
+        found += [(_bulk(m, n, chip, warps=warps, stages=4, subtiles=2), thin) for thin in (beside, before)]
+    return found
+
+
+# Columns a program, K step, warps and stages of decode kernels that are worth timing.
+DECODE_SHAPES = (
+    (32, 64, 4, 4), (32, 128, 4, 4), (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 4, 4),
+    (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 4, 6),
+)  # fmt: skip

@@ -103,12 +103,14 @@ def _linear(
     choice: tiles.Choice | None = None,
     pin: bool = False,
     want_z: bool = True,
+    use_z: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(Y, z) with Y = X Wᵀ + s Uᵀ + b, z = X Dᵀ in fp32, s = z Cᵀ, for x of [..., K]; z is None unless wanted.
 
     core.transposed: the same with (Wᵀ, Dᵀ, Uᵀ) for (W, D, U), which are given as they lie: views cost microseconds.
     choice: forces what `tiles.choose` would decide. pin: one choice for every M, and for every layout of x.
     x may come in column blocks; then there is no bias.
+    use_z: is given z as soon as its launch is queued: what it launches then runs beside the matmul.
     """
     first = x if isinstance(x, Tensor) else x[0]
     # Whatever the way depends on, and whatever Triton's compiler specialises on, stands here (kernels/launch.py).
@@ -137,7 +139,7 @@ def _linear(
     way = tiles.ways.get(key)
     if way is None:
         way = _remembered(key, first.device, lambda: _way(x, w, down, core, up, bias, choice, pin))
-    return way(x, w, down, core, up, bias, want_z)
+    return way(x, w, down, core, up, bias, want_z, use_z)
 
 
 def _way(
@@ -150,7 +152,7 @@ def _way(
     choice: tiles.Choice | None,
     pin: bool,
 ) -> Way:
-    """How `_linear` computes operands like these: a function of (x, w, down, core, up, bias, want_z)."""
+    """How `_linear` computes operands like these: a function of (x, w, down, core, up, bias, want_z, use_z)."""
     if core.transposed:
         w, down, up = w.T, down.T, up.T
     xs = [x.reshape(-1, x.shape[-1])] if isinstance(x, Tensor) else list(x)
@@ -158,10 +160,14 @@ def _way(
     M, (N, K), r = xs[0].shape[0], w.shape, down.shape[0]
     dtype, device = xs[0].dtype, xs[0].device
     if M == 0:
-        return lambda x, *_: (
-            (x if isinstance(x, Tensor) else x[0]).new_empty(shape),
-            torch.empty(0, r, dtype=torch.float32, device=device),
-        )
+
+        def nothing(x, w, down, core, up, bias, want_z, use_z):
+            z = torch.empty(0, r, dtype=torch.float32, device=device)
+            if use_z is not None:
+                use_z(z)
+            return (x if isinstance(x, Tensor) else x[0]).new_empty(shape), z
+
+        return nothing
     precision, capability = _precision(), _capability(device)
     copies = isinstance(x, Tensor) and xs[0].data_ptr() != x.data_ptr()
     if pin:
@@ -192,13 +198,15 @@ def _way(
             finish = plan_gemm(whole, w, y, width, up, bias, choice.main, precision)
     library, transposed = choice.main is None, core.transposed
 
-    def way(x, w, down, core, up, bias, want_z):
+    def way(x, w, down, core, up, bias, want_z, use_z):
         if copies:
             x = x.reshape(M, K)
             x = x.clone(memory_format=torch.contiguous_format) if pin else x
         z = s = None
         if reduce is not None:
             z, s = reduce(x, down, core, want_z)
+            if use_z is not None:
+                use_z(z)
         elif want_z:
             z = torch.empty((M, r), dtype=torch.float32, device=device)
         if library:
@@ -210,6 +218,8 @@ def _way(
         y = (x if isinstance(x, Tensor) else x[0]).new_empty(shape)
         if few:
             finish(x, w, down, core, up, bias, y, z, s)
+            if use_z is not None and reduce is None:
+                use_z(z)
         else:
             finish(x, w, y, s, up, bias)
         return y, z
@@ -292,12 +302,17 @@ def backward(
     ours = Core(values, own_basis, adapter_ids)
     theirs = Core(values, own_basis, adapter_ids, transposed=True)
     dy = _walkable(dy)
+
+    def core_gradient(t):
+        nonlocal dcore
+        dcore = _core_gradient(t, z, core, ours, basis, dy.dtype)
+
     if need_x:
-        dx, t = _linear(dy, weight, up, theirs, down, None, choice, pin)
+        dx, t = _linear(dy, weight, up, theirs, down, None, choice, pin, use_z=core_gradient if need_core else None)
     elif need_down or need_core:
         t = _thin_alone(dy.reshape(-1, dy.shape[-1]), up, theirs)
-    if need_core:
-        dcore = _core_gradient(t, z, core, ours, basis, dy.dtype)
+        if need_core:
+            core_gradient(t)
     if need_weight or need_down or need_up or need_bias:
         dy = dy.reshape(-1, dy.shape[-1])
     if need_down:
@@ -336,12 +351,16 @@ def backward_of_parts(dys, z, weight, down, core, up, adapter_ids, basis, need_x
     values, own_basis = _mixed_inside(core, basis)
     theirs = Core(values, own_basis, adapter_ids, transposed=True)
     dx = dcore = None
-    if need_x:
-        dx, t = _linear(dys[0] if len(dys) == 1 else dys, weight, up, theirs, down, None, choice)
-    else:
-        t = _thin_alone(dys, up, theirs)
-    if need_core:
+
+    def core_gradient(t):
+        nonlocal dcore
         dcore = _core_gradient(t, z, core, Core(values, own_basis, adapter_ids), basis, first.dtype)
+
+    if need_x:
+        x = dys[0] if len(dys) == 1 else dys
+        dx, _ = _linear(x, weight, up, theirs, down, None, choice, use_z=core_gradient if need_core else None)
+    elif need_core:
+        core_gradient(_thin_alone(dys, up, theirs))
     return dx, dcore
 
 
@@ -375,7 +394,7 @@ def _core_gradient(t: Tensor, z: Tensor, core: Tensor, ours: Core, basis: Tensor
     way = tiles.ways.get(key)
     if way is None:
         adapters = values.shape[0] if ids is not None else 1
-        tile = tiles.core_gradient_tile(*t.shape, adapters, dtype, t.is_cpu and interpreting())
+        tile = tiles.core_gradient_tile(*t.shape, adapters, dtype, _capability(t.device))
         way = _remembered(key, t.device, lambda: plan_core_gradient(t, z, values.float(), ours, tile))
     dcore = way(t, z, ours)
     if basis is not own_basis:
