@@ -122,11 +122,12 @@ class Operands:
 
         bytes_ = dtype.itemsize * (cell.N * cell.K + cell.M * (cell.N + cell.K))
         self.buffers = buffers or timing.buffers_past_cache(bytes_, device)
+        # As layers hold them: D [r, K] and Uᵀ [r, N]; the backward sees W through its transpose.
         x, w = normal(cell.M, cell.K), normal(cell.N, cell.K, scale=cell.K**-0.5)
-        self.down, self.up = normal(cell.r, cell.K, scale=cell.K**-0.5), normal(cell.N, cell.r, scale=cell.r**-0.5)
+        self.down, self.up = normal(cell.r, cell.K, scale=cell.K**-0.5), normal(cell.r, cell.N, scale=cell.r**-0.5).T
         self.core = torch.randn(cell.r, cell.r, generator=g, device=device) * cell.r**-0.5
-        if cell.direction == BACKWARD:  # the same numbers, as the backward finds them: W [K, N] and U [K, r] turned
-            w, self.down, self.up = (t.T.contiguous().T for t in (w, self.down, self.up))
+        if cell.direction == BACKWARD:
+            w = w.T.contiguous().T
         self.widths = [int(width) for width in cell.parts.split("+")] if cell.parts else [cell.K]
         self.xs = [[part.contiguous() for part in x.split(self.widths, 1)] for _ in range(self.buffers)]
         self.ws = [w.clone(memory_format=torch.preserve_format) for _ in range(self.buffers)]

@@ -7,6 +7,7 @@ decide at the launch instead: the kernels are imported as on a GPU machine (TRIT
 
 import re
 import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from unittest.mock import patch
 import interpreter_bf16
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
@@ -31,6 +33,22 @@ INTERPRETED_AT_IMPORT = isinstance(tinylora.kernels.thin.thin_kernel, Interprete
 
 
 @contextmanager
+def _language_restored():
+    """What Triton's interpreter patches in triton.language is put back afterwards: for functions that a kernel calls it
+    does not do so itself, and what is compiled later in the same process would meet the interpreter's arithmetic."""
+    owners = [module for name, module in sys.modules.items() if name.startswith("triton.language")]
+    owners += [tl.core.tensor, tl.core.tensor_descriptor, tl.core.tensor_descriptor_base]
+    before = [(owner, dict(vars(owner))) for owner in owners]
+    try:
+        yield
+    finally:
+        for owner, values in before:
+            for name, value in values.items():
+                if vars(owner).get(name) is not value:
+                    setattr(owner, name, value)
+
+
+@contextmanager
 def interpreter():
     """Every launch runs in Triton's interpreter on CPU tensors, and bf16 there means bf16."""
 
@@ -41,6 +59,7 @@ def interpreter():
         return InterpretedFunction(self.fn)(*args, **kwargs)
 
     with (
+        nullcontext() if INTERPRETED_AT_IMPORT else _language_restored(),
         interpreter_bf16.installed(),
         patch.dict("os.environ", TRITON_INTERPRET="1"),
         patch.object(fused, "interpreter_has_bf16", lambda: True),

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from tinylora.adapters import Adapter, Factors
 from tinylora.nn.linear import Linear
 from tinylora.ops.dispatch import MAX_RANK
-from tinylora.ops.siblings import adapted_linears, joined
+from tinylora.ops.linear import unchecked
+from tinylora.ops.siblings import adapted_linears, joined, on_torch
 
 
 def group(root: nn.Module) -> None:
@@ -70,8 +71,22 @@ class Wide(NamedTuple):
     parts: list[Factors]
 
 
+class Ready(NamedTuple):
+    """A group's operands without gradients, by kernels: made once, good for as long as nobody has put others there.
+
+    members: each layer, its adapter, and where its tensors stand: (dictionary, name, tensor, address)
+    """
+
+    name: str
+    members: list[tuple[Linear, Adapter, list[tuple[dict, str, Tensor, int]]]]
+    weight: Tensor
+    core: Tensor
+    bias: Tensor | None
+    sizes: list[int]
+
+
 class Siblings:
-    """One group. Its state lasts no longer than one forward of the parent."""
+    """One group. But for what is made of frozen tensors, its state lasts no longer than one forward of the parent."""
 
     def __init__(self, parent: nn.Module, layers: list[Linear]):
         self.layers = tuple(layers)
@@ -84,6 +99,8 @@ class Siblings:
         self.running = False
         self.shares: tuple[Tensor, int, list[Tensor | None]] | None = None  # x, its version, what nobody took yet
         self.wide: dict[str, Wide] = {}
+        self.places: list[int] = []  # where `share` has put the weights
+        self.ready: Ready | None = None
         self.copied = False  # a copy's layers have storages of their own until it runs
 
     def __getstate__(self):
@@ -114,7 +131,7 @@ class Siblings:
 
         Nothing happens while the layers are on their way (some moved, some not yet).
         """
-        self.wide = {}
+        self.wide, self.places, self.ready = {}, [], None
         weights = [layer.weight for layer in self.layers]
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
         if len({(w.device, w.dtype) for w in weights}) > 1 or weights[0].is_meta:
@@ -126,6 +143,7 @@ class Siblings:
                 whole = torch.cat([p.data for p in parts])
                 for part, rows in zip(parts, whole.split([len(p) for p in parts]), strict=True):
                     part.data = rows
+        self.places = [w.data_ptr() for w in weights]
         for name in self.layers[0].adapters:
             if all(name in layer.adapters for layer in self.layers):
                 wide = _wide([layer.adapters[name] for layer in self.layers])
@@ -155,13 +173,70 @@ class Siblings:
             if y is not None:
                 held[2][place] = None
                 return y
-        ys = self._compute(x)
+        ys = self._compute_ready(x) if self.ready is not None else None
+        if ys is None:
+            ys = self._compute(x)
         if ys is None:
             return None
         y = ys[place]
         ys[place] = None
         self.shares = (x, version, ys)
         return y
+
+    def _compute_ready(self, x: Tensor) -> list[Tensor | None] | None:
+        """`_compute`'s result where what it found last time still stands, or None."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        name, members, weight, core, bias, sizes = self.ready
+        for layer, adapter, tensors in members:
+            if (
+                layer.active != name
+                or layer.merged is not None
+                or layer.batch_invariant
+                or layer._modules["adapters"]._modules.get(name) is not adapter
+            ):
+                self.ready = None
+                return None
+            for where, key, t, at in tensors:
+                if where.get(key) is not t or t.data_ptr() != at:
+                    self.ready = None
+                    return None
+        if (
+            adapter.shared.rows is not None
+            or x.dtype is not weight.dtype
+            or x.device != weight.device
+            or x.shape[-1] != weight.shape[1]
+            or torch._C._is_any_autocast_enabled()
+        ):
+            return None
+        wide = self.wide[name]
+        y = unchecked(x, weight, wide.down, core, wide.up, bias, None, wide.basis)
+        return list(y.split_with_sizes(sizes, -1))
+
+    def _make_ready(self, name: str, x: Tensor, weights, core: Tensor | None, biases) -> None:
+        """Keep what `_compute` found, where it is of one piece and of our own making, for calls without gradients."""
+        wide = self.wide[name]
+        weight, bias = joined(weights), joined(biases) if biases else None
+        if weight is None or core is None or (biases and bias is None):
+            return
+        # FSDP's weights, which lie where it gathers them, must not be held here.
+        if [w.data_ptr() for w in weights] != self.places or on_torch(x, weights, wide.down, core, wide.up):
+            return
+        members = []
+        for layer in self.layers:
+            adapter = layer._modules["adapters"]._modules[name]
+            if adapter.dropout:
+                return
+            places = layer._parameters, adapter._buffers, adapter._parameters, adapter.shared._parameters
+            found = []
+            for t in (*layer.base(), *adapter.factors()):
+                if t is not None:
+                    at = next(((own, key) for own in places for key, one in own.items() if one is t), None)
+                    if at is None:
+                        return
+                    found.append((*at, t, t.data_ptr()))
+            members.append((layer, adapter, found))
+        self.ready = Ready(name, members, weight, core, bias, [len(w) for w in weights])
 
     def _compute(self, x: Tensor) -> list[Tensor | None] | None:
         # Past nn.Module's __getattr__ and in as few steps as there are questions: this runs in every forward.
@@ -198,13 +273,13 @@ class Siblings:
                 return None
             ids = rows.of(x)
             cores = [layer._modules["adapters"]._modules[name].row_core() for layer in self.layers]
-        if wide.one_v:
-            core = cores[0]
-        elif wide.basis is None:
-            core = torch.block_diag(*cores)
+        if not (graded or torch.compiler.is_compiling()) and ids is None and wide.basis is not None:
+            core = cores[0] if wide.one_v else joined(cores)
+            self._make_ready(name, x, weights, core, biases)
         else:
-            core = None if ids is not None or graded or torch.compiler.is_compiling() else joined(cores)
-            core = torch.cat(cores, -1) if core is None else core
+            core = None
+        if core is None:
+            core = cores[0] if wide.one_v else torch.block_diag(*cores) if wide.basis is None else torch.cat(cores, -1)
         operands = weights, wide.down, core, wide.up, biases, ids, wide.basis
         device = weight.device.type
         if not torch.is_autocast_enabled(device):

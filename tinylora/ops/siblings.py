@@ -70,7 +70,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor | None:
 WIDE_ON_CPU = 1 << 22
 
 
-def _on_torch(x, weights, down, core, up) -> bool:
+def on_torch(x, weights, down, core, up) -> bool:
     """Whether torch's calls compute these operands, not kernels."""
     return linear._computes(x, weights[0], down, core, up, False) is eager
 
@@ -79,7 +79,7 @@ def _forward(x, weights, down, core, up, biases, adapter_ids, basis) -> tuple[Te
     """([Y_1 | .. | Y_G], z)."""
     weight = joined(weights)
     apart = weight is None or (weight.element_size() > 2 and weight.numel() > WIDE_ON_CPU)
-    if x.is_cpu and apart and _on_torch(x, weights, down, core, up):
+    if x.is_cpu and apart and on_torch(x, weights, down, core, up):
         return eager.forward_of_parts(x, weights, down, core, up, biases, adapter_ids, basis)
     if weight is None:
         ys = []
@@ -97,7 +97,7 @@ def _forward(x, weights, down, core, up, biases, adapter_ids, basis) -> tuple[Te
 
 def _backward(dys, z, weights, down, core, up, adapter_ids, basis, need_x, need_core):
     """(dX, dC or dv) from dY, whole or in parts."""
-    if _on_torch(dys[0], weights, down, core, up):
+    if on_torch(dys[0], weights, down, core, up):
         if len(dys) == 1:
             dys = dys[0].split([w.shape[0] for w in weights], -1)
         return eager.backward_of_parts(dys, z, weights, down, core, up, adapter_ids, basis, need_x, need_core)
