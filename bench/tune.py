@@ -28,7 +28,7 @@ from bench.rows import version
 
 FORWARD, BACKWARD = DIRECTIONS = ("forward", "backward")
 # By how much an entry must beat the default: what a second run would not measure again is no reason to differ.
-MARGIN = 0.01
+MARGIN = 0.02
 # At how many rows the candidates for batch invariance are timed: rollouts of some widths, and training.
 PINNED_AT = (16, 128, 1024, 8192)
 CHECKED = 64  # rows that are held against fp64
