@@ -390,14 +390,16 @@ def core_gradient_tile(
 
 
 @remembered
-def factor_gradient_tile(M: int, C: int, r: int, small: bool = False) -> FactorGradient:
+def factor_gradient_tile(M: int, C: int, r: int, dtype: torch.dtype, small: bool = False) -> FactorGradient:
     """64 columns a program, and enough slices of the rows to fill a card: one choice for all cards."""
     width = pad(r)
     if small:
         return FactorGradient(16, 32, 32, width)
     slices = max(1, min(264 // -(-C // 64), -(-M // 256), 32))
     rows = pad(-(-M // slices), 64)
-    return FactorGradient(64, 64, rows, width) if width <= 64 else FactorGradient(32, 64, rows, width, 8)
+    if width > 64:
+        return FactorGradient(32, 64, rows, width, 8)
+    return FactorGradient(32 if dtype == torch.float32 else 64, 64, rows, width)
 
 
 def _small(tile: Decode | Gemm) -> Decode | Gemm:
