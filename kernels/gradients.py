@@ -242,6 +242,7 @@ def plan_factor_gradient(
             "BLOCK_R": tile.width,
             "num_warps": tile.warps,
             "num_stages": tile.stages,
+            "maxnreg": tile.registers,
         },
     )
     device, sizes = x.device, (slices * C * r,)

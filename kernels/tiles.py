@@ -122,6 +122,7 @@ class FactorGradient:
     width: int
     warps: int = 4
     stages: int = 3
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -399,7 +400,9 @@ def factor_gradient_tile(M: int, C: int, r: int, dtype: torch.dtype, small: bool
     rows = pad(-(-M // slices), 64)
     if width > 64:
         return FactorGradient(32, 64, rows, width, 8)
-    return FactorGradient(32 if dtype == torch.float32 else 64, 64, rows, width)
+    if dtype == torch.float32:
+        return FactorGradient(32, 64, rows, width, registers=ALL_REGISTERS)
+    return FactorGradient(64, 64, rows, width)
 
 
 def _small(tile: Decode | Gemm) -> Decode | Gemm:
