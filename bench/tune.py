@@ -247,7 +247,7 @@ def read(path: Path) -> list[Row]:
 
 def entries(measured: list[Row]) -> list[dict]:
     """The table's entries: the fastest candidate of every cell where it beats the default by MARGIN; of a pinned shape
-    the one with the least geometric mean over all M it was timed at."""
+    the one with the least geometric mean over all of PINNED_AT, and none before it was timed at each of them."""
     from tinylora.kernels import tiles
 
     times: dict[Cell, dict[str, list[float]]] = {}  # by cell (pinned ones without their M), then by choice
@@ -257,6 +257,8 @@ def entries(measured: list[Row]) -> list[dict]:
         of_choice.append(row.p50_ms or math.inf)
     found = []
     for cell, by_choice in times.items():
+        if cell.pinned and max(map(len, by_choice.values())) < len(PINNED_AT):
+            continue
         means = {choice: math.exp(sum(map(math.log, ms)) / len(ms)) for choice, ms in by_choice.items()}
         default, best = means[next(iter(means))], min(means, key=means.get)
         if means[best] < (1 - MARGIN) * default < math.inf:

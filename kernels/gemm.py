@@ -17,6 +17,9 @@ from .columns import ColumnBlocks
 from .launch import Launch
 from .tiles import Gemm, period
 
+# Triton 3.9 lets no MMA of a flat loop be under way while the next one starts; 3.6 to 3.8 do.
+FLAT_LOOPS = not triton.__version__.startswith("3.9")
+
 
 @triton.jit
 def product(
@@ -310,7 +313,7 @@ def plan_gemm(
             "PRECISION": precision,
             "PROGRAMS": tile.programs if tile.descriptors else 0,
             "PDL": tile.pdl,
-            "FLAT": tile.flat,
+            "FLAT": tile.flat and FLAT_LOOPS,
             "SUBTILES": tile.subtiles,
             "GROUP_M": tile.group,
             "BLOCK_M": tile.m,

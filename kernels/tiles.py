@@ -238,7 +238,7 @@ def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int,
 
 
 def thin_beside(M: int, K: int, r: int, chip: Card) -> Thin:
-    """The thin pass of 16-bit operands while the fused matmul runs: a program on each multiprocessor, in little room."""
+    """The thin pass of 16-bit operands beside the fused matmul: a program on each multiprocessor, in little room."""
     width = pad(r)
     m = 64 if width <= 64 else 32
     split = max(1, min(chip.sms // max(1, -(-M // m)), K // 256, 32))

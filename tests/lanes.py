@@ -132,7 +132,8 @@ class Launch:
 
     @cached_property
     def main_loop(self) -> list[str]:
-        """Opcodes of the shortest loop that multiplies on tensor cores, empty if there is none. Takes a second."""
+        """Opcodes of the shortest loop that multiplies on tensor cores, of those that load by bulk copies if one does;
+        empty if there is none. Takes a second."""
         line = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*?);")
         code = [(int(m[1], 16), m[2], m[3]) for m in map(line.match, self._dump("-sass").splitlines()) if m]
         loops = []
@@ -142,7 +143,8 @@ class Launch:
                 body = [op for a, op, _ in code if int(target[1], 16) <= a <= at]
                 if any(re.match(r"(HG|H|UTCH)MMA", op) for op in body):
                     loops.append(body)
-        return min(loops, key=len, default=[])
+        fed = [body for body in loops if any(op.startswith("UTMALDG") for op in body)]
+        return min(fed or loops, key=len, default=[])
 
 
 @contextmanager

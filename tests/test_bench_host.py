@@ -45,7 +45,7 @@ def test_host_from_the_command_line(tmp_path, monkeypatch, capsys):
     "M, forward, backward",
     [
         (1, ["decode_kernel"], ["decode_kernel", "core_gradient_kernel"]),
-        (256, ["thin_kernel", "gemm_kernel"], ["thin_kernel", "gemm_kernel", "core_gradient_kernel"]),
+        (256, ["thin_kernel", "gemm_kernel"], ["thin_kernel", "core_gradient_kernel", "gemm_kernel"]),
     ],
 )
 def test_stubbed_launches_are_those_of_a_card(M, forward, backward):

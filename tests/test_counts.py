@@ -154,23 +154,23 @@ TABLE = {
     },
     16: {
         "frozen": ((7, 469), (7, 469)),
-        "ours": ((7, 476), (14, 477)),
+        "ours": ((7, 476), (14, 479)),
         "peft": ((56, 492), (77, 493)),
         "siblings": ((4, 475), (10, 477)),
         "adds": (3, 1),
     },
     512: {
         "frozen": ((7, 558), (7, 558)),
-        "ours": ((15, 608), (23, 625)),
+        "ours": ((14, 601), (21, 611)),
         "peft": ((56, 1275), (77, 1297)),
-        "siblings": ((9, 586), (14, 611)),
+        "siblings": ((8, 579), (14, 611)),
         "adds": (3, 33),
     },
     8192: {
         "frozen": ((7, 1942), (7, 1942)),
-        "ours": ((15, 2729), (23, 2998)),
+        "ours": ((14, 2610), (21, 2762)),
         "peft": ((56, 13396), (77, 13757)),
-        "siblings": ((9, 2375), (14, 2762)),
+        "siblings": ((8, 2256), (12, 2584)),
         "adds": (3, 528),
     },
 }
@@ -213,6 +213,5 @@ def test_no_pass_over_x_in_the_backward_when_only_the_core_trains():
     """The backward has no x to read, and moves little beyond dY (twice), W and dX."""
     for N, K, bias in LAYER.values():
         _, (launches, moved) = ours(8192, N, K, bias)
-        assert launches <= 4
-        expand = 2 * 8192 * K * 2 if N == 18944 else 0  # the library multiplied: dX is read and written again
-        assert moved < 1.02 * 2 * (2 * 8192 * N + N * K + 8192 * K) + expand, (N, K)
+        assert launches <= 3
+        assert moved < 1.02 * 2 * (2 * 8192 * N + N * K + 8192 * K), (N, K)

@@ -91,8 +91,11 @@ def made_up(folder: Path) -> Path:
     many = tiles.candidates(2048, 3584, 512, 16, bf16, H200)
     cell(Cell(3584, 512, "bf16", 16, "backward", 2048), many, (1.0, None, 0.7))
     fixed = tiles.pinned_candidates(512, 3584, 2, bf16, H200)
-    cell(Cell(512, 3584, "bf16", 2, "forward", 16, True), fixed, (1.0, 0.5, 0.7))
-    cell(Cell(512, 3584, "bf16", 2, "forward", 1024, True), fixed, (1.0, 3.0, 0.9))
+    for M, times in zip(
+        tune.PINNED_AT, ((1.0, 0.5, 0.7), (1.0, 0.5, 0.8), (1.0, 3.0, 0.9), (1.0, 3.0, 0.9)), strict=True
+    ):
+        cell(Cell(512, 3584, "bf16", 2, "forward", M, True), fixed, times)
+    cell(Cell(3584, 512, "bf16", 2, "forward", 16, True), fixed, (1.0, 0.5, 0.7))  # and at no other M: no entry
     tune.write_table(folder / "sm_90.json", file)
     return folder / "sm_90.json"
 
@@ -102,7 +105,11 @@ def test_a_good_table_passes_and_is_used(tmp_path, monkeypatch):
     path = made_up(tmp_path)
     check(path)
     entries = [(e["N"], e["M"], e["transposed"], e["ms"]) for e in json.loads(path.read_text())["entries"]]
-    assert entries == [(512, 16, False, 0.8), (3584, 2048, True, 0.7), (512, 0, False, round(0.63**0.5, 6))]
+    assert entries == [
+        (512, 16, False, 0.8),
+        (3584, 2048, True, 0.7),
+        (512, 0, False, round((0.7 * 0.8 * 0.9 * 0.9) ** 0.25, 6)),
+    ]
 
     monkeypatch.setattr(tiles, "TABLES", tmp_path)
     tiles.forget()
@@ -188,7 +195,7 @@ def test_candidates_fit_and_are_all_different():
             for r in (2, 64):
                 found = tiles.candidates(M, 3584, 3584, r, bf16, capability)
                 assert found[0] == tiles.default(M, 3584, 3584, r, bf16, capability)
-                assert 5 < len(found) < 60 and len({tiles._shapes(c) for c in found}) == len(found)
+                assert 5 < len(found) < 100 and len({tiles._shapes(c) for c in found}) == len(found)
                 again = [tiles.from_json(tiles.to_json(c), c.why) for c in found]
                 assert again == found
         fixed = tiles.pinned_candidates(3584, 3584, 2, bf16, capability)
@@ -225,7 +232,9 @@ def test_a_dry_run_goes_through_every_step_and_resumes(tmp_path, monkeypatch, po
 
 def test_cells_are_the_distinct_shapes_in_both_directions():
     cells = tune.cells(["Qwen2.5-0.5B", "Qwen2.5-0.5B"], ["bf16"], [2], [16, 8192])
-    assert len(set(cells)) == len(cells) == 2 * 4 * 2 + 4 * 4 * 2
+    assert len(set(cells)) == len(cells) == 2 * 6 * 2 + 4 * 4 * 2  # four shapes, and two groups of siblings
+    assert Cell(1152, 896, "bf16", 2, "forward", 16) in cells
+    assert Cell(896, 1152, "bf16", 2, "backward", 16, False, "896+128+128") in cells
     assert Cell(128, 896, "bf16", 2, "forward", 16) in cells and Cell(896, 128, "bf16", 2, "backward", 16) in cells
 
 
