@@ -107,6 +107,8 @@ def layer_table(rows: list[Row]) -> str:
     """Blocks: the roofline's bound, everybody's time over the bare layers', and ours over PEFT's."""
     names = (*block.PROVIDERS[1:],)
     lines = []
+    refused = [r for r in rows if r.op == "layer" and r.M is not None and not r.mode]  # they got no time
+    rows = [r for r in rows if r not in refused]
     for (model, _, dtype, M, pass_), cell in cells(rows, "layer").items():
         bare = cell.get(who.BARE)
         line = [model, dtype, M, pass_, *((f"{bare.bound_ms:.4g}", f"{bare.p50_ms:.4g}") if bare else ("", ""))]
@@ -124,6 +126,7 @@ def layer_table(rows: list[Row]) -> str:
     if means:
         text += f"\n\nAt M ≥ {BAR_ROWS}, geometric means of the time of ours over: " + ", ".join(means)
     notes = {f"{row.mode or row.provider}: {row.note}" for row in rows if row.op == "layer" and row.M is None}
+    notes |= {f"{row.provider}, {row.model}, {row.dtype}, M = {row.M}: {row.note}" for row in refused}
     found = [f"{r.pass_} {_ceiling(r)}" for r in rows if r.op == "ceilings"]
     below = ["The bound is the roofline of: " + ", ".join(found)] if found else []
     return "\n\n".join([text, *below, *sorted(notes)])
@@ -263,11 +266,14 @@ def summary(rows: list[Row]) -> str:
         group = [c for key, c in barred(rows).items() if key[2] == dtype]
         ratios(f"one linear layer, {dtype}, M ≥ {BAR_ROWS}", group)
     blocks: dict[str, list] = defaultdict(list)
-    for (_, _, dtype, M, pass_), cell in cells(rows, "layer").items():
-        few = "<" if M < BAR_ROWS else "≥"
-        blocks[f"a block's linear layers, {dtype}, M {few} {BAR_ROWS}, {pass_.split(', ')[1]}"].append(cell)
+    for (model, _, dtype, M, pass_), cell in cells(rows, "layer").items():
+        if rows[0].device.startswith("NVIDIA"):  # what a row is about is another thing at every M
+            blocks[f"a block's linear layers, {model}, {dtype}, M = {M:5d}, {pass_}"].append(cell)
+        else:
+            few = "<" if M < BAR_ROWS else "≥"
+            blocks[f"a block's linear layers, {dtype}, M {few} {BAR_ROWS}, {pass_.split(', ')[1]}"].append(cell)
     for what in sorted(blocks):
-        ratios(what, blocks[what])
+        ratios(" ".join(what.split()), blocks[what])
     for key, cell in _by(rows, "model", lambda r: (r.model, r.pass_, r.dtype)):
         if key[1] != "startup":
             ratios(", ".join(key), [cell])
@@ -359,6 +365,7 @@ def write_readme(readme: Path, results: Path) -> None:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme} has no single pair of marks {BEGIN} and {END}")
     measured = [rows for rows in map(read, sorted(results.glob("*.csv"))) if rows]
+    measured.sort(key=lambda rows: not rows[0].device.startswith("NVIDIA"))
     body = "\n\n".join(map(summary, measured)) or "Nothing has been measured yet."
     if not any(rows[0].device.startswith("NVIDIA") for rows in measured):
         body += "\n\nOn a GPU: not measured."
