@@ -147,13 +147,16 @@ class Launch:
         return min(fed or loops, key=len, default=[])
 
 
+Launches = list  # a test may want to see each as it comes
+
+
 @contextmanager
 def compiler(capability: tuple[int, int], only_count: bool = False):
     """Every launch is compiled for `capability` as the launcher would, or only written down, and not run.
 
     Yields the list of launches. Operands are on the "meta" device: they have shapes, strides and dtypes.
     """
-    launches: list[Launch] = []
+    launches: list[Launch] = Launches()
     launch = JITFunction.run
 
     def run(self, *args, grid, warmup, **kwargs):

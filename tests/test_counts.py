@@ -4,6 +4,8 @@ Bytes are what a kernel must move once: its operands in, its results out (partia
 here is a speed; a launch costs a microsecond or so and a byte 1/4.3 ps on an H200, if the roofline is reached.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -215,3 +217,36 @@ def test_no_pass_over_x_in_the_backward_when_only_the_core_trains():
         _, (launches, moved) = ours(8192, N, K, bias)
         assert launches <= 3
         assert moved < 1.02 * 2 * (2 * 8192 * N + N * K + 8192 * K), (N, K)
+
+
+@pytest.mark.parametrize("one_loop_only", [False, True])
+def test_a_matmul_that_starts_early_follows_the_thin_pass(one_loop_only, monkeypatch):
+    """It reads X and W while the launch before it may run: nothing that writes them may stand between."""
+    monkeypatch.setattr(fused, "_one_loop_only", lambda capability: one_loop_only)
+    weight, down, up = empty(4608, 3584), empty(6, 3584), empty(4608, 6)
+    core = empty(6, 6, dtype=f32)
+    order: list[str] = []
+
+    class Noted(list):
+        def append(self, launch):
+            order.append(f"{launch.name}{' pdl' if launch.options.get('launch_pdl') else ''}")
+            super().append(launch)
+
+    class Torch(Count):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            before = self.launches
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            order.extend([func.overloadpacket.__name__] * (self.launches - before))
+            return out
+
+    monkeypatch.setattr("lanes.Launches", Noted)
+    with compiler((9, 0), only_count=True), Torch():
+        _, z = fused.forward(empty(8192, 3584), weight, down, core, up, None, None, None)
+        fused.backward_of_parts(
+            [empty(8192, n) for n in (3584, 512, 512)], z, weight, down, core, up, None, None, True, True
+        )
+    assert order.count("gemm_kernel pdl") == 2
+    for before, name in itertools.pairwise(order):
+        if name == "gemm_kernel pdl":
+            assert before in ("thin_kernel", "core_gradient_kernel pdl"), order
+    assert ("cat" in order) == one_loop_only and "thin_kernel pdl" not in order, order

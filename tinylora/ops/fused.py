@@ -202,6 +202,8 @@ def _way(
         if copies:
             x = x.reshape(M, K)
             x = x.clone(memory_format=torch.contiguous_format) if pin else x
+        # Before the thin pass: what the matmul reads must be there when it may start.
+        whole = torch.cat(tuple(x), 1) if joined else x
         z = s = None
         if reduce is not None:
             z, s = reduce(x, down, core, want_z)
@@ -213,15 +215,13 @@ def _way(
             y = _library(x, w.T if transposed else w, bias)
             finish(None, None, y, s, up, None)
             return y, z
-        if joined:
-            x = torch.cat(tuple(x), 1)
         y = (x if isinstance(x, Tensor) else x[0]).new_empty(shape)
         if few:
-            finish(x, w, down, core, up, bias, y, z, s)
+            finish(whole, w, down, core, up, bias, y, z, s)
             if use_z is not None and reduce is None:
                 use_z(z)
         else:
-            finish(x, w, y, s, up, bias)
+            finish(whole, w, y, s, up, bias)
         return y, z
 
     return way
