@@ -494,3 +494,68 @@ def test_a_base_weight_that_changes_is_seen_at_once():
         assert not torch.allclose(before, after, atol=1e-3)
         torch.testing.assert_close(after, alone(), rtol=1e-4, atol=1e-5)
         before = after
+
+
+@pytest.mark.parametrize("config", [CONFIGS["one v"], CONFIGS["a v each"]], ids=["one v", "a v each"])
+def test_what_a_group_keeps_between_calls_is_used_only_while_it_stands(config, monkeypatch):
+    """Without gradients and by kernels: whatever somebody changes, or puts elsewhere, the next call sees it."""
+    monkeypatch.setattr("tinylora.nn.siblings.on_torch", lambda *operands: False)
+    quick: list[bool] = []
+
+    def watched(self, x, compute=Siblings._compute_ready):
+        ys = compute(self, x)
+        quick.append(ys is not None)
+        return ys
+
+    monkeypatch.setattr(Siblings, "_compute_ready", watched)
+
+    def q(model):
+        return model.model.layers[0].self_attn.q_proj
+
+    def adapter(model):
+        return q(model).adapters["default"]
+
+    def numbers(model):
+        return next(iter(tinylora.adapter_parameters(model)))
+
+    changes = {
+        "nothing": lambda m: None,
+        "v in place": lambda m: numbers(m).data.add_(0.5),
+        "v elsewhere": lambda m: setattr(numbers(m), "data", numbers(m).data * 2),
+        "weight in place": lambda m: q(m).weight.data.mul_(1.1),
+        "weight elsewhere": lambda m: setattr(q(m).weight, "data", q(m).weight.data * 1.1),
+        "weight another": lambda m: setattr(
+            q(m), "weight", nn.Parameter(q(m).weight.detach() * 1.1, requires_grad=False)
+        ),
+        "bias": lambda m: q(m).bias.data.add_(0.5),
+        "P in place": lambda m: adapter(m).P.mul_(2),
+        "P another": lambda m: adapter(m)._buffers.update(P=adapter(m).P * 2),
+        "merged": lambda m: q(m).merge(),
+        "inactive": lambda m: setattr(q(m), "active", None),
+        "batch_invariant": lambda m: setattr(q(m), "batch_invariant", True),
+        "to and fro": lambda m: m.double().float(),
+    }
+    inputs = tokens()
+    for name, change_it in changes.items():
+        together, alone = (adapted(siblings, config) for siblings in (True, False))
+        with torch.no_grad():
+            together(inputs)  # every group finds what it keeps
+            quick.clear()
+            together(inputs)
+            assert quick == [True] * 4
+            for model in (together, alone):
+                change_it(model)
+            quick.clear()
+            ours, want, again = (model(inputs).logits for model in (together, alone, together))
+        if name in ("merged", "inactive", "batch_invariant"):
+            assert quick[0] is False, f"{name}: a layer of the group does not compute in it"
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+        assert torch.equal(ours, again), name
+    together = adapted(True, config)
+    with torch.no_grad():
+        together(inputs)
+        quick.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            together(inputs)
+    together(inputs)  # with gradients
+    assert not any(quick)
