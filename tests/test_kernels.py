@@ -38,6 +38,9 @@ PROBLEMS = [
     Problem(37, 40, 72, 8, core="rows", bias=False),
     Problem(37, 40, 72, 3, core="mixed"),
     Problem(37, 40, 72, 3, bf16, core="mixed-rows"),
+    Problem(21, 40, 72, 5, core="mixed", u=90),  # more P than are mixed at once
+    Problem(21, 40, 72, 5, bf16, core="mixed-rows", u=90),
+    Problem(21, 40, 72, 13, core="mixed-rows", u=20),
     Problem(37, 40, 72, 3, bf16, factors=f32),
     Problem(5, 77, 100, 13),  # decode in two launches
     Problem(65, 40, 72, 16, f16, core="rows"),
