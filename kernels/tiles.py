@@ -182,12 +182,8 @@ def card(capability: tuple[int, int]) -> Card | None:
 def _gemms(chip: Card, descriptors: bool, width: int) -> list[tuple[Gemm, float]]:
     """Candidates with the share of the peak that a full wave of them reaches."""
     if descriptors:
-
-        def bulk(m: int, n: int) -> Gemm:
-            return _bulk(m, n, chip)
-
-        tall = () if width > 32 else ((bulk(256, 128), 1.0),)
-        return [(bulk(128, 256), 1.0), *tall, (bulk(128, 128), 0.9)]
+        tall = () if width > 32 else ((_bulk(256, 128, chip), 1.0),)
+        return [(_bulk(128, 256, chip), 1.0), *tall, (_bulk(128, 128, chip), 0.9)]
     if chip.shared > 150000:
         wide = () if width > 64 else ((Gemm(128, 256, 32, 8, 4), 1.0),)
         return [*wide, (Gemm(128, 128, 64, 8, 3), 0.9), (Gemm(64, 128, 64, 4, 3), 0.75)]
