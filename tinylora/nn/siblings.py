@@ -216,11 +216,13 @@ class Siblings:
     def _make_ready(self, name: str, x: Tensor, weights, core: Tensor | None, biases) -> None:
         """Keep what `_compute` found, where it is of one piece and of our own making, for calls without gradients."""
         wide = self.wide[name]
-        weight, bias = joined(weights), joined(biases) if biases else None
-        if weight is None or core is None or (biases and bias is None):
+        # FSDP's weights, which lie where it gathers them, must not be held here. What ends most calls is asked first.
+        if core is None or on_torch(x, weights, wide.down, core, wide.up):
             return
-        # FSDP's weights, which lie where it gathers them, must not be held here.
-        if [w.data_ptr() for w in weights] != self.places or on_torch(x, weights, wide.down, core, wide.up):
+        if [w.data_ptr() for w in weights] != self.places:
+            return
+        weight, bias = joined(weights), joined(biases) if biases else None
+        if weight is None or (biases and bias is None):
             return
         members = []
         for layer in self.layers:
