@@ -379,7 +379,7 @@ def test_peft_patched_and_not(tmp_path):
     from bench import peft
 
     with rows.Results(tmp_path, ("peft",), CPU) as results:
-        peft.run(results, CPU, ("fp32",), ("LoRA", "TinyLoRA"), 0.1, {"tiny": (64, 2, 128)}, sequences=1)
+        peft.run(results, CPU, ("fp32",), ("LoRA", "TinyLoRA"), 0.1, {"tiny": (64, 2, (128,))}, sequences=1)
     found = {(r.layer, r.pass_, r.provider): r for r in rows.read(results.path)}
     assert len(found) == 12 and all(r.p50_ms > 0 and not r.note for r in found.values())
     assert len(peft.bars(results.rows)) == 4 and "bar 0.85" in peft.bars(results.rows)[0]

@@ -157,11 +157,13 @@ def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         and type(d) in _TENSORS
         and type(b) in _TENSORS
     ):
-        return linear_on_cpu(x, weight, bias, down, None, up * d * b.unsqueeze(1))
+        return linear_on_cpu(x, weight, bias, down, None, up * torch.addr(_ZERO, b, d))
     if not down.device == up.device == b.device == d.device:
         return "operands on several devices"
     return _operator(x, weight, down, torch.diag(d), b[:, None] * up, bias)
 
+
+_ZERO = torch.zeros(())  # b dᵀ and its gradients are one node where a zero is added to it
 
 # The gradient of lambda_b takes one more product [N, M] [M, r] than PEFT's, which keeps Y's correction instead: at a
 # rank near the layer's own size that costs more than PEFT's passes over Y, unless all of it is a few numbers.

@@ -29,6 +29,10 @@ FEW = {torch.float32: 1 << 20, torch.bfloat16: SMALL, torch.float16: SMALL}
 # Up to this many products, [N, r] by [r, K], making W' takes less time than a second pass over Y, whatever M is.
 FOLD = 1 << 17
 
+# Up to this many products M N K for each of r + 2 all of dW' takes less time than a node of our own: 2 for what it costs
+# at any rank.
+WHOLE = 1 << 20
+
 
 def linear_on_cpu(
     x: Tensor,
@@ -45,21 +49,22 @@ def linear_on_cpu(
     down: [r, K]; core: [r, r] or None for 1; up: [N, r], all fp32 or all fp64
 
     returns [..., N] in weight's dtype. Gradients for x, bias, down, core and up, as far as they require them. With a
-    zero core or up the result is F.linear's, bit for bit; of a few bf16 rows in a small layer, but for 1 of 40,000
+    zero core or up the result is F.linear's, bit for bit; of few rows in 16 bits and a small layer, but for 1 of 40,000
     numbers.
     """
+    if _whole(x, weight, down):
+        dtype = x.dtype
+        if dtype is not down.dtype:
+            # Exact in fp32, and a fourth of oneDNN's time, most of which is preparation. Y is rounded where it rounds.
+            x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+        return F.linear(x, _folded(weight, down, core, up, scale), bias).to(dtype)
     if not torch.is_grad_enabled():
         if _folds(x, weight, down):
             return F.linear(x, _folded(weight, down, core, up, scale), bias)
         if x.numel() <= FEW.get(x.dtype, 0) and down.dtype is torch.float32:
-            wide = x if x.dtype is torch.float32 else x.float()
-            if x.dtype is torch.bfloat16 and weight.numel() <= SMALL:
-                # A fourth of oneDNN's time, most of which is preparation. Y is rounded where it rounds.
-                y = F.linear(wide, weight.float(), None if bias is None else bias.float()).to(x.dtype)
-            else:
-                y = F.linear(x, weight, bias)
-            z = F.linear(wide, down)
-            return y.add_(F.linear(z if core is None else F.linear(z, core), up), alpha=scale)
+            z = F.linear(x if x.dtype is torch.float32 else x.float(), down)
+            s = F.linear(z if core is None else F.linear(z, core), up)
+            return F.linear(x, weight, bias).add_(s, alpha=scale)
     elif (
         x.requires_grad
         or down.requires_grad
@@ -69,6 +74,16 @@ def linear_on_cpu(
     ):
         return _LinearOnCPU.apply(x, weight, bias, down, core, up, scale)
     return _forward(x, weight, bias, down, core, up, scale)[0]
+
+
+def _whole(x: Tensor, weight: Tensor, down: Tensor) -> bool:
+    """Whether all of dW' is the cheapest way to the gradients, or without them to Y."""
+    numel, r = weight.numel(), down.shape[0]
+    if x.numel() * weight.shape[0] > (2 + r) * WHOLE:
+        return False
+    if x.dtype is down.dtype:
+        return numel * r <= FOLD
+    return x.element_size() == 2 and numel <= SMALL and down.dtype is torch.float32
 
 
 def _folds(x: Tensor, weight: Tensor, down: Tensor) -> bool:
@@ -83,21 +98,23 @@ def _folded(weight, down, core, up, scale) -> Tensor:
 def _forward(x, weight, bias, down, core, up, scale) -> tuple[Tensor, Tensor]:
     """(Y, z)."""
     rows = in_rows(x)
-    y = F.linear(rows, weight, bias)
     z = thin(rows, down)
-    _add(y, z, up.t() if core is None else torch.mm(core.t(), up.t()), scale)
+    y = _product(rows, weight.t(), bias, z, up.t() if core is None else torch.mm(core.t(), up.t()), scale)
     return like_rows(y, x), z
 
 
-def _add(y: Tensor, s: Tensor, factor: Tensor, scale: float) -> None:
-    """y += scale · s F in place, rounded as PEFT's sum of a 16-bit and an fp32 tensor is where y is small.
-
-    Up to 4 SMALL numbers that takes less time than a 16-bit product of rank r, which rounds s and F, too.
-    """
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, s: Tensor, factor: Tensor, scale: float) -> Tensor:
+    """A B + bias + scale · s F, a new tensor in A's dtype."""
+    if bias is None and a.dtype is torch.bfloat16 and factor.dtype is torch.float32:
+        # The smaller product first: the larger one adds to it before it rounds. A bias would round it too early.
+        factor = (factor if scale == 1 else factor * scale).to(a.dtype, memory_format=torch.contiguous_format)
+        return torch.mm(s.to(a.dtype, memory_format=torch.contiguous_format), factor).addmm_(a, b)
+    y = torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
     if y.element_size() == 2 and y.numel() <= 4 * SMALL and factor.dtype is s.dtype:
-        y.copy_(y.to(s.dtype).addmm_(s, factor, alpha=scale))
+        y.copy_(y.to(s.dtype).addmm_(s, factor, alpha=scale))  # rounded as PEFT's sum of 16 bits and fp32 is
     else:
         add_product(y, s, factor, scale)
+    return y
 
 
 class _LinearOnCPU(torch.autograd.Function):
@@ -140,9 +157,11 @@ def _backward(ctx, dy):
     if need_down or (need_x and not ctx.folded):
         t = thin(wide, up.t())  # without scale: a factor of what it is made for
     if need_x:
-        dx = torch.matmul(given, weight)
-        if not ctx.folded:
-            _add(in_rows(dx), t, down if core is None else torch.mm(core, down), scale)
+        if ctx.folded:
+            dx = torch.matmul(given, weight)
+        else:
+            dx = _product(dy, weight, None, t, down if core is None else torch.mm(core, down), scale)
+            dx = like_rows(dx, given)
     if need_down:
         ddown = thin_transposed(t, in_rows(x))
         ddown = _times(ddown if core is None else torch.mm(core.t(), ddown), scale)
