@@ -140,10 +140,10 @@ def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
     b = modules["vera_lambda_b"].__dict__["_parameters"][name]
     down = modules["vera_A"].__dict__["_buffers"][name]
     up = modules["vera_B"].__dict__["_buffers"][name]
-    (N, K), r = weight.shape, len(d)
-    if 8 * r > min(N, K) and N * r > _VERA:
+    (N, K), (r, width) = weight.shape, down.shape
+    if N * r > _VERA and 8 * r > min(N, K):
         return "a rank above an eighth of the layer's size: nothing to gain"
-    if down.shape[1] != K:
+    if width != K:
         down = down.narrow(1, 0, K)
     if up.shape[0] != N:
         up = up.narrow(0, 0, N)

@@ -78,12 +78,12 @@ def linear_on_cpu(
 
 def _whole(x: Tensor, weight: Tensor, down: Tensor) -> bool:
     """Whether all of dW' is the cheapest way to the gradients, or without them to Y."""
-    numel, r = weight.numel(), down.shape[0]
+    r = down.shape[0]
     if x.numel() * weight.shape[0] > (2 + r) * WHOLE:
         return False
     if x.dtype is down.dtype:
-        return numel * r <= FOLD
-    return x.element_size() == 2 and numel <= SMALL and down.dtype is torch.float32
+        return weight.numel() * r <= FOLD
+    return x.element_size() == 2 and weight.numel() <= SMALL and down.dtype is torch.float32
 
 
 def _folds(x: Tensor, weight: Tensor, down: Tensor) -> bool:
