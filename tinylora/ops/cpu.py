@@ -29,8 +29,8 @@ FEW = {torch.float32: 1 << 20, torch.bfloat16: SMALL, torch.float16: SMALL}
 # Up to this many products, [N, r] by [r, K], making W' takes less time than a second pass over Y, whatever M is.
 FOLD = 1 << 17
 
-# Up to this many products M N K for each of r + 2 all of dW' takes less time than a node of our own: 2 for what it costs
-# at any rank.
+# Up to this many products M N K for each of r + 2 all of dW' takes less time than a node of our own, which costs
+# as much as a rank of 2 before it computes anything.
 WHOLE = 1 << 20
 
 
