@@ -496,9 +496,10 @@ def test_a_base_weight_that_changes_is_seen_at_once():
         before = after
 
 
+@pytest.mark.parametrize("graded", [False, True], ids=["no grad", "grad"])
 @pytest.mark.parametrize("config", [CONFIGS["one v"], CONFIGS["a v each"]], ids=["one v", "a v each"])
-def test_what_a_group_keeps_between_calls_is_used_only_while_it_stands(config, monkeypatch):
-    """Without gradients and by kernels: whatever somebody changes, or puts elsewhere, the next call sees it."""
+def test_what_a_group_keeps_between_calls_is_used_only_while_it_stands(config, graded, monkeypatch):
+    """By kernels: whatever somebody changes, or puts elsewhere, the next call sees it."""
     monkeypatch.setattr("tinylora.nn.siblings.on_torch", lambda *operands: False)
     quick: list[bool] = []
 
@@ -534,11 +535,19 @@ def test_what_a_group_keeps_between_calls_is_used_only_while_it_stands(config, m
         "inactive": lambda m: setattr(q(m), "active", None),
         "batch_invariant": lambda m: setattr(q(m), "batch_invariant", True),
         "to and fro": lambda m: m.double().float(),
+        "thawed": lambda m: q(m).weight.requires_grad_(),
     }
     inputs = tokens()
+
+    def run(model):
+        """Logits, and with gradients those of every v."""
+        y = model(inputs).logits
+        trains = list(tinylora.adapter_parameters(model)) if graded else []
+        return y, *(torch.autograd.grad(y.square().mean(), trains, allow_unused=True) if trains else ())
+
     for name, change_it in changes.items():
         together, alone = (adapted(siblings, config) for siblings in (True, False))
-        with torch.no_grad():
+        with torch.set_grad_enabled(graded):
             together(inputs)  # every group finds what it keeps
             quick.clear()
             together(inputs)
@@ -546,16 +555,15 @@ def test_what_a_group_keeps_between_calls_is_used_only_while_it_stands(config, m
             for model in (together, alone):
                 change_it(model)
             quick.clear()
-            ours, want, again = (model(inputs).logits for model in (together, alone, together))
-        if name in ("merged", "inactive", "batch_invariant"):
+            ours, want, again = run(together), run(alone), run(together)
+        if name in ("merged", "inactive", "batch_invariant") or (name == "thawed" and graded):
             assert quick[0] is False, f"{name}: a layer of the group does not compute in it"
         torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
-        assert torch.equal(ours, again), name
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(ours, again, strict=True)), name
     together = adapted(True, config)
-    with torch.no_grad():
+    with torch.set_grad_enabled(graded):
         together(inputs)
         quick.clear()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             together(inputs)
-    together(inputs)  # with gradients
     assert not any(quick)

@@ -72,15 +72,19 @@ class Wide(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """A group's operands without gradients, by kernels: made once, good for as long as nobody has put others there.
+    """A group's operands for kernels: made once, good for as long as nobody has put others there.
 
     members: each layer, its adapter, and where its tensors stand: (dictionary, name, tensor, address)
+    base:    the layers' own weights and biases
+    core:    of all layers, in one piece; cores: the layers' own, or the one that they share
     """
 
     name: str
     members: list[tuple[Linear, Adapter, list[tuple[dict, str, Tensor, int]]]]
+    base: list[Tensor]
     weight: Tensor
     core: Tensor
+    cores: list[Tensor]
     bias: Tensor | None
     sizes: list[int]
 
@@ -185,9 +189,9 @@ class Siblings:
 
     def _compute_ready(self, x: Tensor) -> list[Tensor | None] | None:
         """`_compute`'s result where what it found last time still stands, or None."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return None
-        name, members, weight, core, bias, sizes = self.ready
+        name, members, base, weight, core, cores, bias, sizes = self.ready
         for layer, adapter, tensors in members:
             if (
                 layer.active != name
@@ -210,16 +214,23 @@ class Siblings:
         ):
             return None
         wide = self.wide[name]
+        if torch.is_grad_enabled():
+            for t in base:
+                if t.requires_grad:
+                    return None  # `_compute` says no
+            biases = () if bias is None else (bias,)
+            return list(adapted_linears(x, (weight,), wide.down, cores, wide.up, biases, None, wide.basis, sizes))
         y = unchecked(x, weight, wide.down, core, wide.up, bias, None, wide.basis)
         return list(y.split_with_sizes(sizes, -1))
 
-    def _make_ready(self, name: str, x: Tensor, weights, core: Tensor | None, biases) -> None:
-        """Keep what `_compute` found, where it is of one piece and of our own making, for calls without gradients."""
+    def _make_ready(self, name: str, x: Tensor, weights, cores, biases) -> None:
+        """Keep what `_compute` found, where it is of one piece and of our own making."""
         wide = self.wide[name]
         # FSDP's weights, which lie where it gathers them, must not be held here. What ends most calls is asked first.
-        if core is None or on_torch(x, weights, wide.down, core, wide.up):
+        if on_torch(x, weights, wide.down, cores[0], wide.up):
             return
-        if [w.data_ptr() for w in weights] != self.places:
+        core = cores[0] if len(cores) == 1 else joined(cores)
+        if core is None or [w.data_ptr() for w in weights] != self.places:
             return
         weight, bias = joined(weights), joined(biases) if biases else None
         if weight is None or (biases and bias is None):
@@ -238,7 +249,8 @@ class Siblings:
                         return
                     found.append((*at, t, t.data_ptr()))
             members.append((layer, adapter, found))
-        self.ready = Ready(name, members, weight, core, bias, [len(w) for w in weights])
+        base = [*weights, *biases]
+        self.ready = Ready(name, members, base, weight, core, cores, bias, [len(w) for w in weights])
 
     def _compute(self, x: Tensor) -> list[Tensor | None] | None:
         # Past nn.Module's __getattr__ and in as few steps as there are questions: this runs in every forward.
@@ -275,14 +287,10 @@ class Siblings:
                 return None
             ids = rows.of(x)
             cores = [layer._modules["adapters"]._modules[name].row_core() for layer in self.layers]
-        if not (graded or torch.compiler.is_compiling()) and ids is None and wide.basis is not None:
-            core = cores[0] if wide.one_v else joined(cores)
-            self._make_ready(name, x, weights, core, biases)
-        else:
-            core = None
-        if core is None:
-            core = cores[0] if wide.one_v else torch.block_diag(*cores) if wide.basis is None else torch.cat(cores, -1)
-        operands = weights, wide.down, core, wide.up, biases, ids, wide.basis
+        cores = cores[:1] if wide.one_v else cores
+        if ids is None and wide.basis is not None and not torch.compiler.is_compiling():
+            self._make_ready(name, x, weights, cores, biases)
+        operands = weights, wide.down, cores, wide.up, biases, ids, wide.basis
         device = weight.device.type
         if not torch.is_autocast_enabled(device):
             return list(adapted_linears(x, *operands)) if x.dtype == weight.dtype else None

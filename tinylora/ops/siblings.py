@@ -9,6 +9,7 @@ weights come in parts, because a module owns each; where they do not lie side by
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,32 +21,55 @@ def adapted_linears(
     x: Tensor,
     weights: Sequence[Tensor],
     down: Tensor,
-    core: Tensor | None,
+    core: Tensor | Sequence[Tensor] | None,
     up: Tensor,
     biases: Sequence[Tensor],
     adapter_ids: Tensor | None,
     basis: Tensor | None,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """(Y_1, .., Y_G), each [..., N_i], for operands that are known to fit: those of layers.
 
     x:       [..., K]
-    weights: each [N_i, K], frozen
-    down:    [R, K], frozen; core: as `adapted_linear` takes it; up: [N_1 + .. + N_G, R], frozen
-    biases:  each [N_i], frozen, or none at all
+    weights: each [N_i, K], frozen; or all of them as one, with sizes
+    down:    [R, K], frozen; up: [N_1 + .. + N_G, R], frozen
+    core:    as `adapted_linear` takes it, or the layers' own: each one's v, or its block of C
+    biases:  each [N_i], frozen, or all as one, or none at all
+    sizes:   N_1 .. N_G
 
     Gradients are computed for x and core. The results are slices of one buffer: their rows are strided.
     """
-    x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    cores = [core] if core is None or isinstance(core, Tensor) else core
+    sizes = [w.shape[0] for w in weights] if sizes is None else sizes
     ids = None if adapter_ids is None else adapter_ids.reshape(-1)
-    sizes = [w.shape[0] for w in weights]
-    if linear._seen_from_outside(x, weights[0], down, core, up):
+    if linear._seen_from_outside(x, weights[0], down, cores[0], up):
+        x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        core = _one_core(cores, basis)
         y, _ = torch.ops.tinylora.adapted_linears(x2d, list(weights), down, core, up, list(biases), ids, basis)
-    elif torch.is_grad_enabled() and (x.requires_grad or (core is not None and core.requires_grad)):
-        ys = _AdaptedLinears.apply(x2d, core, down, up, ids, basis, len(weights), *weights, *biases)
-        return ys if x.dim() == 2 else tuple(y.view(*x.shape[:-1], n) for y, n in zip(ys, sizes, strict=True))
+        y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    elif torch.is_grad_enabled() and (x.requires_grad or any(c is not None and c.requires_grad for c in cores)):
+        return _AdaptedLinears.apply(x, _Frozen(weights, down, up, biases, ids, basis, sizes), *cores)
     else:
-        y, _ = _forward(x2d, weights, down, core, up, biases, ids, basis)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])).split_with_sizes(sizes, -1)
+        y, _ = _forward(x, weights, down, _one_core(cores, basis), up, biases, ids, basis)
+    return y.split_with_sizes(sizes, -1)
+
+
+def _one_core(cores: Sequence[Tensor | None], basis: Tensor | None) -> Tensor | None:
+    """The group's core from the layers': [v_1 | .. | v_G], or a C of blocks."""
+    if len(cores) == 1:
+        return cores[0]
+    return torch.block_diag(*cores) if basis is None else torch.cat(tuple(cores), -1)
+
+
+def _their_cores(dcore: Tensor, cores: Sequence[Tensor | None], basis: Tensor | None) -> Sequence[Tensor]:
+    """The layers' gradients from the group's: `_one_core` backwards."""
+    if len(cores) == 1:
+        return (dcore,)
+    sizes = [c.shape[-1] for c in cores]
+    if basis is not None:
+        return dcore.split_with_sizes(sizes, -1)
+    ends = itertools.accumulate(sizes)
+    return [dcore[end - r : end, end - r : end].contiguous() for end, r in zip(ends, sizes, strict=True)]
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor | None:
@@ -76,11 +100,13 @@ def on_torch(x, weights, down, core, up) -> bool:
 
 
 def _forward(x, weights, down, core, up, biases, adapter_ids, basis) -> tuple[Tensor, Tensor]:
-    """([Y_1 | .. | Y_G], z)."""
-    weight = joined(weights)
+    """([Y_1 | .. | Y_G], z), Y [..., N] for x of [..., K] and z [M, R]."""
+    weight = weights[0] if len(weights) == 1 else joined(weights)
     apart = weight is None or (weight.element_size() > 2 and weight.numel() > WIDE_ON_CPU)
     if x.is_cpu and apart and on_torch(x, weights, down, core, up):
-        return eager.forward_of_parts(x, weights, down, core, up, biases, adapter_ids, basis)
+        rows = eager.in_rows(x)
+        y, z = eager.forward_of_parts(rows, weights, down, core, up, biases, adapter_ids, basis)
+        return eager.like_rows(y, x), z
     if weight is None:
         ys = []
         for i, (own, u) in enumerate(zip(weights, up.split([w.shape[0] for w in weights]), strict=True)):
@@ -90,48 +116,82 @@ def _forward(x, weights, down, core, up, biases, adapter_ids, basis) -> tuple[Te
         return torch.cat(ys, -1), z
     bias = None
     if biases:
-        bias = joined(biases)
+        bias = biases[0] if len(biases) == 1 else joined(biases)
         bias = torch.cat(list(biases)) if bias is None else bias
     return linear._forward(x, weight, down, core, up, bias, adapter_ids, basis, False)
 
 
 def _backward(dys, z, weights, down, core, up, adapter_ids, basis, need_x, need_core):
-    """(dX, dC or dv) from dY, whole or in parts."""
+    """(dX, dC or dv) from dY, [M, N] as a whole or in parts."""
     if on_torch(dys[0], weights, down, core, up):
-        if len(dys) == 1:
-            dys = dys[0].split([w.shape[0] for w in weights], -1)
+        if len(dys) < len(weights):
+            dys = dys[0].split([w.shape[0] for w in weights], 1)
+        elif len(weights) < len(dys):
+            weights = weights[0].split([dy.shape[1] for dy in dys])
         return eager.backward_of_parts(dys, z, weights, down, core, up, adapter_ids, basis, need_x, need_core)
     from tinylora.ops import fused  # here, because it imports Triton
 
-    weight = joined(weights)
+    weight = weights[0] if len(weights) == 1 else joined(weights)
     weight = torch.cat(list(weights)) if weight is None else weight
     return fused.backward_of_parts(dys, z, weight, down, core, up, adapter_ids, basis, need_x, need_core)
 
 
+class _Frozen(NamedTuple):
+    """What is not in the graph, as one argument: each costs `apply` and the backward's result their time."""
+
+    weights: Sequence[Tensor]
+    down: Tensor
+    up: Tensor
+    biases: Sequence[Tensor]
+    adapter_ids: Tensor | None
+    basis: Tensor | None
+    sizes: Sequence[int]
+
+
 class _AdaptedLinears(torch.autograd.Function):
-    """The eager call; dY comes in parts and is never put together."""
+    """The eager call; dY comes in parts and is never put together, and no core but the layers' own is in the graph."""
 
     @staticmethod
-    def forward(ctx, x, core, down, up, adapter_ids, basis, count, *base):
-        weights, biases = base[:count], base[count:]
+    def forward(ctx, x, frozen, *cores):
+        weights, down, up, biases, adapter_ids, basis, sizes = frozen
+        core = None
+        if len(cores) > 1 and basis is not None and cores[0].dim() == 1:
+            core = joined(cores)
+        if core is None:
+            core = _one_core(cores, basis)
         y, z = _forward(x, weights, down, core, up, biases, adapter_ids, basis)
-        need = ctx.needs_input_grad
-        ctx.save_for_backward(z if need[1] else None, down, core, up, adapter_ids, basis, *weights)
+        ctx.count = len(cores)
+        ctx.core = None if len(cores) == 1 else core  # cores are saved as well, so that a change of theirs is noticed
+        needs_core = True in ctx.needs_input_grad[2:]
+        ctx.save_for_backward(z if needs_core else None, down, up, adapter_ids, basis, *cores, *weights)
         # Slices, but not views in autograd's books: each may be changed in place as any layer's output may.
-        starts = itertools.accumulate((w.shape[0] for w in weights), initial=0)
-        return tuple(
-            y.new_empty(0).set_(y.untyped_storage(), y.storage_offset() + n, (y.shape[0], w.shape[0]), y.stride())
-            for n, w in zip(starts, weights, strict=False)
-        )
+        return tuple([part.data for part in y.split_with_sizes(sizes, -1)])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *dys):
-        z, down, core, up, adapter_ids, basis, *weights = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        with torch.autocast(dys[0].device.type, enabled=False):
-            dx, dcore = _backward(dys, z, weights, down, core, up, adapter_ids, basis, need[0], need[1])
-        return (dx, dcore, *(None for _ in need[2:]))
+        if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+            return _backward_elsewhere(ctx, *dys)
+        return _gradients(ctx, *dys)
+
+
+@torch.autograd.function.once_differentiable
+def _backward_elsewhere(ctx, *dys):
+    """Inside autocast, or with create_graph; asking first spares the usual backward ten microseconds."""
+    with torch.autocast(dys[0].device.type, enabled=False):
+        return _gradients(ctx, *dys)
+
+
+def _gradients(ctx, *dys):
+    z, down, up, adapter_ids, basis, *rest = ctx.saved_tensors
+    cores, weights = rest[: ctx.count], rest[ctx.count :]
+    need_x, _, *need_cores = ctx.needs_input_grad
+    need_core = True in need_cores
+    core = cores[0] if ctx.core is None else ctx.core
+    given, dys = dys[0], [eager.in_rows(dy) for dy in dys]
+    dx, dcore = _backward(dys, z, weights, down, core, up, adapter_ids, basis, need_x, need_core)
+    if dx is not None and given.dim() != 2:
+        dx = dx.view(*given.shape[:-1], dx.shape[-1])
+    return dx, None, *(_their_cores(dcore, cores, basis) if need_core else [None] * len(cores))
 
 
 # --- the custom op: what torch.compile, torch.export and dispatch modes see -------------------------------
