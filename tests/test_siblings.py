@@ -128,6 +128,25 @@ def test_outputs_may_be_changed_in_place_and_one_may_stay_unused():
     torch.testing.assert_close(x.grad, expected.expand(6, -1))
 
 
+def test_the_gradient_of_a_gradient_is_refused_and_autocast_changes_nothing_in_a_backward():
+    (x, weight, down, core, up, _), ids, basis = Problem(6, 24, 16, 2).operands()
+    weights = weight.split([8, 16])
+    x.requires_grad_()
+
+    def loss():
+        return torch.cat(adapted_linears(x, weights, down, core, up, [], ids, basis), -1).square().sum()
+
+    (want,) = torch.autograd.grad(loss(), x)
+    (once,) = torch.autograd.grad(loss(), x, create_graph=True)
+    assert torch.equal(once, want)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        once.sum().backward()
+    y = loss()
+    with torch.autocast("cpu", torch.bfloat16):
+        (inside,) = torch.autograd.grad(y, x)
+    assert torch.equal(inside, want)
+
+
 def test_opcheck_and_gradcheck():
     (x, weight, down, core, up, bias), ids, basis = Problem(6, 24, 16, 2, torch.float64, core="mixed").operands()
     x.requires_grad_(), core.requires_grad_()

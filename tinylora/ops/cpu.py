@@ -14,7 +14,8 @@ z = X Dᵀ, t = dY U and q = t C, [M, r] in fp32 (fp64 if an operand is), and h 
 
 `adapted_linear` gives the same numbers. Here a scale is a factor of a product that is computed anyway, one autograd
 node has all the gradients, and a small fp32 layer is folded: W' = W + scale · U C D is made anew in every call, which
-leaves one product for Y and one for dX.
+leaves one product for Y and one for dX. Where x is small, too, even that node is too much: X W'ᵀ goes to torch with all
+of dW', in fp32 also for 16-bit operands.
 """
 
 import torch
@@ -46,7 +47,7 @@ def linear_on_cpu(
     """Y = X Wᵀ + bias + scale · ((X Dᵀ) Cᵀ) Uᵀ, for operands on a CPU that are known to fit: a layer's own.
 
     x:    [..., K], the dtype of weight; weight [N, K] is frozen; bias: [N] or None
-    down: [r, K]; core: [r, r] or None for 1; up: [N, r], all fp32 or all fp64
+    down: [r, K]; core: [r, r] or None for 1; up: [N, r], all fp32, or fp64 as x
 
     returns [..., N] in weight's dtype. Gradients for x, bias, down, core and up, as far as they require them. With a
     zero core or up the result is F.linear's, bit for bit; of few rows in 16 bits and a small layer, but for 1 of 40,000
@@ -83,7 +84,7 @@ def _whole(x: Tensor, weight: Tensor, down: Tensor) -> bool:
         return False
     if x.dtype is down.dtype:
         return weight.numel() * r <= FOLD
-    return x.element_size() == 2 and weight.numel() <= SMALL and down.dtype is torch.float32
+    return x.element_size() == 2 and weight.numel() <= SMALL
 
 
 def _folds(x: Tensor, weight: Tensor, down: Tensor) -> bool:
