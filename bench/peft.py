@@ -5,6 +5,7 @@ train. The optimizer is transformers.Trainer's: AdamW, fused.
 """
 
 import copy
+import statistics
 
 import torch
 from torch import Tensor, nn
@@ -196,15 +197,25 @@ def verdict(ours: dict[str, float], own: dict[str, float], dtype: torch.dtype) -
 
 
 def bars(rows: list[Row]) -> list[str]:
-    """One line per size, kind and pass: patched over unpatched in each dtype, and whether the bar is met there."""
+    """Patched over unpatched in each dtype, and whether the bar is met there: a line per size, kind and pass, and one
+    for the geometric mean of the kinds."""
     cells: dict[tuple, dict[tuple, float]] = {}
     for r in rows:
         if r.op == "peft" and r.p50_ms:
-            cells.setdefault((r.model, r.layer, r.pass_), {})[r.dtype, r.provider] = r.p50_ms
-    lines = []
-    for (size, kind, pass_), cell in cells.items():
+            cells.setdefault((r.model, r.pass_, r.layer), {})[r.dtype, r.provider] = r.p50_ms
+    lines, of_pass = [], {}
+    for (size, pass_, kind), cell in cells.items():
         ratios = {d: cell[d, PATCHED] / cell[d, who.PEFT] for d, p in cell if p == PATCHED and (d, who.PEFT) in cell}
+        for dtype, ratio in ratios.items():
+            of_pass.setdefault((size, pass_), {}).setdefault(dtype, []).append(ratio)
         if ratios:
-            shown = ", ".join(f"{d} {ratio:.3f} {'met' if ratio <= BAR else 'MISSED'}" for d, ratio in ratios.items())
-            lines.append(f"{size}, {kind}, {pass_}: patched / PEFT, bar {BAR}: {shown}")
+            lines.append(f"{size}, {kind}, {pass_}: {_met(ratios)}")
+    for (size, pass_), found in of_pass.items():
+        means = {dtype: statistics.geometric_mean(ratios) for dtype, ratios in found.items()}
+        lines.append(f"{size}, all kinds, {pass_}: {_met(means)}")
     return lines
+
+
+def _met(ratios: dict[str, float]) -> str:
+    shown = ", ".join(f"{dtype} {ratio:.3f} {'met' if ratio <= BAR else 'MISSED'}" for dtype, ratio in ratios.items())
+    return f"patched / PEFT, bar {BAR}: {shown}"

@@ -382,7 +382,10 @@ def test_peft_patched_and_not(tmp_path):
         peft.run(results, CPU, ("fp32",), ("LoRA", "TinyLoRA"), 0.1, {"tiny": (64, 2, (128,))}, sequences=1)
     found = {(r.layer, r.pass_, r.provider): r for r in rows.read(results.path)}
     assert len(found) == 12 and all(r.p50_ms > 0 and not r.note for r in found.values())
-    assert len(peft.bars(results.rows)) == 4 and "bar 0.85" in peft.bars(results.rows)[0]
+    lines = peft.bars(results.rows)
+    assert len(lines) == 6 and all("bar 0.85" in line for line in lines)
+    ratios = [float(line.split("fp32 ")[1].split()[0]) for line in lines if "training step" in line]  # two kinds, both
+    assert ratios[2] == pytest.approx((ratios[0] * ratios[1]) ** 0.5, abs=2e-3)
     assert peft.PATCHED in report.model_table(results.rows, "peft")
 
 
