@@ -147,6 +147,30 @@ def test_the_gradient_of_a_gradient_is_refused_and_autocast_changes_nothing_in_a
     assert torch.equal(inside, want)
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_model_that_trains_through_the_kernels(config):
+    """Triton's interpreter: losses and gradients of groups at the first step and the next, when they keep operands."""
+    lanes = pytest.importorskip("lanes")  # without Triton there are no kernels
+    inputs = tokens()[:1, :4]
+
+    def step(model):
+        loss = model(inputs, labels=inputs).loss
+        grads = torch.autograd.grad(loss, list(tinylora.adapter_parameters(model)))
+        return loss.detach(), *grads
+
+    together, alone = (adapted(siblings, config, layers=1, hidden=32) for siblings in (True, False))
+    for _ in range(2):
+        want = step(alone)
+        with lanes.interpreter():
+            found = step(together)
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+        for model in (together, alone):
+            for p, grad in zip(tinylora.adapter_parameters(model), want[1:], strict=True):
+                p.data.sub_(grad)
+    attention = together.model.layers[0].self_attn
+    assert (attention.q_proj.siblings.ready is not None) == isinstance(config, TinyLoraConfig)
+
+
 def test_opcheck_and_gradcheck():
     (x, weight, down, core, up, bias), ids, basis = Problem(6, 24, 16, 2, torch.float64, core="mixed").operands()
     x.requires_grad_(), core.requires_grad_()
