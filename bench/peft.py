@@ -125,37 +125,39 @@ def _compare(results, size, dtype, kind, bare, plain, prompts, batches, budget, 
 
     config, r = adapter(kind)
     adapted = peft.get_peft_model(plain, config)
-    passes = [(GENERATE, Run.generate, batches[0], len(prompts))]
-    passes += [(f"{STEP}, {batch.numel()} tokens", Run.step, batch, batch.numel()) for batch in batches]
-    for name, call, batch, M in passes:
+    for batch in batches:
         pair = Run(bare, prompts, batch), Run(adapted, prompts, batch)
         tinylora.unpatch_peft()
         own = errors(pair[1], None)
         reset_counts()
         ours = errors(pair[1], tinylora)
         note = verdict(ours, own, DTYPES[dtype]) or ("" if set(counts()[kind]) == {"fast"} else "failed: fallback")
+        passes = [(f"{STEP}, {batch.numel()} tokens", Run.step, batch.numel())]
+        if batch is batches[0]:
+            passes.insert(0, (GENERATE, Run.generate, len(prompts)))
+        for name, call, M in passes:
 
-        def with_patch(patch, run, call=call):
-            def timed():
-                patch()
-                return call(run)
+            def with_patch(patch, run, call=call):
+                def timed():
+                    patch()
+                    return call(run)
 
-            return timed
+                return timed
 
-        calls = {
-            who.BARE: lambda call=call, run=pair[0]: call(run),
-            who.PEFT: with_patch(tinylora.unpatch_peft, pair[1]),
-            PATCHED: with_patch(tinylora.patch_peft, pair[1]),
-        }
-        if note:
-            del calls[PATCHED]
-            results.add(Row("peft", size, kind, PATCHED, name, M, None, None, r, None, dtype, note=note))
-        times = timing.alternate(calls, lambda i: None, 1, budget, device, graphs=False)
-        for provider, t in times.items():
-            row = Row("peft", size, kind, provider, name, M, None, None, r, None, dtype)
-            row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds
-            row.ratio_to_bare = t.p50 / times[who.BARE].p50
-            results.add(row)
+            calls = {
+                who.BARE: lambda call=call, run=pair[0]: call(run),
+                who.PEFT: with_patch(tinylora.unpatch_peft, pair[1]),
+                PATCHED: with_patch(tinylora.patch_peft, pair[1]),
+            }
+            if note:
+                del calls[PATCHED]
+                results.add(Row("peft", size, kind, PATCHED, name, M, None, None, r, None, dtype, note=note))
+            times = timing.alternate(calls, lambda i: None, 1, budget, device, graphs=False)
+            for provider, t in times.items():
+                row = Row("peft", size, kind, provider, name, M, None, None, r, None, dtype)
+                row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds
+                row.ratio_to_bare = t.p50 / times[who.BARE].p50
+                results.add(row)
     tinylora.unpatch_peft()
 
 

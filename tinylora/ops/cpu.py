@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylora.ops.backward import first_order
 from tinylora.ops.eager import SMALL, add_product, at_once, in_rows, like_rows, thin, thin_transposed
 
 # Up to so many numbers in x Python costs as much as arithmetic, and without autograd the fewest calls are the best way.
@@ -79,12 +80,9 @@ def linear_on_cpu(
 
 def _whole(x: Tensor, weight: Tensor, down: Tensor) -> bool:
     """Whether all of dW' is the cheapest way to the gradients, or without them to Y."""
-    r = down.shape[0]
-    if x.numel() * weight.shape[0] > (2 + r) * WHOLE:
+    if x.numel() * weight.shape[0] > (2 + down.shape[0]) * WHOLE:
         return False
-    if x.dtype is down.dtype:
-        return weight.numel() * r <= FOLD
-    return x.element_size() == 2 and weight.numel() <= SMALL
+    return _folds(x, weight, down) or (x.element_size() == 2 and weight.numel() <= SMALL)
 
 
 def _folds(x: Tensor, weight: Tensor, down: Tensor) -> bool:
@@ -118,37 +116,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, s: Tensor, factor: Tenso
     return y
 
 
-class _LinearOnCPU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, down, core, up, scale):
-        _, _, _, need_down, need_core, need_up, _ = ctx.needs_input_grad
-        z, ctx.folded, ctx.scale = None, _folds(x, weight, down), scale
-        if ctx.folded:
-            weight = _folded(weight, down, core, up, scale)
-            rows = in_rows(x)
-            y = like_rows(F.linear(rows, weight, bias), x)
-            if need_core or need_up:
-                z = thin(rows, down)
-        else:
-            y, z = _forward(x, weight, bias, down, core, up, scale)
-        ctx.save_for_backward(x if need_down else None, z if need_core or need_up else None, weight, down, core, up)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
-            return _backward_elsewhere(ctx, dy)
-        return _backward(ctx, dy)
-
-
-@torch.autograd.function.once_differentiable
-def _backward_elsewhere(ctx, dy):
-    """Inside autocast, or with create_graph; asking first spares the usual backward ten microseconds."""
-    with torch.autocast("cpu", enabled=False):
-        return _backward(ctx, dy)
-
-
-def _backward(ctx, dy):
+def _gradients(ctx, dy):
     x, z, weight, down, core, up = ctx.saved_tensors  # weight is W' where it is folded
     need_x, _, need_bias, need_down, need_core, need_up, _ = ctx.needs_input_grad
     scale = ctx.scale
@@ -175,6 +143,25 @@ def _backward(ctx, dy):
     if need_bias:
         dbias = dy.sum(0)
     return dx, None, dbias, ddown, dcore, dup, None
+
+
+class _LinearOnCPU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, core, up, scale):
+        _, _, _, need_down, need_core, need_up, _ = ctx.needs_input_grad
+        z, ctx.folded, ctx.scale = None, _folds(x, weight, down), scale
+        if ctx.folded:
+            weight = _folded(weight, down, core, up, scale)
+            rows = in_rows(x)
+            y = like_rows(F.linear(rows, weight, bias), x)
+            if need_core or need_up:
+                z = thin(rows, down)
+        else:
+            y, z = _forward(x, weight, bias, down, core, up, scale)
+        ctx.save_for_backward(x if need_down else None, z if need_core or need_up else None, weight, down, core, up)
+        return y
+
+    backward = first_order(_gradients)
 
 
 def _times(t: Tensor, scale: float) -> Tensor:

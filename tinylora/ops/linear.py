@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tinylora.ops import eager, invariant
+from tinylora.ops.backward import first_order
 from tinylora.ops.checks import check
 from tinylora.ops.dispatch import TORCH, interpreting, route_of
 
@@ -147,6 +148,10 @@ def _saved(x, weight, down, core, up, adapter_ids, basis, z, need):
     )
 
 
+def _gradients(ctx, dy):
+    return *ctx.module.backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[:6]), None, None, None
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """The eager call. The gradient of the gradient does not exist: a frozen layer's users never take it."""
 
@@ -157,22 +162,7 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.save_for_backward(*_saved(x, weight, down, core, up, adapter_ids, basis, z, ctx.needs_input_grad[:6]))
         return y
 
-    @staticmethod
-    def backward(ctx, dy):
-        if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
-            return _backward_elsewhere(ctx, dy)
-        return _gradients(ctx, dy)
-
-
-@torch.autograd.function.once_differentiable
-def _backward_elsewhere(ctx, dy):
-    """Inside autocast, or with create_graph; asking first spares the usual backward ten microseconds."""
-    with torch.autocast(dy.device.type, enabled=False):
-        return _gradients(ctx, dy)
-
-
-def _gradients(ctx, dy):
-    return *ctx.module.backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[:6]), None, None, None
+    backward = first_order(_gradients)
 
 
 # --- the custom op: what torch.compile, torch.export and dispatch modes see -------------------------------

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tinylora.ops import eager, linear
+from tinylora.ops.backward import first_order
 
 
 def adapted_linears(
@@ -50,7 +51,7 @@ def adapted_linears(
     elif torch.is_grad_enabled() and (x.requires_grad or any(c is not None and c.requires_grad for c in cores)):
         return _AdaptedLinears.apply(x, _Frozen(weights, down, up, biases, ids, basis, sizes), *cores)
     else:
-        y, _ = _forward(x, weights, down, _one_core(cores, basis), up, biases, ids, basis)
+        y, _ = _forward(x, weights, down, _one_core_apart(cores, basis), up, biases, ids, basis)
     return y.split_with_sizes(sizes, -1)
 
 
@@ -59,6 +60,15 @@ def _one_core(cores: Sequence[Tensor | None], basis: Tensor | None) -> Tensor | 
     if len(cores) == 1:
         return cores[0]
     return torch.block_diag(*cores) if basis is None else torch.cat(tuple(cores), -1)
+
+
+def _one_core_apart(cores: Sequence[Tensor | None], basis: Tensor | None) -> Tensor | None:
+    """`_one_core` outside autograd's books: without a copy where every v lies in one storage."""
+    if len(cores) > 1 and basis is not None and cores[0].dim() == 1:
+        core = joined(cores)
+        if core is not None:
+            return core
+    return _one_core(cores, basis)
 
 
 def _their_cores(dcore: Tensor, cores: Sequence[Tensor | None], basis: Tensor | None) -> Sequence[Tensor]:
@@ -148,39 +158,6 @@ class _Frozen(NamedTuple):
     sizes: Sequence[int]
 
 
-class _AdaptedLinears(torch.autograd.Function):
-    """The eager call; dY comes in parts and is never put together, and no core but the layers' own is in the graph."""
-
-    @staticmethod
-    def forward(ctx, x, frozen, *cores):
-        weights, down, up, biases, adapter_ids, basis, sizes = frozen
-        core = None
-        if len(cores) > 1 and basis is not None and cores[0].dim() == 1:
-            core = joined(cores)
-        if core is None:
-            core = _one_core(cores, basis)
-        y, z = _forward(x, weights, down, core, up, biases, adapter_ids, basis)
-        ctx.count = len(cores)
-        ctx.core = None if len(cores) == 1 else core  # cores are saved as well, so that a change of theirs is noticed
-        needs_core = True in ctx.needs_input_grad[2:]
-        ctx.save_for_backward(z if needs_core else None, down, up, adapter_ids, basis, *cores, *weights)
-        # Slices, but not views in autograd's books: each may be changed in place as any layer's output may.
-        return tuple([part.data for part in y.split_with_sizes(sizes, -1)])
-
-    @staticmethod
-    def backward(ctx, *dys):
-        if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
-            return _backward_elsewhere(ctx, *dys)
-        return _gradients(ctx, *dys)
-
-
-@torch.autograd.function.once_differentiable
-def _backward_elsewhere(ctx, *dys):
-    """Inside autocast, or with create_graph; asking first spares the usual backward ten microseconds."""
-    with torch.autocast(dys[0].device.type, enabled=False):
-        return _gradients(ctx, *dys)
-
-
 def _gradients(ctx, *dys):
     z, down, up, adapter_ids, basis, *rest = ctx.saved_tensors
     cores, weights = rest[: ctx.count], rest[ctx.count :]
@@ -192,6 +169,24 @@ def _gradients(ctx, *dys):
     if dx is not None and given.dim() != 2:
         dx = dx.view(*given.shape[:-1], dx.shape[-1])
     return dx, None, *(_their_cores(dcore, cores, basis) if need_core else [None] * len(cores))
+
+
+class _AdaptedLinears(torch.autograd.Function):
+    """The eager call; dY comes in parts and is never put together, and no core but the layers' own is in the graph."""
+
+    @staticmethod
+    def forward(ctx, x, frozen, *cores):
+        weights, down, up, biases, adapter_ids, basis, sizes = frozen
+        core = _one_core_apart(cores, basis)
+        y, z = _forward(x, weights, down, core, up, biases, adapter_ids, basis)
+        ctx.count = len(cores)
+        ctx.core = None if len(cores) == 1 else core  # cores are saved as well, so that a change of theirs is noticed
+        needs_core = True in ctx.needs_input_grad[2:]
+        ctx.save_for_backward(z if needs_core else None, down, up, adapter_ids, basis, *cores, *weights)
+        # Slices, but not views in autograd's books: each may be changed in place as any layer's output may.
+        return tuple([part.data for part in y.split_with_sizes(sizes, -1)])
+
+    backward = first_order(_gradients)
 
 
 # --- the custom op: what torch.compile, torch.export and dispatch modes see -------------------------------
