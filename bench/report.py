@@ -9,6 +9,7 @@ from tabulate import tabulate
 
 from bench import block, demo, peft, roofline
 from bench import providers as who
+from bench.layer import CAPTURED
 from bench.linear import PASSES
 from bench.rows import Row, read
 
@@ -277,13 +278,14 @@ def summary(rows: list[Row]) -> str:
     for key, cell in _by(rows, "model", lambda r: (r.model, r.pass_, r.dtype)):
         if key[1] != "startup":
             ratios(", ".join(key), [cell])
-    for (model, batch), cell in _by(rows, "rollout", lambda r: (r.model, r.M)):
+    for (model, batch, mode), cell in _by(rows, "rollout", lambda r: (r.model, r.M, r.mode)):
+        what = "decoding in CUDA graphs" if mode == CAPTURED else "generate()"
         for name in cell:
             if name.startswith(who.OURS):
                 extra = name.removeprefix(who.OURS)
                 beside = (who.BARE,) if extra else (who.BARE, who.PEFT)  # PEFT's runs one adapter, as ours plain
                 one = {n: cell[n] for n in (name, *beside) if n in cell}
-                ratios(f"generate(), {model}, batch {batch}{extra}", [one], name)
+                ratios(f"{what}, {model}, batch {batch}{extra}", [one], name)
     patched: dict[tuple, list] = defaultdict(list)
     for (size, adapter, pass_, _), cell in _by(rows, "peft", lambda r: (r.model, r.layer, r.pass_, r.dtype)):
         patched[size, adapter, pass_].append(cell)

@@ -3,7 +3,10 @@
 Models are built from real configs with random weights. Two questions:
 
 Speed: tokens per second of greedy generate() by the base, by PEFT's TinyLoRA, by ours with one adapter, and by ours
-with many different ones in the batch, and the median time of one step of decoding; providers alternate.
+with many different ones in the batch, and the median time of one step of decoding; providers alternate. On a GPU once
+more with every step replayed from a CUDA graph, on a static cache, as rollout engines do: there the device's work
+counts and not the host's. Factors are random: times do not depend on them, and to decompose random weights takes
+seconds a layer.
 
 Many: 1,024 sequences with a different adapter each, with one adapter for all of them, and by the base.
 
@@ -27,6 +30,7 @@ import copy
 import itertools
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -38,7 +42,10 @@ from tqdm import tqdm
 import tinylora
 from bench import providers as who
 from bench import shapes, timing
+from bench.check import WrongResult
+from bench.layer import CAPTURED, EAGER
 from bench.rows import Results, Row
+from tinylora.adapters import lora_xs
 from tinylora.adapters.factor_cache import cached_svd
 from tinylora.ops import adapted_linear
 
@@ -112,6 +119,14 @@ def peft(base: nn.Module) -> nn.Module:
     return adapted
 
 
+def some_factors(weight: Tensor, r: int, *_) -> tuple[Tensor, Tensor, Tensor]:
+    """What `cached_svd` returns, of no matrix: random orthonormal U and V, and ones."""
+    g = torch.Generator(weight.device).manual_seed(r)
+    sides = [torch.randn(n, r, generator=g, device=weight.device) for n in weight.shape]
+    U, V = (torch.linalg.qr(side).Q for side in sides)
+    return U, weight.new_ones(r, dtype=torch.float32), V.T.contiguous()
+
+
 def query_by_query(module, query, key, value, attention_mask, scaling, **_):
     """Causal attention [B, heads, queries, d] -> [B, queries, heads, d] with every query of every sequence in a call of
     its own, against the keys up to itself: the same call wherever it stands, and in any company. No padding."""
@@ -152,6 +167,71 @@ def generate(model: nn.Module, tokens: Tensor, new: int, **settings):
     return model.generate(tokens, attention_mask=torch.ones_like(tokens), **plain | settings)
 
 
+@contextlib.contextmanager
+def any_factors() -> Iterator[None]:
+    """Adapters are made around `some_factors`."""
+    with mock.patch.object(lora_xs, "cached_svd", some_factors), mock.patch(f"{__name__}.cached_svd", some_factors):
+        yield
+
+
+class Steps:
+    """Greedy decoding on a static cache, a step at a time: tokens, positions and the cache stay where they are, so that
+    a CUDA graph of one step, replayed, is a rollout."""
+
+    def __init__(self, model: nn.Module, prompt: Tensor, new: int):
+        from transformers import StaticCache
+
+        (batch, self.length), device = prompt.shape, prompt.device
+        total = self.length + new
+        self.model, self.new = model, new
+        self.cache = StaticCache(config=model.config, max_cache_len=total)
+        self.columns = torch.arange(total, device=device)
+        self.position = torch.full((1,), self.length, device=device)
+        self.place = torch.zeros(1, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(batch, new, dtype=torch.long, device=device)
+        causal = self.columns[: self.length, None] >= self.columns
+        self.first = self._next(prompt, causal.expand(batch, 1, -1, -1), self.columns[None, : self.length])
+        self.token = self.first.clone()
+
+    def _next(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """The likeliest next token of every sequence, [batch, 1]. mask: [batch, 1, queries, keys], True is seen."""
+        logits = self.model(
+            tokens, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+        ).logits
+        return logits[:, -1:].argmax(-1)
+
+    def step(self) -> None:
+        seen = (self.columns <= self.position).expand(len(self.token), 1, 1, -1)
+        self.tokens.index_copy_(1, self.place, self.token)
+        self.token.copy_(self._next(self.token, seen, self.position[None]))
+        self.position.add_(1)
+        self.place.add_(1)
+
+    def back(self) -> None:
+        """To the end of the prompt, whose keys and values are still there."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.length)
+        self.position.fill_(self.length)
+        self.place.zero_()
+        self.token.copy_(self.first)
+
+    def all(self, step=None) -> Tensor:
+        """The new tokens, [batch, new], the prompt's own first: each step takes the one before and gives the next."""
+        self.back()
+        for _ in range(self.new):
+            (step or self.step)()
+        return self.tokens
+
+    def captured(self):
+        """`all` by replays; WrongResult where they give other tokens than the steps themselves."""
+        want = self.all().clone()
+        self.back()
+        graph = timing.captured(self.step)
+        if not torch.equal(self.all(graph.replay), want):
+            raise WrongResult("a replayed step gives other tokens")
+        return lambda: self.all(graph.replay)
+
+
 class Contest:
     """Generation by several models with the same random weights, timed in turns, a batch at a time."""
 
@@ -159,13 +239,15 @@ class Contest:
         self.name, self.device = model, device
         base = build(model, device, blocks, vocabulary)
         self.vocabulary = base.config.vocab_size
-        self.models = {who.BARE: base, who.OURS: ours(copy.deepcopy(base), model)}
+        with any_factors():
+            self.models = {who.BARE: base, who.OURS: ours(copy.deepcopy(base), model)}
         tinylora.stack(self.models[who.OURS], [{"v_0": v} for v in values(adapters)])
 
     def add(self, name: str) -> None:
         """PEFT's model, or ours with batch-invariant layers."""
         base = copy.deepcopy(self.models[who.BARE])
-        self.models[name] = peft(base) if name == who.PEFT else ours(base, self.name, batch_invariant=True)
+        with any_factors():
+            self.models[name] = peft(base) if name == who.PEFT else ours(base, self.name, batch_invariant=True)
 
     def run(
         self, results: Results, pass_: str, called: str, batch: int, counts: list[int], length: int, new: int,
@@ -176,29 +258,44 @@ class Contest:
         counts: how many different adapters there are in a batch of ours, a row each
         """
         tokens = prompts(batch, length, self.vocabulary, self.device)
-        steps: dict[str, list[float]] = {}
-        calls = {
-            name: self._call(model, tokens, new, steps.setdefault(name, [])) for name, model in self.models.items()
-        }
-        for count in counts:
-            name = f"{who.OURS}, {count} adapters"
-            ids = torch.arange(batch) % count
-            calls[name] = self._call(self.models[who.OURS], tokens, new, steps.setdefault(name, []), ids)
+        chosen = {f"{who.OURS}, {count} adapters": torch.arange(batch, device=self.device) % count for count in counts}
+        share = budget / 2 if self.device.type == "cuda" else budget
+
+        def add(mode: str, what: str, times: dict[str, timing.Times], notes: dict[str, str]) -> None:
+            for name, t in times.items():
+                row = Row("rollout", called, f"{what}, {new} tokens", name, pass_, batch, None, None, R, U, "bf16")
+                row.mode, row.rounds, row.ratio_to_bare = mode, t.rounds, t.p50 / times[who.BARE].p50
+                row.p50_ms, row.p20_ms, row.p80_ms = t.p50, t.p20, t.p80
+                row.note = f"{batch * new / t.p50 * 1e3:.1f} tokens/s{notes.get(name, '')}"
+                results.add(row)
+
+        steps: dict[str, list[float]] = {name: [] for name in (*self.models, *chosen)}
+        calls = {name: self._call(model, tokens, new, steps[name]) for name, model in self.models.items()}
+        for name, ids in chosen.items():
+            calls[name] = self._call(self.models[who.OURS], tokens, new, steps[name], ids)
         with torch.no_grad():
-            times = timing.alternate(calls, lambda i: None, 1, budget, self.device, graphs=False)
-        base = statistics.median(steps[who.BARE])
-        for name, t in times.items():
-            step = statistics.median(steps[name])
-            results.add(
-                Row(
-                    "rollout", called, f"generate, {new} tokens", name, pass_, batch,
-                    None, None, R, U, "bf16",
-                    p50_ms=t.p50, p20_ms=t.p20, p80_ms=t.p80, rounds=t.rounds,
-                    ratio_to_bare=t.p50 / times[who.BARE].p50,
-                    note=f"{batch * new / t.p50 * 1e3:.1f} tokens/s; a step of decoding {step:.1f} ms, "
-                    f"{step / base:.2f} of the base's",
-                )
-            )  # fmt: skip
+            times = timing.alternate(calls, lambda i: None, 1, share, self.device, graphs=False)
+        medians = {name: statistics.median(found) for name, found in steps.items()}
+        base = medians[who.BARE]
+        about = {n: f"; a step of decoding {ms:.1f} ms, {ms / base:.2f} of the base's" for n, ms in medians.items()}
+        add(EAGER, "generate", times, about)
+        if self.device.type != "cuda":
+            return
+        calls = {}
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for name in steps:
+                model = self.models[who.OURS if name in chosen else name]
+                try:
+                    if name in chosen:  # a graph reads its ids where they lie: they stay until the end
+                        stack.enter_context(tinylora.adapter_ids(model, chosen[name]))
+                    calls[name] = Steps(model, tokens, new).captured()
+                except Exception as error:  # one that cannot be captured must not take the others' rows with it
+                    why = f"{'wrong' if isinstance(error, WrongResult) else 'failed'}: {' '.join(str(error).split())}"
+                    row = Row("rollout", called, f"decode, {new} tokens", name, pass_, batch, None, None, R, U, "bf16")
+                    row.mode, row.note = CAPTURED, why[:200]
+                    results.add(row)
+            times = timing.alternate(calls, lambda i: None, 1, share, self.device, graphs=False)
+        add(CAPTURED, "decode", times, {name: f"; {t.p50 / new:.3f} ms a step" for name, t in times.items()})
 
     def _call(self, model: nn.Module, tokens: Tensor, new: int, steps: list[float], ids: Tensor | None = None):
         """generate(), which leaves the milliseconds from one call of the head to the next in `steps`."""

@@ -6,6 +6,7 @@ import importlib.util
 import pytest
 import torch
 
+import tinylora
 from bench import check, linear, model, providers, report, rows, shapes, svd, timing
 from bench.__main__ import main, parser
 from bench.providers import Case, Provider
@@ -338,6 +339,26 @@ def test_rollout_measures_speed_and_agreement(tmp_path, monkeypatch):
     independent = [row for row in bits if "batch_invariant" in row.provider or "query by query" in row.provider]
     assert len(bits) == 46 and len(independent) == 14
     assert all(row.note.startswith("0 of 44 tokens differ between 4 rows and 44, 0 between 1") for row in independent)
+
+
+def test_rollout_by_steps_gives_the_tokens_of_generate(monkeypatch):
+    """What a GPU captures: one step on a static cache, again and again, from the end of the prompt each time."""
+    from bench import rollout
+
+    tiny = {**shapes.config("Qwen2.5-0.5B"), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    monkeypatch.setattr(shapes, "config", lambda model: tiny | {"num_attention_heads": 4, "num_key_value_heads": 2})
+    contest = rollout.Contest("Qwen2.5-0.5B", CPU, 3, None, 500)
+    contest.add("peft")
+    prompt = rollout.prompts(3, 5, 500, CPU)
+    with torch.no_grad():
+        for model in contest.models.values():
+            model.float()
+            want = rollout.generate(model, prompt, 6)[:, 5:]
+            steps = rollout.Steps(model, prompt, 6)
+            assert torch.equal(steps.all(), want) and torch.equal(steps.all(), want)
+        with tinylora.adapter_ids(contest.models["ours"], torch.tensor([2, 0, 1])) as model:
+            other = rollout.Steps(model, prompt, 6).all()
+            assert torch.equal(other, rollout.generate(model, prompt, 6)[:, 5:])
 
 
 def test_rollout_hands_the_head_contiguous_rows(monkeypatch):
