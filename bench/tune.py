@@ -144,11 +144,13 @@ class Operands:
         self.x, self.w = self.xs[i], self.ws[i]
 
     def run(self, choice) -> Tensor:
+        from tinylora.kernels import tiles
         from tinylora.kernels.core import Core
         from tinylora.ops import fused
 
         x = self.x[0] if len(self.x) == 1 else self.x
-        return fused._linear(x, self.w, self.down, Core(self.core), self.up, None, choice)[0]
+        want_z = len(self.x[0]) > tiles.DECODE_ROWS  # few rows are rollouts', which keep none
+        return fused._linear(x, self.w, self.down, Core(self.core), self.up, None, choice, want_z=want_z)[0]
 
     def wrong(self, choice) -> str:
         """Why this candidate gets no time, or nothing."""

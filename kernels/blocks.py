@@ -1,4 +1,5 @@
-"""What the kernels share: tile order, wide dots, the core at rank r, and the last program to arrive."""
+"""What the kernels share: tile order, wide dots, the core at rank r, the last program to arrive, and
+the sum of partial results."""
 
 import triton
 import triton.language as tl
@@ -207,3 +208,20 @@ def last_to_arrive(counter, programs):
     if last:
         tl.store(counter, 0)
     return last
+
+
+@triton.jit
+def sum_planes(planes, plane, at, mask, count):
+    """Σ_j planes[j * plane + at] in fp32, from j = 0 to count - 1 in that order; zero where the mask is False.
+
+    Several loads are under way together, as many as registers hold: one after another, each would wait most of a
+    microsecond for L2.
+    """
+    numbers: tl.constexpr = at.shape[0] * at.shape[1]
+    TOGETHER: tl.constexpr = 8 if numbers <= 2048 else 4 if numbers <= 4096 else 2 if numbers <= 8192 else 1
+    total = tl.zeros(at.shape, tl.float32)
+    for first in range(0, count, TOGETHER):
+        for j in tl.static_range(TOGETHER):
+            some = mask & (tl.full(at.shape, first + j, tl.int32) < count)
+            total += tl.load(planes + (first + j) * plane + at, mask=some, other=0.0, cache_modifier=".cg")
+    return total

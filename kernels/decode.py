@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .blocks import apply_core, dot_wide, last_to_arrive, load_s, load_up
+from .blocks import apply_core, dot_wide, last_to_arrive, load_s, load_up, sum_planes
 from .core import Core, core_precision
 from .launch import Launch
 from .scratch import workspace
@@ -54,6 +54,7 @@ def decode_kernel(
     CORE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     INLINE: tl.constexpr,
+    WANT_Z: tl.constexpr,
     WIDTH: tl.constexpr,
     PERIOD: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -70,15 +71,17 @@ def decode_kernel(
     """Y [M, N], rounded once; program (i, j) sums column block i over slice j of K, in fp32.
 
     The accumulator is Yᵀ's, [BLOCK_N, BLOCK_M]: W is the side that fills a tensor core's rows, and few rows of
-    X are not padded to 64. INLINE: z comes from X and D on the way, and program (0, j) stores it; otherwise s
-    [M, WIDTH] comes from `thin`, and slice 0 alone adds it.
+    X are not padded to 64. INLINE: z comes from X and D on the way, and with WANT_Z program (0, j) stores it; otherwise
+    s [M, WIDTH] comes from `thin`, and slice 0 alone adds it.
     SPLIT_K: the partial sums meet in planes [slices, M, N] and z_planes [slices, M, R]; the last program of a
     column block adds them from first to last.
-    PDL: the launch before may still run, and the one after may start: nothing is read or written until the former ends.
+    PDL: the launch before may still run, and the one after may start. INLINE, nothing is read or written until the
+    former ends; otherwise that is the thin pass, which started when all but s was there, and only s is waited for.
     """
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
+        if INLINE:
+            gdc_wait()
     tile_n = tl.program_id(0)
     m = tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -117,12 +120,14 @@ def decode_kernel(
         )  # [BLOCK_M, WIDTH]
         u_tile = load_up(up, n, 0, N, stride_un, stride_ur, R, WIDTH, WIDTH, x.dtype.element_ty)  # [BLOCK_N, WIDTH]
         acc = dot_wide(u_tile, s_tile.T, acc, PRECISION)
-        if tile_n == 0:
+        if WANT_Z and tile_n == 0:
             if SPLIT_K:
                 tl.store(z_planes + tl.program_id(1) * M * R + z_at, z_tile, mask=z_mask)
             else:
                 tl.store(z + z_at, z_tile, mask=z_mask)
     elif tl.program_id(1) == 0:
+        if PDL:
+            gdc_wait()
         for rank in range(0, WIDTH, BLOCK_R):
             s_tile = load_s(s, m, rank, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
             u_tile = load_up(up, n, rank, N, stride_un, stride_ur, R, PERIOD, BLOCK_R, s.dtype.element_ty)
@@ -133,16 +138,12 @@ def decode_kernel(
         plane = tl.cast(M, tl.int64) * N
         tl.store(planes + tl.program_id(1) * plane + at, acc, mask=inside)
         if last_to_arrive(arrived + tile_n, slices):
-            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for j in range(slices):
-                acc += tl.load(planes + j * plane + at, mask=inside, other=0.0, cache_modifier=".cg")
+            acc = sum_planes(planes, plane, at, inside, slices)
             if HAS_BIAS:
                 acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]  # [BLOCK_N, 1]
             tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
-            if INLINE and tile_n == 0:
-                z_tile = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-                for j in range(slices):
-                    z_tile += tl.load(z_planes + j * M * R + z_at, mask=z_mask, other=0.0, cache_modifier=".cg")
+            if WANT_Z and tile_n == 0:
+                z_tile = sum_planes(z_planes, M * R, z_at, z_mask, slices)
                 tl.store(z + z_at, z_tile, mask=z_mask)
     else:
         if HAS_BIAS:
@@ -175,37 +176,38 @@ def plan_decode(
     blocks = -(-N // tile.n)
     split = tile.split > 1
     width = width or 16
-    launch = Launch(
-        decode_kernel,
-        (blocks, tile.split),
-        (M, core.adapters, N, K, *x.stride(), *w.stride(), *down.stride(), *up.stride()),
-        {
-            "R": r,
-            "U": core.u,
-            "CORE": core.kind,
-            "TRANSPOSED": core.transposed,
-            "INLINE": inline,
-            "WIDTH": width,
-            "PERIOD": width if inline else period(x.dtype, r),
-            "BLOCK_R": min(width, 16 if x.dtype == torch.float32 else 64),
-            "HAS_BIAS": bias is not None,
-            "EVEN_K": K % tile.k == 0,
-            "PRECISION": precision,
-            "CORE_PRECISION": core_precision(x.dtype, precision),
-            "SPLIT_K": split,
-            "PDL": tile.pdl,
-            "BLOCK_M": tile.m,
-            "BLOCK_N": tile.n,
-            "BLOCK_K": tile.k,
-            "num_warps": tile.warps,
-            "num_stages": tile.stages,
-            "maxnreg": tile.registers,
-            "launch_pdl": tile.pdl,
-        },
+    constants = {
+        "R": r,
+        "U": core.u,
+        "CORE": core.kind,
+        "TRANSPOSED": core.transposed,
+        "INLINE": inline,
+        "WIDTH": width,
+        "PERIOD": width if inline else period(x.dtype, r),
+        "BLOCK_R": min(width, 16 if x.dtype == torch.float32 else 64),
+        "HAS_BIAS": bias is not None,
+        "EVEN_K": K % tile.k == 0,
+        "PRECISION": precision,
+        "CORE_PRECISION": core_precision(x.dtype, precision),
+        "SPLIT_K": split,
+        "PDL": tile.pdl,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "maxnreg": tile.registers,
+        "launch_pdl": tile.pdl,
+    }
+    numbers = M, core.adapters, N, K, *x.stride(), *w.stride(), *down.stride(), *up.stride()
+    quiet, storing = (
+        Launch(decode_kernel, (blocks, tile.split), numbers, constants | {"WANT_Z": want_z})
+        for want_z in (False, inline)
     )
     device, sizes = x.device, (tile.split * M * N, tile.split * M * r) if split else ()
 
     def run(x, w, down, core, up, bias, y, z, s=None):
+        launch = quiet if z is None else storing
         if z is None:
             z, *planes = workspace(device, (M * r, *sizes), blocks if split else 0)
         elif split:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .blocks import apply_core, dot_wide, fold, last_to_arrive
+from .blocks import apply_core, dot_wide, fold, last_to_arrive, sum_planes
 from .core import Core, core_precision
 from .launch import Launch
 from .scratch import workspace
@@ -103,9 +103,7 @@ def core_gradient_kernel(
         at += tl.arange(0, BLOCK_R)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
         tl.store(planes + tl.program_id(1) * plane + at, dcore)
         if last_to_arrive(arrived + own_tile, slices):
-            dcore = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-            for part in range(slices):
-                dcore += tl.load(planes + part * plane + at, cache_modifier=".cg")
+            dcore = sum_planes(planes, plane, at, at >= 0, slices)
             store_core_gradient(out, dcore, basis, adapter, i, j, R, U, BLOCK_R)
     else:
         store_core_gradient(out, dcore, basis, adapter, i, j, R, U, BLOCK_R)
@@ -208,9 +206,7 @@ def factor_gradient_kernel(
         at = c.to(tl.int64)[:, None] * R + ranks[None, :]
         tl.store(planes + tl.program_id(1) * plane + at, acc, mask=inside)
         if last_to_arrive(arrived + tl.program_id(0), slices):
-            acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-            for part in range(slices):
-                acc += tl.load(planes + part * plane + at, mask=inside, other=0.0, cache_modifier=".cg")
+            acc = sum_planes(planes, plane, at, inside, slices)
             tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside)
     else:
         tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside)

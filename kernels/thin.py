@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .blocks import apply_core, dot_wide, last_to_arrive
+from .blocks import apply_core, dot_wide, last_to_arrive, sum_planes
 from .columns import ColumnBlocks
 from .core import Core, core_precision
 from .launch import Launch
@@ -153,9 +153,7 @@ def thin_kernel(
         plane = tl.cast(M, tl.int64) * R
         tl.store(planes + tl.program_id(1) * plane + at, z_tile, mask=one)
         if last_to_arrive(arrived + tl.program_id(0), slices):
-            z_tile = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-            for j in range(slices):
-                z_tile += tl.load(planes + j * plane + at, mask=one, other=0.0, cache_modifier=".cg")
+            z_tile = sum_planes(planes, plane, at, one, slices)
             store_rank_rows(
                 z, z_tile, s, core, basis, ids, m, M, adapters, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD,
                 CORE_PRECISION,

@@ -495,6 +495,8 @@ def candidates(M: int, N: int, K: int, r: int, dtype: torch.dtype, capability: t
             registers = ALL_REGISTERS if dtype == torch.float32 else None
             tile = Decode(pad(M), n, k, split, warps, stages, registers, chip.pdl)
             found.append(Choice(tile, None if r <= INLINE_RANK else usual, None, "decode"))
+            if M > 16 and r <= INLINE_RANK and chip.pdl and dtype != torch.float32:
+                found.append(Choice(tile, thin_beside(M, K, r, chip), None, "decode beside the thin pass"))
     if dtype != torch.float32:
         found += [Choice(tile, thin, None, "fused") for tile, thin in _wide_tiles(M, K, r, chip, usual)]
     if capability is None:
@@ -546,6 +548,6 @@ def _wide_tiles(M: int, K: int, r: int, chip: Card, usual: Thin) -> list[tuple[G
 
 # Columns a program, K step, warps and stages of decode kernels that are worth timing.
 DECODE_SHAPES = (
-    (32, 64, 4, 4), (32, 128, 4, 4), (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 4, 4),
-    (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 4, 6),
+    (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3),
+    (128, 64, 4, 6),
 )  # fmt: skip

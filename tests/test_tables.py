@@ -41,10 +41,7 @@ def fits(key, choice):
     if M == tiles.ANY_M:
         assert isinstance(choice.main, tiles.Gemm) and choice.thin and not choice.expand, (key, "pinned: fused alone")
     elif isinstance(choice.main, tiles.Decode):
-        assert choice.main.m >= M and (choice.thin is None) == (rank <= tiles.INLINE_RANK), (
-            key,
-            "decode: too few rows",
-        )
+        assert choice.main.m >= M and (choice.thin or rank <= tiles.INLINE_RANK), (key, "decode: too few rows")
     else:
         assert choice.thin and bool(choice.expand) == (choice.main is None), (key, "fused, or library and expand")
 
@@ -195,7 +192,7 @@ def test_candidates_fit_and_are_all_different():
             for r in (2, 64):
                 found = tiles.candidates(M, 3584, 3584, r, bf16, capability)
                 assert found[0] == tiles.default(M, 3584, 3584, r, bf16, capability)
-                assert 5 < len(found) < 100 and len({tiles._shapes(c) for c in found}) == len(found)
+                assert 5 < len(found) < 150 and len({tiles._shapes(c) for c in found}) == len(found)
                 again = [tiles.from_json(tiles.to_json(c), c.why) for c in found]
                 assert again == found
         fixed = tiles.pinned_candidates(3584, 3584, 2, bf16, capability)
