@@ -252,7 +252,8 @@ def decode_tile(M: int, N: int, K: int, dtype: torch.dtype, chip: Card) -> Decod
     k = 32 if dtype == torch.float32 else 64 if m > 32 or K % 8 or split == 1 else 128
     split = max(1, min(2 * chip.sms // blocks, K // (4 * k), 16))
     stages = 4 if chip.shared > 150000 and dtype != torch.float32 and (m > 32 or split > 1) else 3
-    registers = ALL_REGISTERS if dtype == torch.float32 else None
+    # On 9.0 nothing is parked, and many programs are what counts.
+    registers = ALL_REGISTERS if dtype == torch.float32 or (m > 32 and not chip.flat) else None
     return Decode(m, 64, k, split, 8 if m > 64 and not chip.bulk_copies else 4, stages, registers, chip.pdl)
 
 
@@ -490,7 +491,8 @@ def candidates(M: int, N: int, K: int, r: int, dtype: torch.dtype, capability: t
         for (n, k, warps, stages), split in product(shapes, (1, 2, 3, 4, 5, 6, 8, 12)):
             programs = -(-N // n) * split
             too_thin = split > 1 and (split > K // (2 * k) or programs > 6 * chip.sms)
-            if too_thin or programs < chip.sms // 4:
+            spills = pad(M) * n > 2048 * warps
+            if too_thin or spills or programs < chip.sms // 4:
                 continue
             registers = ALL_REGISTERS if dtype == torch.float32 else None
             tile = Decode(pad(M), n, k, split, warps, stages, registers, chip.pdl)
