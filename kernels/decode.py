@@ -161,8 +161,9 @@ def plan_decode(
     width: int | None,
     tile: Decode,
     precision: str,
-) -> Callable[..., None]:
-    """What writes Y for operands like these: a function of (x, w, down, core, up, bias, y, z, s).
+) -> tuple[Callable[..., None], Callable[..., Callable[[int, int], bool] | None]]:
+    """What writes Y for operands like these, a function of (x, w, down, core, up, bias, y, z, s); and what binds it to
+    operands that stay, a function of (w, down, core, up, bias).
 
     x [M, K], w [N, K], down [r, K], up [N, r] in any strides; Y goes into y [M, N] and z into z [M, r] fp32, both
     contiguous, or z is None and nobody wants it. width: that of s from `thin`, with which z is left alone, or None.
@@ -227,4 +228,28 @@ def plan_decode(
             *planes,
         )
 
-    return run
+    def bind(w, down, core, up, bias):
+        """`run` without z around these very operands, none of which it holds: a function of the addresses of x and y
+        that launches, or returns False where it cannot; or None. It knows a launch from an earlier call of `run`."""
+        unused = torch.empty(4, dtype=torch.float32, device=device)
+        operands = w, down, *core.pointers(unused), up, unused if bias is None else bias, unused
+        given = (core.values, core.basis, core.ids, bias)
+        if not inline or not all(t is None or t.is_contiguous() for t in given):
+            return None
+        launch = quiet.bound((None, *operands, *[None] * 5), (0, 9, 10, 11, 12, 13))
+        if launch is None:
+            return None
+        kept = None, ()
+
+        def bound(x: int, y: int, _unused=unused) -> bool:
+            nonlocal kept
+            found = workspace(device, (M * r, *sizes), blocks if split else 0)
+            here = kept
+            if found is not here[0]:  # another stream's
+                z, *planes = (t.data_ptr() for t in found)
+                here = kept = found, (z, *(planes or (z, z, z)))
+            return launch(x, y, *here[1])
+
+        return bound
+
+    return run, bind

@@ -8,7 +8,7 @@ first call goes through Triton's launcher, which compiles and returns the compil
 kernel what the launcher would have handed it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import or_
 
@@ -76,6 +76,33 @@ class Launch:
             pointers[place] = descriptor(template, tensors[place])
         stream = driver.get_current_stream(self.device)
         run(*self.grid, stream, function, metadata, None, None, None, *pointers, *self.tail)
+
+    def bound(self, tensors: Sequence[Tensor | None], free: Sequence[int]) -> Callable[..., bool] | None:
+        """This launch on these tensors, but for those at the places `free`: a function of the addresses there, which 16
+        must divide, that launches, or returns False where `__call__` would have gone through Triton's launcher.
+
+        None where that is what it would do now: the first call compiles. Nothing is held: whoever calls it has seen
+        that the tensors are still there.
+        """
+        known = self.compiled.get(True)
+        fixed = [0 if t is None else t.data_ptr() for t in tensors]
+        if known is None or self.boxes or aligned(fixed) is not True:
+            return None
+        run, function, metadata, _ = known
+        mine, device, (x, y, z), tail = self.driver, self.device, self.grid, self.tail
+
+        def launch(*addresses: int) -> bool:
+            driver = triton.runtime.driver.active
+            if driver is not mine or watched(self.kernel):
+                return False
+            pointers = fixed.copy()
+            for place, address in zip(free, addresses, strict=True):
+                pointers[place] = address
+            stream = driver.get_current_stream(device)
+            run(x, y, z, stream, function, metadata, None, None, None, *pointers, *tail)
+            return True
+
+        return launch
 
     def _through_triton(self, tensors: tuple[Tensor | None, ...]) -> None:
         """The launch as Triton makes it; what it compiled, or found, is kept for tensors that are aligned alike."""

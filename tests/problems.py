@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tinylora.ops import reference
+from tinylora.ops import adapted_linear, reference
 
 NAMES = ("x", "weight", "down", "core", "up", "bias")
 
@@ -91,3 +91,14 @@ def assert_as_good_as_torch(name, ours, exact, torch_own, factor=2.0):
     assert ours_err <= factor * torch_err + floor, (
         f"{name}: error {ours_err:.3e}, PyTorch's own {torch_err:.3e}, allowed {factor}x + {floor:.1e}"
     )
+
+
+def bound_by_torch(calls, x, weight, down, core, up, bias, basis):
+    """What `fused.bound` promises, without a launch: the operands' memory as it lay then, read anew at every call."""
+    held = [None if t is None else t.detach() for t in (weight, down, core, up, bias)]
+
+    def run(x):
+        calls.append(x)
+        return adapted_linear(x, *held, basis=basis)
+
+    return run

@@ -304,6 +304,70 @@ def test_siblings_gradients_in_parts():
         assert len({tuple(map(str, found)) for found in want.values()}) == 6
 
 
+BOUND = {
+    "one row": {},
+    "a split of K": {"N": 512, "K": 1024},
+    "no bias": {"bias": False},
+    "C itself": {"core": "dense"},
+    "no core": {"core": "none"},
+    "fp16": {"dtype": f16},
+    "a batch": {"M": 8},
+}
+
+
+def bindable(M=1, **changes):
+    """What `fused.bound` and `fused.forward` take, of operands that are called on once."""
+    given = made(M, **changes)
+    operands = [given[n] for n in ("x", "weight", "down", "core", "up", "bias", "basis")]
+    fused.forward(*operands[:6], None, operands[6], want_z=False)
+    return given, operands
+
+
+@pytest.mark.parametrize("changes", BOUND.values(), ids=BOUND)
+def test_a_bound_launch_is_handed_what_a_planned_one_is(changes):
+    with recorded() as calls:
+        given, operands = bindable(**changes)
+        want = fused.forward(*operands[:6], None, operands[6], want_z=False)[0]
+        run = fused.bound(*operands)
+        for x in (given["x"], given["x"].clone()):
+            y = run(x)
+            assert y.shape == want.shape and y.dtype == want.dtype and y.is_contiguous()
+            names = given | {"x": x}
+            assert handed(calls[-1:], names) == handed(calls[-2:-1], names | {"x": given["x"]})
+            given = names
+        if "N" in changes:  # another stream's planes are others
+            stream = triton.runtime.driver.active.get_current_stream
+            with patch.object(triton.runtime.driver.active, "get_current_stream", lambda device=None: 7):
+                run(x)
+            run(x)
+            places = [arguments[9 + 10 : 9 + 14] for _, arguments in calls[-3:]]  # z and the planes
+            assert stream() == 0 and calls[-2][1][3] == 7 and calls[-1][1][3] == 0
+            assert len({str(p) for p in places}) == 2, places
+
+
+def test_what_is_not_one_planned_launch_is_not_bound():
+    with recorded() as calls:
+        for changes in (
+            {"M": 256},  # a thin pass and a matmul
+            {"r": 16},  # a thin pass
+            {"dtype": f32},  # torch's setting for products
+            {"core": "mixed", "u": 600},  # C is mixed outside
+            {"weight": shifted},  # not aligned
+        ):
+            assert fused.bound(*bindable(**changes)[1]) is None, changes
+        given, operands = bindable()
+        with patch.dict(tiles.ways, clear=True):
+            assert fused.bound(*operands) is None  # nothing was compiled yet
+        run, x = fused.bound(*operands), given["x"]
+        before = len(calls)
+        assert run(shifted(x)) is None
+        with hooked(knobs.runtime.launch_enter_hook):
+            assert run(x) is None
+        with patch.object(scratch, "kept_by_stream", lambda device: False):  # a graph is captured
+            assert run(x) is None
+        assert len(calls) == before and run(x) is not None and len(calls) == before + 1
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_operand_on_another_device_is_another_kind(name):
     """A planned launch hands over bare addresses, and nobody asks any more whose they are."""

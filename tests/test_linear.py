@@ -7,11 +7,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import assert_as_good_as_torch
+from problems import assert_as_good_as_torch, bound_by_torch
 from torch import nn
 
 import tinylora
 from tinylora import Linear, LoraXSConfig, TinyLoraConfig
+from tinylora.nn.model import attach
 
 CONFIGS = [TinyLoraConfig(r=2, u=3), TinyLoraConfig(r=3, u=2, sigma="split"), LoraXSConfig(r=4, sigma="right")]
 
@@ -192,3 +193,92 @@ def test_compiles_in_one_graph(backend):
     with torch.no_grad():
         tinylora.adapter_parameters(layer)[0].mul_(2)  # an optimiser's step: no stale core
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+CHANGES = {
+    "nothing": lambda m: None,
+    "v in place": lambda m: m.adapters["default"].v.data.add_(0.5),
+    "v elsewhere": lambda m: setattr(m.adapters["default"].v, "data", m.adapters["default"].v.data * 2),
+    "weight in place": lambda m: m.weight.data.mul_(1.1),
+    "weight elsewhere": lambda m: setattr(m.weight, "data", m.weight.data * 1.1),
+    "weight another": lambda m: setattr(m, "weight", nn.Parameter(m.weight.detach() * 1.1, requires_grad=False)),
+    "bias elsewhere": lambda m: setattr(m.bias, "data", m.bias.data + 0.5),
+    "bias gone": lambda m: m._parameters.update(bias=None),
+    "down in place": lambda m: m.adapters["default"].down.mul_(2),
+    "down another": lambda m: m.adapters["default"]._buffers.update(down=m.adapters["default"].down * 2),
+    "up elsewhere": lambda m: setattr(m.adapters["default"].up, "data", m.adapters["default"].up.data * 2),
+    "P another": lambda m: m.adapters["default"]._buffers.update(P=m.adapters["default"].P * 2),
+    "merged": lambda m: m.merge(),
+    "inactive": lambda m: setattr(m, "active", None),
+    "batch_invariant": lambda m: setattr(m, "batch_invariant", True),
+    "another adapter": lambda m: attach(m, {"": m}, TinyLoraConfig(r=3, u=2, seed=1), "other"),
+    "in fp64": lambda m: m.double(),
+    "rows": lambda m: tinylora.stack(m, [{"v_0": torch.ones(3)}, {"v_0": -torch.ones(3)}]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_layer_keeps_between_calls_is_used_only_while_it_stands(change, monkeypatch):
+    """By one launch: whatever somebody changes, or puts elsewhere, the next call sees it."""
+    from tinylora.ops import adapted_linear
+
+    pytest.importorskip("triton")
+    calls: list[torch.Tensor] = []
+    monkeypatch.setattr("tinylora.ops.fused.bound", lambda *operands: bound_by_torch(calls, *operands))
+    monkeypatch.setattr("tinylora.nn.linear.keeps", lambda x: True)
+    torch.manual_seed(0)
+    _, layer = layer_with_a_trained_adapter()
+    x = torch.randn(2, 5, 32)
+
+    def want():
+        if layer.active is None or layer.merged:
+            return F.linear(x, layer.weight, layer.bias)
+        f = layer.adapters[layer.active].factors()
+        return adapted_linear(x, layer.weight, f.down, f.core, f.up, layer.bias, basis=f.basis)
+
+    with torch.no_grad():
+        for count in (0, 1, 2):
+            torch.testing.assert_close(layer(x), want())
+            assert len(calls) == count
+        CHANGES[change](layer)
+        x = x.to(layer.weight.dtype)
+        for _ in range(3):
+            torch.testing.assert_close(layer(x), want())
+        if change == "rows":
+            with tinylora.adapter_ids(layer, [1, -1]):
+                rows = layer(x)
+            f = layer.adapters["default"].factors()
+            ids = torch.tensor([1] * 5 + [-1] * 5)
+            stacked = torch.stack([torch.ones(3), -torch.ones(3)])
+            torch.testing.assert_close(
+                rows, adapted_linear(x, layer.weight, f.down, stacked, f.up, layer.bias, ids, basis=f.basis)
+            )
+        if change in ("merged", "inactive", "batch_invariant"):
+            assert len(calls) == 2
+
+
+def test_what_a_layer_keeps_is_left_alone_where_somebody_looks_on(monkeypatch):
+    pytest.importorskip("triton")
+    calls: list[torch.Tensor] = []
+    monkeypatch.setattr("tinylora.ops.fused.bound", lambda *operands: bound_by_torch(calls, *operands))
+    monkeypatch.setattr("tinylora.nn.linear.keeps", lambda x: True)
+    _, layer = layer_with_a_trained_adapter()
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        want = layer(x)
+        assert torch.equal(layer(x), want) and len(calls) == 1
+        other = torch.randn(5, 64)[:, ::2]  # strides that were not bound
+        torch.testing.assert_close(layer(other), layer(other.contiguous()))
+        calls.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        torch.testing.assert_close(torch.func.vmap(layer)(x[:, None])[:, 0], want)
+        with pytest.raises(ValueError, match="x has shape"):
+            layer(x[:, :-1])
+        for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(again(x), want) and not again._kept["default"].bound.keys() ^ {
+                (x.shape, x.stride(), x.dtype, x.device)
+            }
+    assert layer(x).requires_grad and not calls
+    layer.to(torch.float64)
+    assert not layer._kept

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from models import minilm_folder, qwen2, tokens
-from problems import Problem, assert_as_good_as_torch, exact, grads, torch_own
+from problems import Problem, assert_as_good_as_torch, bound_by_torch, exact, grads, torch_own
 from torch import nn
 
 import tinylora
@@ -544,6 +544,8 @@ def test_a_base_weight_that_changes_is_seen_at_once():
 def test_what_a_group_keeps_between_calls_is_used_only_while_it_stands(config, graded, monkeypatch):
     """By kernels: whatever somebody changes, or puts elsewhere, the next call sees it."""
     monkeypatch.setattr("tinylora.nn.siblings.on_torch", lambda *operands: False)
+    bound: list[torch.Tensor] = []
+    monkeypatch.setattr("tinylora.ops.fused.bound", lambda *operands: bound_by_torch(bound, *operands))
     quick: list[bool] = []
 
     def watched(self, x, compute=Siblings._compute_ready):
@@ -592,9 +594,11 @@ def test_what_a_group_keeps_between_calls_is_used_only_while_it_stands(config, g
         together, alone = (adapted(siblings, config) for siblings in (True, False))
         with torch.set_grad_enabled(graded):
             together(inputs)  # every group finds what it keeps
-            quick.clear()
+            quick.clear(), bound.clear()
             together(inputs)
-            assert quick == [True] * 4
+            assert quick == [True] * 4 and not bound
+            together(inputs)
+            assert len(bound) == (0 if graded else 4)  # and by one launch, where no gradients are wanted
             for model in (together, alone):
                 change_it(model)
             quick.clear()

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylora.adapters import Adapter, AdapterConfig
+from tinylora.nn.kept import Kept, keeps
 from tinylora.ops import adapted_linear
 from tinylora.ops.linear import frozen_linear, unchecked
 
@@ -40,6 +41,7 @@ class Linear(nn.Linear):
         self.merged: str | None = None
         self.siblings = None  # the group it computes in (nn/siblings.py), while its parent runs
         self._unmerged_weight: Tensor | None = None
+        self._kept: dict[str, Kept | None] = {}  # by adapter
 
     @classmethod
     def wrap(cls, linear: nn.Linear) -> "Linear":
@@ -92,6 +94,12 @@ class Linear(nn.Linear):
             y = siblings.output(self, x)
             if y is not None:
                 return y
+        quiet = not torch.is_grad_enabled()
+        if quiet:
+            kept = self._kept.get(self.active)
+            y = None if kept is None else kept.output(x)
+            if y is not None:
+                return y
         weight, bias = self.base()
         adapter = self._modules["adapters"]._modules[self.active]
         down, core, up, basis = adapter.factors()
@@ -111,8 +119,20 @@ class Linear(nn.Linear):
             return F.linear(x, weight, bias) + low_rank(dropped, down, core, up, basis)
         # The layer's own operands fit each other since `attach`; only x can be wrong, and the full check says how.
         if x.shape[-1:] == weight.shape[1:] and x.dtype == weight.dtype and x.device == weight.device:
-            return unchecked(x, weight, down, core, up, bias, None, basis, invariant)
+            y = unchecked(x, weight, down, core, up, bias, None, basis, invariant)
+            if quiet and not invariant and keeps(x):
+                self._keep(x, weight, down, core, up, bias, basis)
+            return y
         return adapted_linear(x, weight, down, core, up, bias, None, basis=basis, batch_invariant=invariant)
+
+    def _keep(self, x: Tensor, *operands: Tensor | None) -> None:
+        """Have the next call on such an x, and on these operands, take fewer steps."""
+        name = self.active
+        kept = self._kept.get(name)
+        if name not in self._kept or (kept is not None and not kept.stands()):
+            kept = self._kept[name] = Kept.of(name, [self])
+        if kept is not None:
+            kept.bind(x, *operands)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -139,15 +159,17 @@ class Linear(nn.Linear):
 
     def add(self, name: str, adapter: Adapter) -> None:
         self.adapters[name] = adapter
+        self._kept.clear()
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
+        self._kept.clear()
         if self.siblings is not None:
             self.siblings.share()  # .to gave every layer a storage of its own
         return self
 
     def __getstate__(self):
-        return {**self.__dict__, "siblings": None}  # a copied parent gives its copies a group of their own
+        return {**self.__dict__, "siblings": None, "_kept": {}}  # a copied parent gives its copies a group of their own
 
     def extra_repr(self) -> str:
         state = f", active={self.active}" if self.active else ""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylora.adapters import Adapter, Factors
+from tinylora.nn.kept import Kept
 from tinylora.nn.linear import Linear
 from tinylora.ops.dispatch import MAX_RANK
 from tinylora.ops.linear import unchecked
@@ -74,13 +75,11 @@ class Wide(NamedTuple):
 class Ready(NamedTuple):
     """A group's operands for kernels: made once, good for as long as nobody has put others there.
 
-    members: each layer, its adapter, and where its tensors stand: (dictionary, name, tensor, address)
-    base:    the layers' own weights and biases
-    core:    of all layers, in one piece; cores: the layers' own, or the one that they share
+    base: the layers' own weights and biases
+    core: of all layers, in one piece; cores: the layers' own, or the one that they share
     """
 
-    name: str
-    members: list[tuple[Linear, Adapter, list[tuple[dict, str, Tensor, int]]]]
+    kept: Kept
     base: list[Tensor]
     weight: Tensor
     core: Tensor
@@ -191,36 +190,29 @@ class Siblings:
         """`_compute`'s result where what it found last time still stands, or None."""
         if torch.compiler.is_compiling():
             return None
-        name, members, base, weight, core, cores, bias, sizes = self.ready
-        for layer, adapter, tensors in members:
-            if (
-                layer.active != name
-                or layer.merged is not None
-                or layer.batch_invariant
-                or layer._modules["adapters"]._modules.get(name) is not adapter
-            ):
-                self.ready = None
-                return None
-            for where, key, t, at in tensors:
-                if where.get(key) is not t or t.data_ptr() != at:
-                    self.ready = None
-                    return None
+        kept, base, weight, core, cores, bias, sizes = self.ready
+        if not kept.stands():
+            self.ready = None
+            return None
         if (
-            adapter.shared.rows is not None
+            kept.rows() is not None
             or x.dtype is not weight.dtype
             or x.device != weight.device
             or x.shape[-1] != weight.shape[1]
             or torch._C._is_any_autocast_enabled()
         ):
             return None
-        wide = self.wide[name]
+        wide = self.wide[kept.name]
         if torch.is_grad_enabled():
             for t in base:
                 if t.requires_grad:
                     return None  # `_compute` says no
             biases = () if bias is None else (bias,)
             return list(adapted_linears(x, (weight,), wide.down, cores, wide.up, biases, None, wide.basis, sizes))
-        y = unchecked(x, weight, wide.down, core, wide.up, bias, None, wide.basis)
+        y = kept.quick(x)
+        if y is None:
+            y = unchecked(x, weight, wide.down, core, wide.up, bias, None, wide.basis)
+            kept.bind(x, weight, wide.down, core, wide.up, bias, wide.basis)
         return list(y.split_with_sizes(sizes, -1))
 
     def _make_ready(self, name: str, x: Tensor, weights, cores, biases) -> None:
@@ -235,22 +227,10 @@ class Siblings:
         weight, bias = joined(weights), joined(biases) if biases else None
         if weight is None or (biases and bias is None):
             return
-        members = []
-        for layer in self.layers:
-            adapter = layer._modules["adapters"]._modules[name]
-            if adapter.dropout:
-                return
-            places = layer._parameters, adapter._buffers, adapter._parameters, adapter.shared._parameters
-            found = []
-            for t in (*layer.base(), *adapter.factors()):
-                if t is not None:
-                    at = next(((own, key) for own in places for key, one in own.items() if one is t), None)
-                    if at is None:
-                        return
-                    found.append((*at, t, t.data_ptr()))
-            members.append((layer, adapter, found))
-        base = [*weights, *biases]
-        self.ready = Ready(name, members, base, weight, core, cores, bias, [len(w) for w in weights])
+        kept = Kept.of(name, self.layers)
+        if kept is not None:
+            base = [*weights, *biases]
+            self.ready = Ready(kept, base, weight, core, cores, bias, [len(w) for w in weights])
 
     def _compute(self, x: Tensor) -> list[Tensor | None] | None:
         # Past nn.Module's __getattr__ and in as few steps as there are questions: this runs in every forward.

@@ -6,12 +6,13 @@ Both directions are one function, `_linear`: dX = dY W + ((dY U) C) D is the ope
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylora.kernels import tiles
+from tinylora.kernels import scratch, tiles
 from tinylora.kernels.core import Core
 from tinylora.kernels.decode import plan_decode
 from tinylora.kernels.gemm import fits_descriptors, plan_gemm
@@ -57,7 +58,18 @@ def _mixed_inside(core: Tensor | None, basis: Tensor | None) -> tuple[Tensor | N
 
 
 Operand = Tensor | Sequence[Tensor]
-Way = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class Way(NamedTuple):
+    """How operands of one kind are computed.
+
+    run:  a function of (x, w, down, core, up, bias, want_z, use_z), as `_linear`
+    bind: `plan_decode`'s, where that launch is all there is
+    """
+
+    run: Callable[..., tuple[Tensor, Tensor | None]]
+    bind: Callable | None = None
+
 
 # A model asks the same few questions at every call, unless it sees ever new numbers of rows.
 WAYS = 4096
@@ -112,6 +124,12 @@ def _linear(
     x may come in column blocks; then there is no bias.
     use_z: is given z as soon as its launch is queued: what it launches then runs beside the matmul.
     """
+    way = _way_of(x, w, down, core, up, bias, choice, pin)
+    return way.run(x, w, down, core, up, bias, want_z, use_z)
+
+
+def _way_of(x: Operand, w: Tensor, down: Tensor, core: Core, up: Tensor, bias: Tensor | None, choice=None, pin=False):
+    """How `_linear` computes these operands: found once for each kind of them."""
     first = x if isinstance(x, Tensor) else x[0]
     # Whatever the way depends on, and whatever Triton's compiler specialises on, stands here (kernels/launch.py).
     key = (
@@ -139,7 +157,7 @@ def _linear(
     way = tiles.ways.get(key)
     if way is None:
         way = _remembered(key, first.device, lambda: _way(x, w, down, core, up, bias, choice, pin))
-    return way(x, w, down, core, up, bias, want_z, use_z)
+    return way
 
 
 def _way(
@@ -152,7 +170,7 @@ def _way(
     choice: tiles.Choice | None,
     pin: bool,
 ) -> Way:
-    """How `_linear` computes operands like these: a function of (x, w, down, core, up, bias, want_z, use_z)."""
+    """How `_linear` computes operands like these."""
     if core.transposed:
         w, down, up = w.T, down.T, up.T
     xs = [x.reshape(-1, x.shape[-1])] if isinstance(x, Tensor) else list(x)
@@ -167,7 +185,7 @@ def _way(
                 use_z(z)
             return (x if isinstance(x, Tensor) else x[0]).new_empty(shape), z
 
-        return nothing
+        return Way(nothing)
     precision, capability = _precision(), _capability(device)
     copies = isinstance(x, Tensor) and xs[0].data_ptr() != x.data_ptr()
     if pin:
@@ -184,12 +202,12 @@ def _way(
     # Few rows: a copy of them is nothing beside W.
     few = isinstance(choice.main, tiles.Decode)
     joined = len(xs) > 1 and (few or (choice.main and choice.main.descriptors and _one_loop_only(capability)))
-    reduce = width = None
+    reduce = width = bind = None
     if choice.thin is not None:
         reduce, width = plan_thin(rows, down, core, choice.thin, precision, want_s=True), choice.thin.width
     whole = xs[0].new_empty(M, K) if joined else rows  # what it will look like
     if few:
-        finish = plan_decode(whole, w, down, core, up, bias, width, choice.main, precision)
+        finish, bind = plan_decode(whole, w, down, core, up, bias, width, choice.main, precision)
     else:
         y = torch.empty(M, N, dtype=dtype, device=device)
         if choice.main is None:
@@ -224,7 +242,7 @@ def _way(
             finish(whole, w, y, s, up, bias)
         return y, z
 
-    return way
+    return Way(way, None if copies or joined or reduce is not None else bind)
 
 
 def _library(x: Operand, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -264,6 +282,35 @@ def forward(
             return forward(x, weight, down, core, up, bias, adapter_ids, basis, choice, pin, want_z)
     core, basis = _mixed_inside(core, basis)
     return _linear(x, weight, down, Core(core, basis, adapter_ids), up, bias, choice, pin, want_z)
+
+
+def bound(
+    x: Tensor, weight: Tensor, down: Tensor, core: Tensor | None, up: Tensor, bias: Tensor | None, basis: Tensor | None
+) -> Callable[[Tensor], Tensor | None] | None:
+    """`forward` around these very operands, without z, for x of this shape and layout: a function of x that gives Y, or
+    None where something that it rests on is no more. None where it is not one launch, or not known from a call before.
+
+    The operands are not held, and their values are read anew at each call: whoever calls it has seen that they stand
+    where they stood. fp32 ones are left out: torch's setting for their products may change.
+    """
+    if not _remembers(x.device) or x.dtype == torch.float32 or _mixed_inside(core, basis)[1] is not basis:
+        return None
+    of = Core(core, basis, None)
+    bind = _way_of(x, weight, down, of, up, bias).bind
+    launch = None if bind is None else bind(weight, down, of, up, bias)
+    if launch is None:
+        return None
+    shape = *x.shape[:-1], weight.shape[0]
+    device = x.device
+
+    def run(x: Tensor) -> Tensor | None:
+        at = x.data_ptr()
+        if at % 16 or _elsewhere(x) or not scratch.kept_by_stream(device):
+            return None
+        y = x.new_empty(shape)
+        return y if launch(at, y.data_ptr()) else None
+
+    return run
 
 
 def backward(

@@ -89,14 +89,21 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invar
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def plain(x: Tensor) -> bool:
+    """Whether plain eager torch computes what is called now, on a plain x."""
+    return (
+        type(x) in _PLAIN
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
 def _seen_from_outside(x, weight, down, core, up) -> bool:
     """Whether something other than plain eager torch must see one operator here."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._is_any_autocast_enabled()
-        or type(x) not in _PLAIN
+        not plain(x)
         or type(weight) not in _PLAIN
         or (core is not None and type(core) not in _PLAIN)
         or type(down) not in _PLAIN
