@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from problems import Problem, assert_as_good_as_torch, exact, grads, torch_own
 
+import tinylora
 from tinylora.ops import adapted_linear
 
 launch = pytest.importorskip("tinylora.kernels.launch")
@@ -132,6 +133,55 @@ def test_a_captured_graph_follows_v(M):
             graph.replay()
         for replayed, eager in zip(captured, step(), strict=True):
             assert torch.equal(replayed, eager), scale
+
+
+@pytest.mark.parametrize("M, N", [(1, 3584), (16, 3584), (16, 18944), (64, 512)])
+def test_a_layer_keeps_its_operands_and_sees_what_becomes_of_them(M, N):
+    """From its third call on a decode layer hands over addresses: on every stream, beside graphs, wherever v lies."""
+    (x, weight, down, v, up, bias), _, basis = Problem(M, N, 3584, 2, bf16, core="mixed", u=3).operands(device="cuda")
+    linear = torch.nn.Linear(3584, N, device="meta", dtype=bf16)
+    linear.weight, linear.bias = (torch.nn.Parameter(t, requires_grad=False) for t in (weight, bias))
+    svd = (up.float().contiguous(), torch.ones(2, device="cuda"), down.float())
+    with patch("tinylora.adapters.lora_xs.cached_svd", lambda *_: svd):
+        layer = tinylora.Linear.from_linear(linear, tinylora.TinyLoraConfig(r=2, u=3))
+    adapter = layer.adapters["default"]
+    adapter.v.data.copy_(v)
+    adapter.P.copy_(basis)
+
+    def want(x):
+        f = adapter.factors()
+        return adapted_linear(x, layer.weight, f.down, f.core, f.up, layer.bias, basis=f.basis)
+
+    with torch.no_grad():
+        for _ in range(4):
+            assert torch.equal(layer(x), want(x))
+        (run,) = layer._kept["default"].bound.values()
+        assert run is not None and torch.equal(run(x), want(x))
+        for change in (
+            lambda: adapter.v.data.mul_(2),
+            lambda: setattr(adapter.v, "data", adapter.v.data - 1),
+            lambda: layer.weight.data.neg_(),
+            lambda: setattr(layer.weight, "data", layer.weight.data * 2),
+        ):
+            change()
+            for _ in range(3):
+                other = torch.randn_like(x)
+                assert torch.equal(layer(other), want(other))
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        expected, found = want(x), []
+        torch.cuda.synchronize()
+        for stream in streams * 20:
+            with torch.cuda.stream(stream):
+                found.append(layer(x))
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, expected) for y in found)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        for _ in range(3):
+            y.zero_()
+            graph.replay()
+            assert torch.equal(y, expected) and torch.equal(layer(x), expected)
 
 
 def test_two_streams_at_once():
