@@ -202,7 +202,7 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0), planned: bool = T
 
     from tinylora.kernels import launch as planning
     from tinylora.kernels import scratch, tiles
-    from tinylora.nn import linear as layers
+    from tinylora.nn.kept import Kept
     from tinylora.ops import dispatch, fused
     from tinylora.ops import linear as operator
 
@@ -255,7 +255,7 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0), planned: bool = T
                 (scratch, "_to_keep", lambda make: make()),
                 (planning, "KNOWN", planned and planning.KNOWN),
                 (operator, "_computes", computes),
-                (layers, "keeps", lambda x: True),
+                (Kept, "pays", staticmethod(lambda x: True)),
             ):
                 stack.enter_context(mock.patch.object(owner, name, stub))
             for kept in (tiles.ways, scratch._planes, scratch._counters, scratch._views):

@@ -6,8 +6,6 @@ A slice of K is a term of both sums: X Wᵀ = Σ_j X_j W_jᵀ, and ((X Dᵀ) C�
 program applies the core and U to its own slice's z, and no program waits for another's.
 """
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .blocks import apply_core, dot_wide, last_to_arrive, load_s, load_up, sum_planes
 from .core import Core, core_precision
-from .launch import Launch
+from .launch import Launch, Places, Plan
 from .scratch import workspace
 from .tiles import Decode, period
 
@@ -161,9 +159,8 @@ def plan_decode(
     width: int | None,
     tile: Decode,
     precision: str,
-) -> tuple[Callable[..., None], Callable[..., Callable[[int, int], bool] | None]]:
-    """What writes Y for operands like these, a function of (x, w, down, core, up, bias, y, z, s); and what binds it to
-    operands that stay, a function of (w, down, core, up, bias).
+) -> Plan:
+    """What writes Y for operands like these: a function of (x, w, down, core, up, bias, y, z, s); w to bias can stay.
 
     x [M, K], w [N, K], down [r, K], up [N, r] in any strides; Y goes into y [M, N] and z into z [M, r] fp32, both
     contiguous, or z is None and nobody wants it. width: that of s from `thin`, with which z is left alone, or None.
@@ -229,27 +226,26 @@ def plan_decode(
         )
 
     def bind(w, down, core, up, bias):
-        """`run` without z around these very operands, none of which it holds: a function of the addresses of x and y
-        that launches, or returns False where it cannot; or None. It knows a launch from an earlier call of `run`."""
+        """A function of (x, y, z, s): addresses, and 0 for a z that nobody wants, or for no s."""
         unused = torch.empty(4, dtype=torch.float32, device=device)
-        operands = w, down, *core.pointers(unused), up, unused if bias is None else bias, unused
-        given = (core.values, core.basis, core.ids, bias)
-        if not inline or not all(t is None or t.is_contiguous() for t in given):
+        given = core.values, core.basis, core.ids, bias
+        if not all(t is None or t.is_contiguous() for t in given):
             return None
-        launch = quiet.bound((None, *operands, *[None] * 5), (0, 9, 10, 11, 12, 13))
-        if launch is None:
-            return None
-        kept = None, ()
+        operands = None, w, down, *core.pointers(unused), up, unused if bias is None else bias, unused, *[None] * 5
+        free, places = (0, 8, 9, 10, 11, 12, 13), Places()
+        launches = [launch.bound(operands, free) for launch in (quiet, storing)]
+        nothing = unused.data_ptr()
 
-        def bound(x: int, y: int, _unused=unused) -> bool:
-            nonlocal kept
-            found = workspace(device, (M * r, *sizes), blocks if split else 0)
-            here = kept
-            if found is not here[0]:  # another stream's
-                z, *planes = (t.data_ptr() for t in found)
-                here = kept = found, (z, *(planes or (z, z, z)))
-            return launch(x, y, *here[1])
+        def bound(x: int, y: int, z: int, s: int, _unused=unused) -> bool:
+            launch = launches[z != 0]
+            if launch is None:  # this one has not been compiled yet
+                return False
+            if not z:
+                z, *planes = places.of(workspace(device, (M * r, *sizes), blocks if split else 0))
+            elif split:
+                planes = places.of(workspace(device, sizes, blocks))
+            return launch(x, s or nothing, y, z, *(planes if split else (z, z, z)))
 
-        return bound
+        return bound if any(launches) else None
 
-    return run, bind
+    return Plan(run, bind)

@@ -5,8 +5,9 @@
 The same kernel computes dX = dY W + Q D: W is then seen through its transpose, and D takes U's place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +15,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .blocks import load_s, load_up, tile_order
 from .columns import ColumnBlocks
-from .launch import Launch
+from .launch import Launch, Plan
 from .tiles import Gemm, period
 
 # Triton 3.9 lets no MMA of a flat loop be under way while the next one starts; 3.6 to 3.8 do.
@@ -260,13 +261,14 @@ def plan_gemm(
     bias: Tensor | None,
     tile: Gemm,
     precision: str,
-) -> Callable[..., None]:
+) -> Plan:
     """What writes Y = X Wᵀ + S Uᵀ + b into y for operands like these; without x and w, Y += S Uᵀ.
 
-    A function of (x, w, y, s, up, bias): x [M, K], w [N, K], up [N, r] in any strides, y [M, N] with a contiguous last
-    dimension; s [M, width] as `thin` writes it: width >= r, and [high | low] halves where width is 16 and r at most 8.
-    x may come as up to three tensors side by side. Like these are operands of the same shapes, strides, dtypes and
-    device; w, up, and x alone, may then come transposed, since nothing but their addresses is taken.
+    A function of (x, w, y, s, up, bias), of which w, up and bias can stay: x [M, K], w [N, K], up [N, r] in any
+    strides, y [M, N] with a contiguous last dimension; s [M, width] as `thin` writes it: width >= r, and [high | low]
+    halves where width is 16 and r at most 8. x may come as up to three tensors side by side. Like these are operands
+    of the same shapes, strides, dtypes and device; w, up, and x alone, may then come transposed, since nothing but
+    their addresses is taken.
     """
     M, N = y.shape
     expand = x is None
@@ -287,7 +289,8 @@ def plan_gemm(
         )
     elif not expand:
         strides = (*blocks.row_strides, blocks.tensors[0].stride(1), *w.stride())
-    launch = Launch(
+    s_dtype, y_device = y.dtype, y.device
+    planned = Launch(
         gemm_kernel,
         (programs,),
         (
@@ -332,9 +335,24 @@ def plan_gemm(
             three, w = (y, None, None), y
         else:
             three = (x, None, None) if isinstance(x, Tensor) else ColumnBlocks.of(x).three()
-        launch(*three, w, y, s, up, s if bias is None else bias.contiguous())
+        planned(*three, w, y, s, up, s if bias is None else bias.contiguous())
 
-    return run
+    def bind(w, up, bias):
+        """A function of (x, x1, x2, y, s): tensors where the tile takes descriptors, else addresses, but s is one."""
+        unused = torch.empty(4, dtype=s_dtype, device=y_device)
+        if not (bias is None or bias.is_contiguous()):
+            return None
+        operands = None, None, None, w, None, None, up, unused if bias is None else bias
+        launch = planned.bound(operands, (0, 3, 4, 5) if expand else (0, 1, 2, 4, 5))
+        if launch is None:
+            return None
+
+        def bound(x, x1, x2, y, s: int, _unused=unused) -> bool:
+            return launch(y, y, y, s) if expand else launch(x, x1, x2, y, s)
+
+        return bound
+
+    return Plan(run, bind)
 
 
 def gemm(
@@ -348,4 +366,4 @@ def gemm(
     precision: str,
 ) -> None:
     """Write Y, or add to it, by a plan that is used once."""
-    plan_gemm(x, w, y, s.shape[1], up, bias, tile, precision)(x, w, y, s, up, bias)
+    plan_gemm(x, w, y, s.shape[1], up, bias, tile, precision).run(x, w, y, s, up, bias)

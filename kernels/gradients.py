@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .blocks import apply_core, dot_wide, fold, last_to_arrive, sum_planes
 from .core import Core, core_precision
-from .launch import Launch
+from .launch import Launch, Places, Plan
 from .scratch import workspace
 from .tiles import CoreGradient, FactorGradient
 
@@ -109,10 +109,9 @@ def core_gradient_kernel(
         store_core_gradient(out, dcore, basis, adapter, i, j, R, U, BLOCK_R)
 
 
-def plan_core_gradient(
-    t: Tensor, z: Tensor, like: Tensor, core: Core, tile: CoreGradient
-) -> Callable[[Tensor, Tensor, Core], Tensor]:
-    """What computes the gradient of `like` (C or v, one or one per adapter), in its dtype: a function of (t, z, core).
+def plan_core_gradient(t: Tensor, z: Tensor, like: Tensor, core: Core, tile: CoreGradient) -> Plan:
+    """What computes the gradient of `like` (C or v, one or one per adapter), in its dtype: a function of (t, z, core),
+    of which the core can stay.
 
     t, z: [M, r] fp32, contiguous; later ones have the same shapes, and a later core is of the same kind.
     """
@@ -120,7 +119,7 @@ def plan_core_gradient(
     adapters = like.shape[0] if core.kind == "rows" else 1
     tiles = (-(-r // tile.r)) ** 2
     slices = max(1, -(-M // tile.rows))
-    launch = Launch(
+    planned = Launch(
         core_gradient_kernel,
         (adapters, slices, tiles),
         (M, tile.rows),
@@ -144,10 +143,28 @@ def plan_core_gradient(
         out = torch.empty(shape, dtype=dtype, device=device)
         planes = workspace(device, sizes, adapters * tiles) if slices > 1 else (out, out)
         _, basis, ids = core.pointers(t)
-        launch(t, z, ids, basis, out, *planes)
+        planned(t, z, ids, basis, out, *planes)
         return out
 
-    return run
+    def bind(core):
+        """A function of (t, z) that gives the gradient, or None."""
+        unused = torch.empty(4, dtype=torch.float32, device=device)
+        _, basis, ids = core.pointers(unused)
+        if not all(t is None or t.is_contiguous() for t in core[1:3]):
+            return None
+        launch, places = planned.bound((None, None, ids, basis, None, None, None), (0, 1, 4, 5, 6)), Places()
+        if launch is None:
+            return None
+
+        def bound(t: Tensor, z: Tensor, _unused=unused) -> Tensor | None:
+            out = torch.empty(shape, dtype=dtype, device=device)
+            at = out.data_ptr()
+            planes = places.of(workspace(device, sizes, adapters * tiles)) if slices > 1 else (at, at)
+            return out if launch(t.data_ptr(), z.data_ptr(), at, *planes) else None
+
+        return bound
+
+    return Plan(run, bind)
 
 
 @triton.jit(do_not_specialize=["M", "adapters", "slice_rows"])

@@ -11,6 +11,7 @@ kernel what the launcher would have handed it.
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import or_
+from typing import NamedTuple
 
 import triton
 from torch import Tensor
@@ -21,6 +22,32 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # In these versions JITFunction.run ends with the call that `Launch.__call__` makes, and takes a number for a pointer.
 # In any other every launch goes through Triton's launcher.
 KNOWN = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
+
+
+class Plan(NamedTuple):
+    """What a kernel does for operands of one kind.
+
+    run:  a function of the operands
+    bind: a function of those that stay, which gives a function of the others, or None where that cannot be
+    """
+
+    run: Callable
+    bind: Callable
+
+
+class Places:
+    """The addresses of what `scratch.workspace` hands out, asked for once per stream."""
+
+    __slots__ = ("kept",)
+
+    def __init__(self):
+        self.kept: tuple = None, ()
+
+    def of(self, found: tuple[Tensor, ...]) -> tuple[int, ...]:
+        kept = self.kept  # in one piece: another thread may put its own there
+        if kept[0] is not found:
+            self.kept = kept = found, tuple([t.data_ptr() for t in found])
+        return kept[1]
 
 
 def watched(kernel) -> bool:
@@ -78,26 +105,35 @@ class Launch:
         run(*self.grid, stream, function, metadata, None, None, None, *pointers, *self.tail)
 
     def bound(self, tensors: Sequence[Tensor | None], free: Sequence[int]) -> Callable[..., bool] | None:
-        """This launch on these tensors, but for those at the places `free`: a function of the addresses there, which 16
-        must divide, that launches, or returns False where `__call__` would have gone through Triton's launcher.
+        """This launch on these tensors, but for those at the places `free`: a function of what lies there, tensors
+        where the kernel takes a descriptor, else addresses that 16 divides. It launches, or returns False where
+        `__call__` would have gone through Triton's launcher.
 
-        None where that is what it would do now: the first call compiles. Nothing is held: whoever calls it has seen
-        that the tensors are still there.
+        None where that is what it would do now: the first call compiles. No tensor but a descriptor's is held: whoever
+        calls it has seen that they are still there.
         """
         known = self.compiled.get(True)
         fixed = [0 if t is None else t.data_ptr() for t in tensors]
-        if known is None or self.boxes or aligned(fixed) is not True:
+        if known is None or aligned(fixed) is not True:
             return None
-        run, function, metadata, _ = known
+        run, function, metadata, templates = known
+        boxed = []
+        for place, template in templates:
+            if place in free:
+                boxed.append((place, template))
+            else:
+                fixed[place] = descriptor(template, tensors[place])
         mine, device, (x, y, z), tail = self.driver, self.device, self.grid, self.tail
 
-        def launch(*addresses: int) -> bool:
+        def launch(*given: int | Tensor) -> bool:
             driver = triton.runtime.driver.active
             if driver is not mine or watched(self.kernel):
                 return False
             pointers = fixed.copy()
-            for place, address in zip(free, addresses, strict=True):
-                pointers[place] = address
+            for place, one in zip(free, given, strict=True):
+                pointers[place] = one
+            for place, template in boxed:
+                pointers[place] = descriptor(template, pointers[place])
             stream = driver.get_current_stream(device)
             run(x, y, z, stream, function, metadata, None, None, None, *pointers, *tail)
             return True

@@ -5,7 +5,7 @@
 The backward calls it with the roles swapped: t = dY U and q = t C.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from .blocks import apply_core, dot_wide, last_to_arrive, sum_planes
 from .columns import ColumnBlocks
 from .core import Core, core_precision
-from .launch import Launch
+from .launch import Launch, Places, Plan
 from .scratch import workspace
 from .tiles import Thin, period
 
@@ -165,10 +165,8 @@ def thin_kernel(
         )  # fmt: skip
 
 
-def plan_thin(
-    x: Tensor | Sequence[Tensor], down: Tensor, core: Core, tile: Thin, precision: str, want_s: bool
-) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
-    """What computes (z, s) for operands like these: a function of (x, down, core, want_z).
+def plan_thin(x: Tensor | Sequence[Tensor], down: Tensor, core: Core, tile: Thin, precision: str, want_s: bool) -> Plan:
+    """What computes (z, s) for operands like these: a function of (x, down, core, want_z); down and core can stay.
 
     x [M, K] and down [r, K] in any strides; z [M, r] fp32, and s for `gemm`, or None in the place of what is not
     wanted. x may come as up to three tensors side by side, whose columns lie equally far apart. Like these are operands
@@ -185,7 +183,7 @@ def plan_thin(
     first = blocks.tensors[0]
     row_blocks = -(-M // tile.m)
     split = tile.split > 1
-    launch = Launch(
+    planned = Launch(
         thin_kernel,
         (row_blocks, tile.split),
         (M, core.adapters, K, *blocks.ends, *blocks.row_strides, first.stride(1), *down.stride()),
@@ -223,14 +221,38 @@ def plan_thin(
         else:
             z, *planes = workspace(device, (M * r, *sizes), row_blocks if split else 0)
         s = torch.empty((M, tile.width), dtype=dtype, device=device) if want_s else None
-        launch(*three, down, *core.pointers(z), z, z if s is None else s, *(planes or (z, z)))
+        planned(*three, down, *core.pointers(z), z, z if s is None else s, *(planes or (z, z)))
         return z if want_z else None, s
 
-    return run
+    def bind(down, core):
+        """A function of (x, x1, x2), addresses, and want_z that gives (z, s), or None."""
+        unused = torch.empty(4, dtype=torch.float32, device=device)
+        if joined or not want_s or not all(t is None or t.is_contiguous() for t in core[:3]):
+            return None
+        operands = None, None, None, down, *core.pointers(unused), *[None] * 4
+        launch, places = planned.bound(operands, (0, 1, 2, 7, 8, 9, 10)), Places()
+        if launch is None:
+            return None
+
+        def bound(x: int, x1: int, x2: int, want_z: bool, _unused=unused):
+            z = None
+            if want_z:
+                z = torch.empty((M, r), dtype=torch.float32, device=device)
+                at = z.data_ptr()
+                planes = places.of(workspace(device, sizes, row_blocks)) if split else (at, at)
+            else:
+                at, *planes = places.of(workspace(device, (M * r, *sizes), row_blocks if split else 0))
+                planes = planes or (at, at)
+            s = torch.empty((M, tile.width), dtype=dtype, device=device)
+            return (z, s) if launch(x, x1, x2, at, s.data_ptr(), *planes) else None
+
+        return bound
+
+    return Plan(run, bind)
 
 
 def thin(
     x: Tensor | Sequence[Tensor], down: Tensor, core: Core, tile: Thin, precision: str, want_s: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(z, s) by a plan that is used once."""
-    return plan_thin(x, down, core, tile, precision, want_s)(x, down, core)
+    return plan_thin(x, down, core, tile, precision, want_s).run(x, down, core)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tinylora.ops import adapted_linear, reference
+from tinylora.ops import eager, reference
 
 NAMES = ("x", "weight", "down", "core", "up", "bias")
 
@@ -93,12 +93,31 @@ def assert_as_good_as_torch(name, ours, exact, torch_own, factor=2.0):
     )
 
 
-def bound_by_torch(calls, x, weight, down, core, up, bias, basis):
-    """What `fused.bound` promises, without a launch: the operands' memory as it lay then, read anew at every call."""
-    held = [None if t is None else t.detach() for t in (weight, down, core, up, bias)]
+class BoundByTorch:
+    """What `fused.Bound` promises, without a launch: the operands' memory as it lay then, read anew at every call."""
 
-    def run(x):
-        calls.append(x)
-        return adapted_linear(x, *held, basis=basis)
+    def __init__(self, calls: list, weight, down, core, up, bias, basis):
+        self.calls, self.known = calls, set()
+        self.operands = [None if t is None else t.detach() for t in (weight, down, core, up, bias)]
+        self.basis = None if basis is None else basis.detach()
 
-    return run
+    def forward(self, x, want_z):
+        if (x.shape, want_z) not in self.known:
+            return None
+        self.calls.append("forward")
+        y, z = eager.forward(x.detach(), *self.operands, None, self.basis)
+        return y, z if want_z else None
+
+    def backward(self, dys, z):
+        if tuple(dy.shape for dy in dys) not in self.known:
+            return None
+        self.calls.append("backward")
+        weight, down, core, up, _ = self.operands
+        weights = weight.split([dy.shape[1] for dy in dys])
+        return eager.backward_of_parts(dys, z, weights, down, core, up, None, self.basis, True, True)
+
+    def learn(self, x, want_z):
+        self.known.add((x.shape, want_z))
+
+    def learn_backward(self, dys, z):
+        self.known.add(tuple(dy.shape for dy in dys))

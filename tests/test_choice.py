@@ -53,7 +53,7 @@ def test_reasons_say_what_was_compared():
     assert tiles.choose(8192, 3584, 18944, 2, bf16, B200).why == (
         "a pass over Y costs 2.6% at K = 18944, the fused matmul 4%: the library multiplies"
     )
-    assert tiles.choose(1, 3584, 3584, 2, bf16, H200).why.startswith("measured: sm_90.json, ")
+    assert tiles.choose(1, 18944, 3584, 2, bf16, H200).why.startswith("measured: sm_90.json, ")
 
 
 def test_on_hopper_the_thin_pass_fits_beside_the_fused_matmul():

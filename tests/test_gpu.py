@@ -135,7 +135,7 @@ def test_a_captured_graph_follows_v(M):
             assert torch.equal(replayed, eager), scale
 
 
-@pytest.mark.parametrize("M, N", [(1, 3584), (16, 3584), (16, 18944), (64, 512)])
+@pytest.mark.parametrize("M, N", [(1, 3584), (16, 18944), (64, 512), (300, 3584), (2048, 18944)])
 def test_a_layer_keeps_its_operands_and_sees_what_becomes_of_them(M, N):
     """From its third call on a decode layer hands over addresses: on every stream, beside graphs, wherever v lies."""
     (x, weight, down, v, up, bias), _, basis = Problem(M, N, 3584, 2, bf16, core="mixed", u=3).operands(device="cuda")
@@ -155,8 +155,8 @@ def test_a_layer_keeps_its_operands_and_sees_what_becomes_of_them(M, N):
     with torch.no_grad():
         for _ in range(4):
             assert torch.equal(layer(x), want(x))
-        (run,) = layer._kept["default"].bound.values()
-        assert run is not None and torch.equal(run(x), want(x))
+        y, z = layer._kept["default"].bound.forward(x, False)
+        assert z is None and torch.equal(y, want(x))
         for change in (
             lambda: adapter.v.data.mul_(2),
             lambda: setattr(adapter.v, "data", adapter.v.data - 1),
@@ -182,6 +182,16 @@ def test_a_layer_keeps_its_operands_and_sees_what_becomes_of_them(M, N):
             y.zero_()
             graph.replay()
             assert torch.equal(y, expected) and torch.equal(layer(x), expected)
+    x.requires_grad_()
+    dy = torch.randn_like(expected)
+    for i in range(5):  # from the third time on launches are bound in both directions
+        y = layer(x)
+        found = y, *torch.autograd.grad(y, (x, adapter.v), dy)
+        y = want(x)
+        for got, expect in zip(found, (y, *torch.autograd.grad(y, (x, adapter.v), dy)), strict=True):
+            assert torch.equal(got, expect), i
+    bound = layer._kept["default"].bound
+    assert len([way for way in bound.ways.values() if way is not None]) == len(bound.ways) == 3
 
 
 def test_two_streams_at_once():

@@ -309,63 +309,107 @@ BOUND = {
     "a split of K": {"N": 512, "K": 1024},
     "no bias": {"bias": False},
     "C itself": {"core": "dense"},
-    "no core": {"core": "none"},
     "fp16": {"dtype": f16},
     "a batch": {"M": 8},
+    "decode in two launches": {"M": 8, "r": 16},
+    "bulk copies": {"M": 256, "N": 512, "K": 512},
+    "addresses": {"M": 256, "N": 544, "K": 512, "weight": wider, "x": wider},
+    "the library": {"M": 256, "N": 512, "K": 64},
 }
 
 
 def bindable(M=1, **changes):
-    """What `fused.bound` and `fused.forward` take, of operands that are called on once."""
+    """Operands by name, and what binds them."""
     given = made(M, **changes)
-    operands = [given[n] for n in ("x", "weight", "down", "core", "up", "bias", "basis")]
-    fused.forward(*operands[:6], None, operands[6], want_z=False)
-    return given, operands
+    return given, fused.Bound(*(given[n] for n in ("weight", "down", "core", "up", "bias", "basis")))
 
 
+@pytest.mark.parametrize("parts", [1, 2], ids=["one layer", "siblings"])
 @pytest.mark.parametrize("changes", BOUND.values(), ids=BOUND)
-def test_a_bound_launch_is_handed_what_a_planned_one_is(changes):
+def test_a_bound_launch_is_handed_what_a_planned_one_is(changes, parts):
+    """Forward with z and without, and backward; on another stream, too, whose planes are others."""
     with recorded() as calls:
-        given, operands = bindable(**changes)
-        want = fused.forward(*operands[:6], None, operands[6], want_z=False)[0]
-        run = fused.bound(*operands)
-        for x in (given["x"], given["x"].clone()):
-            y = run(x)
-            assert y.shape == want.shape and y.dtype == want.dtype and y.is_contiguous()
-            names = given | {"x": x}
-            assert handed(calls[-1:], names) == handed(calls[-2:-1], names | {"x": given["x"]})
-            given = names
-        if "N" in changes:  # another stream's planes are others
-            stream = triton.runtime.driver.active.get_current_stream
-            with patch.object(triton.runtime.driver.active, "get_current_stream", lambda device=None: 7):
-                run(x)
-            run(x)
-            places = [arguments[9 + 10 : 9 + 14] for _, arguments in calls[-3:]]  # z and the planes
-            assert stream() == 0 and calls[-2][1][3] == 7 and calls[-1][1][3] == 0
-            assert len({str(p) for p in places}) == 2, places
+        given, bound = bindable(**changes)
+        x, weight, down, core, up, bias, _, basis = (given[n] for n in NAMES)
+        dys = list(torch.randn(len(x), len(weight), dtype=x.dtype).split(len(weight) // parts, 1))
+        z = torch.zeros(len(x), down.shape[0])
+
+        def launched(call):
+            """What a call's launches are handed, and what it returns."""
+            start = len(calls)
+            found = call()
+            named = given | {f"dy {i}": t for i, t in enumerate(dys)} | {"z": z}
+            return handed(calls[start:], named), found
+
+        def forward(want_z):
+            return fused.forward(x, weight, down, core, up, bias, None, basis, want_z=want_z)
+
+        def backward():
+            return fused.backward_of_parts(dys, z, weight, down, core, up, None, basis, True, True)
+
+        for want_z in (False, True):
+            forward(want_z)
+            want, (y, own_z) = launched(lambda w=want_z: forward(w))
+            assert bound.forward(x, want_z) is None
+            bound.learn(x, want_z)
+            found, (other, other_z) = launched(lambda w=want_z: bound.forward(x, w))
+            assert found == want and len(found) > 0
+            assert (other.shape, other.dtype, other.stride()) == (y.shape, y.dtype, y.stride())
+            assert (other_z is None) == (not want_z) and (not want_z or other_z.shape == own_z.shape)
+        backward()
+        want, (dx, dcore) = launched(backward)
+        assert bound.backward(dys, z) is None
+        bound.learn_backward(dys, z)
+        # Parts that are put together first, for two launches: the long way.
+        if parts > 1 and (changes.get("r") == 16 or changes.get("N") == 544):
+            assert bound.backward(dys, z) is None
+            return
+        found, (other, other_core) = launched(lambda: bound.backward(dys, z))
+        assert sorted(map(str, found)) == sorted(map(str, want)) and len(found) > 1
+        assert (other.shape, other.dtype, other_core.shape) == (dx.shape, dx.dtype, dcore.shape)
+
+        def addresses(call):
+            start = len(calls)
+            call()
+            return [[a for a in handed_to[9:] if type(a) is int and a > 1 << 32] for _, handed_to in calls[start:]]
+
+        here = [addresses(lambda: bound.forward(x, False)) for _ in range(2)]
+        with patch.object(triton.runtime.driver.active, "get_current_stream", lambda device=None: 7):
+            there = addresses(lambda: bound.forward(x, False))
+            assert calls[-1][1][3] == 7
+        planes = calls[-1][0].name == "decode_kernel"
+        assert not planes or (here[0][-1][-3:] == here[1][-1][-3:] != there[-1][-3:])
 
 
-def test_what_is_not_one_planned_launch_is_not_bound():
+def test_what_cannot_be_bound_goes_the_long_way():
     with recorded() as calls:
         for changes in (
-            {"M": 256},  # a thin pass and a matmul
-            {"r": 16},  # a thin pass
             {"dtype": f32},  # torch's setting for products
-            {"core": "mixed", "u": 600},  # C is mixed outside
+            {"core": "mixed", "u": 600},  # C is mixed by a launch of its own
             {"weight": shifted},  # not aligned
         ):
-            assert fused.bound(*bindable(**changes)[1]) is None, changes
-        given, operands = bindable()
-        with patch.dict(tiles.ways, clear=True):
-            assert fused.bound(*operands) is None  # nothing was compiled yet
-        run, x = fused.bound(*operands), given["x"]
+            given, bound = bindable(**changes)
+            x, weight, down, core, up, bias, _, basis = (given[n] for n in NAMES)
+            fused.forward(x, weight, down, core, up, bias, None, basis, want_z=False)
+            bound.learn(x, False)
+            assert bound.forward(x, False) is None, changes
+        given, bound = bindable()
+        x, weight, down, core, up, bias, _, basis = (given[n] for n in NAMES)
+        bound.learn(x, False)
+        assert bound.forward(x, False) is None  # nothing was compiled yet
+        given, bound = bindable()
+        x, weight, down, core, up, bias, _, basis = (given[n] for n in NAMES)
+        fused.forward(x, weight, down, core, up, bias, None, basis, want_z=False)
+        bound.learn(x, False)
         before = len(calls)
-        assert run(shifted(x)) is None
+        for other in (shifted(x), x.expand(3, -1), x.float()):
+            assert bound.forward(other, False) is None
+        assert bound.forward(x, True) is None and bound.backward([x], x) is None
         with hooked(knobs.runtime.launch_enter_hook):
-            assert run(x) is None
+            assert bound.forward(x, False) is None
         with patch.object(scratch, "kept_by_stream", lambda device: False):  # a graph is captured
-            assert run(x) is None
-        assert len(calls) == before and run(x) is not None and len(calls) == before + 1
+            assert bound.forward(x, False) is None
+        assert len(calls) == before and bound.forward(x, False) is not None and len(calls) == before + 1
 
 
 @pytest.mark.parametrize("name", NAMES)

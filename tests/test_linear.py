@@ -7,11 +7,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import assert_as_good_as_torch, bound_by_torch
+from problems import BoundByTorch, assert_as_good_as_torch
 from torch import nn
 
 import tinylora
 from tinylora import Linear, LoraXSConfig, TinyLoraConfig
+from tinylora.nn.kept import Kept
 from tinylora.nn.model import attach
 
 CONFIGS = [TinyLoraConfig(r=2, u=3), TinyLoraConfig(r=3, u=2, sigma="split"), LoraXSConfig(r=4, sigma="right")]
@@ -217,33 +218,45 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("graded", [False, True], ids=["no grad", "grad"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_a_layer_keeps_between_calls_is_used_only_while_it_stands(change, monkeypatch):
-    """By one launch: whatever somebody changes, or puts elsewhere, the next call sees it."""
+def test_what_a_layer_keeps_between_calls_is_used_only_while_it_stands(change, graded, monkeypatch):
+    """By bound launches: whatever somebody changes, or puts elsewhere, the next call sees it."""
     from tinylora.ops import adapted_linear
 
     pytest.importorskip("triton")
-    calls: list[torch.Tensor] = []
-    monkeypatch.setattr("tinylora.ops.fused.bound", lambda *operands: bound_by_torch(calls, *operands))
-    monkeypatch.setattr("tinylora.nn.linear.keeps", lambda x: True)
+    calls: list[str] = []
+    monkeypatch.setattr("tinylora.ops.fused.Bound", lambda *operands: BoundByTorch(calls, *operands))
+    monkeypatch.setattr(Kept, "pays", staticmethod(lambda x: True))
     torch.manual_seed(0)
     _, layer = layer_with_a_trained_adapter()
-    x = torch.randn(2, 5, 32)
+    x = torch.randn(2, 5, 32, requires_grad=graded)
 
-    def want():
+    def long_way(x):
         if layer.active is None or layer.merged:
             return F.linear(x, layer.weight, layer.bias)
         f = layer.adapters[layer.active].factors()
         return adapted_linear(x, layer.weight, f.down, f.core, f.up, layer.bias, basis=f.basis)
 
-    with torch.no_grad():
-        for count in (0, 1, 2):
-            torch.testing.assert_close(layer(x), want())
-            assert len(calls) == count
+    def held():
+        """The layer against the long way, gradients and all."""
+        found = []
+        for function in (layer, long_way):
+            y = function(x)
+            trains = [t for t in (x, *layer.adapters["default"].parameters(), *shared.parameters()) if t.requires_grad]
+            found.append((y, *(torch.autograd.grad(y.square().sum(), trains, allow_unused=True) if graded else ())))
+        torch.testing.assert_close(*found)
+
+    shared = layer.adapters["default"].shared
+    with torch.set_grad_enabled(graded):
+        for count in (0, 0, 1, 2):
+            held()
+            assert calls == ["forward", "backward"][: 1 + graded] * count
         CHANGES[change](layer)
-        x = x.to(layer.weight.dtype)
-        for _ in range(3):
-            torch.testing.assert_close(layer(x), want())
+        x = x.detach().to(layer.weight.dtype).requires_grad_(graded)
+        calls.clear()
+        for _ in range(4):
+            held()
         if change == "rows":
             with tinylora.adapter_ids(layer, [1, -1]):
                 rows = layer(x)
@@ -253,19 +266,47 @@ def test_what_a_layer_keeps_between_calls_is_used_only_while_it_stands(change, m
             torch.testing.assert_close(
                 rows, adapted_linear(x, layer.weight, f.down, stacked, f.up, layer.bias, ids, basis=f.basis)
             )
-        if change in ("merged", "inactive", "batch_invariant"):
-            assert len(calls) == 2
+        assert bool(calls) == (change not in ("merged", "inactive", "batch_invariant"))
+
+
+def test_a_weight_moved_between_forward_and_backward_is_not_read_where_it_lay(monkeypatch):
+    pytest.importorskip("triton")
+    calls: list[str] = []
+    monkeypatch.setattr("tinylora.ops.fused.Bound", lambda *operands: BoundByTorch(calls, *operands))
+    monkeypatch.setattr(Kept, "pays", staticmethod(lambda x: True))
+    _, layer = layer_with_a_trained_adapter()
+    x = torch.randn(5, 32, requires_grad=True)
+    for _ in range(3):
+        torch.autograd.grad(layer(x).sum(), x)
+    assert calls == ["forward", "backward"] or not calls  # no backward without dv is bound
+    y = layer(x)
+    layer.weight.data = layer.weight.data.clone()
+    calls.clear()
+    torch.autograd.grad(y.sum(), [x, layer.adapters["default"].v])
+    assert not calls
+
+
+def test_who_moves_the_weights_at_every_call_is_not_followed_for_ever(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(Kept, "pays", staticmethod(lambda x: True))
+    monkeypatch.setattr("tinylora.nn.linear.MOVES", 3)
+    _, layer = layer_with_a_trained_adapter()
+    for _ in range(5):
+        layer.weight.data = layer.weight.data.clone()
+        layer(torch.randn(5, 32))
+    assert layer._kept == {"default": None}
 
 
 def test_what_a_layer_keeps_is_left_alone_where_somebody_looks_on(monkeypatch):
     pytest.importorskip("triton")
-    calls: list[torch.Tensor] = []
-    monkeypatch.setattr("tinylora.ops.fused.bound", lambda *operands: bound_by_torch(calls, *operands))
-    monkeypatch.setattr("tinylora.nn.linear.keeps", lambda x: True)
+    calls: list[str] = []
+    monkeypatch.setattr("tinylora.ops.fused.Bound", lambda *operands: BoundByTorch(calls, *operands))
+    monkeypatch.setattr(Kept, "pays", staticmethod(lambda x: True))
     _, layer = layer_with_a_trained_adapter()
     x = torch.randn(5, 32)
     with torch.no_grad():
         want = layer(x)
+        assert torch.equal(layer(x), want) and not calls
         assert torch.equal(layer(x), want) and len(calls) == 1
         other = torch.randn(5, 64)[:, ::2]  # strides that were not bound
         torch.testing.assert_close(layer(other), layer(other.contiguous()))
@@ -276,9 +317,7 @@ def test_what_a_layer_keeps_is_left_alone_where_somebody_looks_on(monkeypatch):
         with pytest.raises(ValueError, match="x has shape"):
             layer(x[:, :-1])
         for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            assert torch.equal(again(x), want) and not again._kept["default"].bound.keys() ^ {
-                (x.shape, x.stride(), x.dtype, x.device)
-            }
+            assert not again._kept and torch.equal(again(x), want)
     assert layer(x).requires_grad and not calls
     layer.to(torch.float64)
     assert not layer._kept

@@ -5,9 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylora.adapters import Adapter, AdapterConfig
-from tinylora.nn.kept import Kept, keeps
+from tinylora.nn.kept import Kept, Operands
 from tinylora.ops import adapted_linear
-from tinylora.ops.linear import frozen_linear, unchecked
+from tinylora.ops.linear import frozen_linear, plain, unchecked
+
+MOVES = 64
 
 
 def low_rank(x: Tensor, down: Tensor, core: Tensor | None, up: Tensor, basis: Tensor | None) -> Tensor:
@@ -42,6 +44,7 @@ class Linear(nn.Linear):
         self.siblings = None  # the group it computes in (nn/siblings.py), while its parent runs
         self._unmerged_weight: Tensor | None = None
         self._kept: dict[str, Kept | None] = {}  # by adapter
+        self._moved = 0  # how often what was kept no longer stood
 
     @classmethod
     def wrap(cls, linear: nn.Linear) -> "Linear":
@@ -94,12 +97,11 @@ class Linear(nn.Linear):
             y = siblings.output(self, x)
             if y is not None:
                 return y
-        quiet = not torch.is_grad_enabled()
-        if quiet:
-            kept = self._kept.get(self.active)
-            y = None if kept is None else kept.output(x)
-            if y is not None:
-                return y
+        kept = self._kept.get(self.active)
+        if kept is not None and not torch.compiler.is_compiling() and kept.stands():
+            ys = kept.outputs(x)
+            if ys is not None:
+                return ys[0]
         weight, bias = self.base()
         adapter = self._modules["adapters"]._modules[self.active]
         down, core, up, basis = adapter.factors()
@@ -120,19 +122,20 @@ class Linear(nn.Linear):
         # The layer's own operands fit each other since `attach`; only x can be wrong, and the full check says how.
         if x.shape[-1:] == weight.shape[1:] and x.dtype == weight.dtype and x.device == weight.device:
             y = unchecked(x, weight, down, core, up, bias, None, basis, invariant)
-            if quiet and not invariant and keeps(x):
-                self._keep(x, weight, down, core, up, bias, basis)
+            if Kept.pays(x) and not invariant and plain(x):
+                self._keep(Operands(weight, down, core, [core], up, bias, basis, [len(weight)]))
             return y
         return adapted_linear(x, weight, down, core, up, bias, None, basis=basis, batch_invariant=invariant)
 
-    def _keep(self, x: Tensor, *operands: Tensor | None) -> None:
-        """Have the next call on such an x, and on these operands, take fewer steps."""
+    def _keep(self, operands: Operands) -> None:
+        """Have later calls on these operands take fewer steps."""
         name = self.active
         kept = self._kept.get(name)
-        if name not in self._kept or (kept is not None and not kept.stands()):
-            kept = self._kept[name] = Kept.of(name, [self])
-        if kept is not None:
-            kept.bind(x, *operands)
+        if name in self._kept and (kept is None or kept.stands()):
+            return
+        # Who moves the weights at every call (ZeRO-3 gathers them) gains nothing by this.
+        self._moved += kept is not None
+        self._kept[name] = Kept.of(name, [self], operands) if self._moved < MOVES else None
 
     @torch.no_grad()
     def merge(self) -> None:

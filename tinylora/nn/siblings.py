@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from tinylora.adapters import Adapter, Factors
-from tinylora.nn.kept import Kept
+from tinylora.nn.kept import Kept, Operands
 from tinylora.nn.linear import Linear
 from tinylora.ops.dispatch import MAX_RANK
-from tinylora.ops.linear import unchecked
 from tinylora.ops.siblings import adapted_linears, joined, on_torch
 
 
@@ -72,22 +71,6 @@ class Wide(NamedTuple):
     parts: list[Factors]
 
 
-class Ready(NamedTuple):
-    """A group's operands for kernels: made once, good for as long as nobody has put others there.
-
-    base: the layers' own weights and biases
-    core: of all layers, in one piece; cores: the layers' own, or the one that they share
-    """
-
-    kept: Kept
-    base: list[Tensor]
-    weight: Tensor
-    core: Tensor
-    cores: list[Tensor]
-    bias: Tensor | None
-    sizes: list[int]
-
-
 class Siblings:
     """One group. But for what is made of frozen tensors, its state lasts no longer than one forward of the parent."""
 
@@ -103,7 +86,7 @@ class Siblings:
         self.shares: tuple[Tensor, int, list[Tensor | None]] | None = None  # x, its version, what nobody took yet
         self.wide: dict[str, Wide] = {}
         self.places: list[int] = []  # where `share` has put the weights
-        self.ready: Ready | None = None
+        self.ready: Kept | None = None
         self.copied = False  # a copy's layers have storages of their own until it runs
 
     def __getstate__(self):
@@ -190,30 +173,12 @@ class Siblings:
         """`_compute`'s result where what it found last time still stands, or None."""
         if torch.compiler.is_compiling():
             return None
-        kept, base, weight, core, cores, bias, sizes = self.ready
+        kept = self.ready
         if not kept.stands():
             self.ready = None
             return None
-        if (
-            kept.rows() is not None
-            or x.dtype is not weight.dtype
-            or x.device != weight.device
-            or x.shape[-1] != weight.shape[1]
-            or torch._C._is_any_autocast_enabled()
-        ):
-            return None
-        wide = self.wide[kept.name]
-        if torch.is_grad_enabled():
-            for t in base:
-                if t.requires_grad:
-                    return None  # `_compute` says no
-            biases = () if bias is None else (bias,)
-            return list(adapted_linears(x, (weight,), wide.down, cores, wide.up, biases, None, wide.basis, sizes))
-        y = kept.quick(x)
-        if y is None:
-            y = unchecked(x, weight, wide.down, core, wide.up, bias, None, wide.basis)
-            kept.bind(x, weight, wide.down, core, wide.up, bias, wide.basis)
-        return list(y.split_with_sizes(sizes, -1))
+        ys = kept.outputs(x)
+        return None if ys is None else list(ys)
 
     def _make_ready(self, name: str, x: Tensor, weights, cores, biases) -> None:
         """Keep what `_compute` found, where it is of one piece and of our own making."""
@@ -227,10 +192,9 @@ class Siblings:
         weight, bias = joined(weights), joined(biases) if biases else None
         if weight is None or (biases and bias is None):
             return
-        kept = Kept.of(name, self.layers)
-        if kept is not None:
-            base = [*weights, *biases]
-            self.ready = Ready(kept, base, weight, core, cores, bias, [len(w) for w in weights])
+        wide = self.wide[name]
+        operands = Operands(weight, wide.down, core, cores, wide.up, bias, wide.basis, [len(w) for w in weights])
+        self.ready = Kept.of(name, self.layers, operands)
 
     def _compute(self, x: Tensor) -> list[Tensor | None] | None:
         # Past nn.Module's __getattr__ and in as few steps as there are questions: this runs in every forward.

@@ -17,6 +17,7 @@ from tinylora.kernels.core import Core
 from tinylora.kernels.decode import plan_decode
 from tinylora.kernels.gemm import fits_descriptors, plan_gemm
 from tinylora.kernels.gradients import plan_core_gradient, plan_factor_gradient
+from tinylora.kernels.launch import Plan
 from tinylora.kernels.thin import plan_thin
 from tinylora.ops import eager
 from tinylora.ops.dispatch import capability_of, interpreting, triton_version
@@ -57,6 +58,9 @@ def _mixed_inside(core: Tensor | None, basis: Tensor | None) -> tuple[Tensor | N
     return eager.mix(core, basis), None
 
 
+# How many kinds of x and dY are remembered around operands that stay.
+KINDS = 64
+
 Operand = Tensor | Sequence[Tensor]
 
 
@@ -64,11 +68,12 @@ class Way(NamedTuple):
     """How operands of one kind are computed.
 
     run:  a function of (x, w, down, core, up, bias, want_z, use_z), as `_linear`
-    bind: `plan_decode`'s, where that launch is all there is
+    bind: a function of (w, down, core, up, bias), which stay, that gives a function of (x, want_z, use_z), or None
+          where they cannot be bound; that function gives None where it could not launch
     """
 
     run: Callable[..., tuple[Tensor, Tensor | None]]
-    bind: Callable | None = None
+    bind: Callable[..., Callable | None] = lambda *_: None
 
 
 # A model asks the same few questions at every call, unless it sees ever new numbers of rows.
@@ -202,19 +207,19 @@ def _way(
     # Few rows: a copy of them is nothing beside W.
     few = isinstance(choice.main, tiles.Decode)
     joined = len(xs) > 1 and (few or (choice.main and choice.main.descriptors and _one_loop_only(capability)))
-    reduce = width = bind = None
+    reduce = width = None
     if choice.thin is not None:
         reduce, width = plan_thin(rows, down, core, choice.thin, precision, want_s=True), choice.thin.width
     whole = xs[0].new_empty(M, K) if joined else rows  # what it will look like
     if few:
-        finish, bind = plan_decode(whole, w, down, core, up, bias, width, choice.main, precision)
+        finish = plan_decode(whole, w, down, core, up, bias, width, choice.main, precision)
     else:
         y = torch.empty(M, N, dtype=dtype, device=device)
         if choice.main is None:
             finish = plan_gemm(None, None, y, width, up, None, choice.expand, precision)
         else:
             finish = plan_gemm(whole, w, y, width, up, bias, choice.main, precision)
-    library, transposed = choice.main is None, core.transposed
+    library, transposed, one = choice.main is None, core.transposed, len(xs) == 1
 
     def way(x, w, down, core, up, bias, want_z, use_z):
         if copies:
@@ -224,25 +229,69 @@ def _way(
         whole = torch.cat(tuple(x), 1) if joined else x
         z = s = None
         if reduce is not None:
-            z, s = reduce(x, down, core, want_z)
+            z, s = reduce.run(x, down, core, want_z)
             if use_z is not None:
                 use_z(z)
         elif want_z:
             z = torch.empty((M, r), dtype=torch.float32, device=device)
         if library:
             y = _library(x, w.T if transposed else w, bias)
-            finish(None, None, y, s, up, None)
+            finish.run(None, None, y, s, up, None)
             return y, z
         y = (x if isinstance(x, Tensor) else x[0]).new_empty(shape)
         if few:
-            finish(whole, w, down, core, up, bias, y, z, s)
+            finish.run(whole, w, down, core, up, bias, y, z, s)
             if use_z is not None and reduce is None:
                 use_z(z)
         else:
-            finish(whole, w, y, s, up, bias)
+            finish.run(whole, w, y, s, up, bias)
         return y, z
 
-    return Way(way, None if copies or joined or reduce is not None else bind)
+    def bind(w, down, core, up, bias):
+        last = finish.bind(w, down, core, up, bias) if few else finish.bind(w, up, None if library else bias)
+        first = None if reduce is None else reduce.bind(down, core)
+        if last is None or (reduce is not None and first is None):
+            return None
+        tensors = bool(not few and not library and choice.main.descriptors)
+        together = joined and few and first is None
+        if joined and not together:
+            return None
+        by_library = (w.T if transposed else w), bias
+
+        def bound(x, want_z, use_z):
+            parts = (x,) if one else (torch.cat(tuple(x), 1),) if together else tuple(x)
+            places = [t.data_ptr() for t in parts]
+            for at in places:
+                if at % 16:
+                    return None
+            places += [0] * (3 - len(places))
+            z, s, at_s = None, None, 0
+            if first is not None:
+                found = first(*places, want_z)
+                if found is None:
+                    return None
+                z, s = found
+                at_s = s.data_ptr()
+                if use_z is not None:
+                    use_z(z)
+            elif want_z:
+                z = torch.empty((M, r), dtype=torch.float32, device=device)
+            y = _library(x, *by_library) if library else parts[0].new_empty(shape)
+            if few:
+                done = last(places[0], y.data_ptr(), 0 if z is None else z.data_ptr(), at_s)
+            elif tensors:
+                done = last(*(*parts, 0, 0)[:3], y, at_s)
+            else:
+                done = last(*places, y.data_ptr(), at_s)
+            if not done:
+                return None
+            if use_z is not None and first is None:
+                use_z(z)
+            return y, z
+
+        return bound
+
+    return Way(way) if copies else Way(way, bind)
 
 
 def _library(x: Operand, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -284,33 +333,73 @@ def forward(
     return _linear(x, weight, down, Core(core, basis, adapter_ids), up, bias, choice, pin, want_z)
 
 
-def bound(
-    x: Tensor, weight: Tensor, down: Tensor, core: Tensor | None, up: Tensor, bias: Tensor | None, basis: Tensor | None
-) -> Callable[[Tensor], Tensor | None] | None:
-    """`forward` around these very operands, without z, for x of this shape and layout: a function of x that gives Y, or
-    None where something that it rests on is no more. None where it is not one launch, or not known from a call before.
+class Bound:
+    """`forward` and `backward_of_parts` around operands that stay, for x and dY of kinds that were seen before.
 
-    The operands are not held, and their values are read anew at each call: whoever calls it has seen that they stand
-    where they stood. fp32 ones are left out: torch's setting for their products may change.
+    What the kernels are handed of the operands, their addresses, is settled once. The operands' values are read anew
+    at each call; that they still stand where they stood is the caller's to see. A call gives None where it has not
+    learnt the kind, or something that it rests on is no more: then the long way computes it, and is learnt from.
     """
-    if not _remembers(x.device) or x.dtype == torch.float32 or _mixed_inside(core, basis)[1] is not basis:
-        return None
-    of = Core(core, basis, None)
-    bind = _way_of(x, weight, down, of, up, bias).bind
-    launch = None if bind is None else bind(weight, down, of, up, bias)
-    if launch is None:
-        return None
-    shape = *x.shape[:-1], weight.shape[0]
-    device = x.device
 
-    def run(x: Tensor) -> Tensor | None:
-        at = x.data_ptr()
-        if at % 16 or _elsewhere(x) or not scratch.kept_by_stream(device):
-            return None
-        y = x.new_empty(shape)
-        return y if launch(at, y.data_ptr()) else None
+    def __init__(self, weight, down, core, up, bias, basis):
+        self.operands = weight, down, up, bias
+        values, own_basis = _mixed_inside(core, basis)
+        # fp32 products follow torch's setting, which may change; C that is mixed by a launch of its own is a new one.
+        self.possible = weight.dtype != torch.float32 and own_basis is basis
+        self.core, self.turned = (Core(values, basis, None, transposed) for transposed in (False, True))
+        self.ways: dict[tuple, Callable | None] = {}
 
-    return run
+    def forward(self, x: Tensor, want_z: bool) -> tuple[Tensor, Tensor | None] | None:
+        """(Y, z), z None unless it is wanted."""
+        run = self.ways.get((x.shape, x.stride(), x.dtype, x.device, want_z))
+        return None if run is None or self._elsewhere(x) else run(x, want_z, None)
+
+    def backward(self, dys: Sequence[Tensor], z: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(dX, dC or dv) from dY [M, N], in parts or whole."""
+        run = self.ways.get(tuple([(dy.shape, dy.stride(), dy.dtype, dy.device) for dy in dys]))
+        return None if run is None or self._elsewhere(z) else run(dys, z)
+
+    @staticmethod
+    def _elsewhere(t: Tensor) -> bool:
+        """On another card than the current one, or while a graph is captured: its launches have planes of their own."""
+        return _elsewhere(t) or not scratch.kept_by_stream(t.device)
+
+    def learn(self, x: Tensor, want_z: bool) -> None:
+        """From a forward of this kind that the long way has just computed."""
+        key = x.shape, x.stride(), x.dtype, x.device, want_z
+        if key in self.ways or not self._may_learn(x):
+            return
+        weight, down, up, bias = self.operands
+        bind = _way_of(x, weight, down, self.core, up, bias).bind
+        self.ways[key] = bind(weight, down, self.core, up, bias)
+
+    def learn_backward(self, dys: Sequence[Tensor], z: Tensor) -> None:
+        key = tuple([(dy.shape, dy.stride(), dy.dtype, dy.device) for dy in dys])
+        if key in self.ways or not self._may_learn(z) or any(_walkable(dy) is not dy for dy in dys):
+            return
+        if self.core.values is None or self.core.values.dtype != torch.float32 or not z.is_contiguous():
+            return
+        weight, down, up, _ = self.operands
+        x = dys[0] if len(dys) == 1 else dys
+        matmul = _way_of(x, weight, up, self.turned, down, None).bind(weight, up, self.turned, down, None)
+        gradient = _core_way(z, z, self.core, dys[0].dtype).bind(self.core)  # t is as z is
+
+        def run(dys, z):
+            dcore = None
+
+            def use(t):
+                nonlocal dcore
+                dcore = gradient(t, z)
+
+            found = matmul(dys[0] if len(dys) == 1 else dys, True, use)
+            return None if found is None or dcore is None else (found[0], dcore)
+
+        self.ways[key] = None if matmul is None or gradient is None else run
+
+    def _may_learn(self, t: Tensor) -> bool:
+        if len(self.ways) >= KINDS:  # of ever new shapes none comes again
+            self.ways.clear()
+        return self.possible and _remembers(t.device) and not torch.compiler.is_compiling() and not self._elsewhere(t)
 
 
 def backward(
@@ -431,22 +520,26 @@ def _thin_alone(dy: Operand, up: Tensor, theirs: Core) -> Tensor:
     if way is None:
         tile = tiles.thin_tile(first.shape[0], *up.shape, first.dtype, _capability(first.device))
         way = _remembered(key, first.device, lambda: plan_thin(dy, up.T, theirs, tile, _precision(), want_s=False))
-    return way(dy, up, theirs)[0]
+    return way.run(dy, up, theirs)[0]
 
 
 def _core_gradient(t: Tensor, z: Tensor, core: Tensor, ours: Core, basis: Tensor | None, dtype: torch.dtype) -> Tensor:
     """dC, or dv, in the core's dtype; `ours` is the core as the kernels take it, `dtype` dY's."""
-    values, own_basis, ids, _ = ours
+    dcore = _core_way(t, z, ours, dtype).run(t, z, ours)
+    if basis is not ours.basis:
+        dcore = eager.mix_gradient(dcore, basis)
+    return dcore if dcore.dtype == core.dtype else dcore.to(core.dtype)
+
+
+def _core_way(t: Tensor, z: Tensor, ours: Core, dtype: torch.dtype) -> Plan:
+    values, _, ids, _ = ours
     key = ("core", t.shape, t.device, _kind_of_core(ours), dtype)
     way = tiles.ways.get(key)
     if way is None:
         adapters = values.shape[0] if ids is not None else 1
         tile = tiles.core_gradient_tile(*t.shape, adapters, dtype, _capability(t.device))
         way = _remembered(key, t.device, lambda: plan_core_gradient(t, z, values.float(), ours, tile))
-    dcore = way(t, z, ours)
-    if basis is not own_basis:
-        dcore = eager.mix_gradient(dcore, basis)
-    return dcore if dcore.dtype == core.dtype else dcore.to(core.dtype)
+    return way
 
 
 def _factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor) -> None:

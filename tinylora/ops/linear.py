@@ -86,13 +86,13 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invar
     return adapted_linear(x, weight, down, None, up, bias, batch_invariant=batch_invariant)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def plain(x: Tensor) -> bool:
     """Whether plain eager torch computes what is called now, on a plain x."""
     return (
-        type(x) in _PLAIN
+        type(x) in PLAIN
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -104,10 +104,10 @@ def _seen_from_outside(x, weight, down, core, up) -> bool:
     """Whether something other than plain eager torch must see one operator here."""
     return (
         not plain(x)
-        or type(weight) not in _PLAIN
-        or (core is not None and type(core) not in _PLAIN)
-        or type(down) not in _PLAIN
-        or type(up) not in _PLAIN
+        or type(weight) not in PLAIN
+        or (core is not None and type(core) not in PLAIN)
+        or type(down) not in PLAIN
+        or type(up) not in PLAIN
     )
 
 

@@ -28,6 +28,7 @@ def adapted_linears(
     adapter_ids: Tensor | None,
     basis: Tensor | None,
     sizes: Sequence[int] | None = None,
+    kept=None,
 ) -> tuple[Tensor, ...]:
     """(Y_1, .., Y_G), each [..., N_i], for operands that are known to fit: those of layers.
 
@@ -37,22 +38,26 @@ def adapted_linears(
     core:    as `adapted_linear` takes it, or the layers' own: each one's v, or its block of C
     biases:  each [N_i], frozen, or all as one, or none at all
     sizes:   N_1 .. N_G
+    kept:    computes with operands that were found before (nn/kept.py), and has seen that nobody looks on
 
     Gradients are computed for x and core. The results are slices of one buffer: their rows are strided.
     """
     cores = [core] if core is None or isinstance(core, Tensor) else core
     sizes = [w.shape[0] for w in weights] if sizes is None else sizes
     ids = None if adapter_ids is None else adapter_ids.reshape(-1)
-    if linear._seen_from_outside(x, weights[0], down, cores[0], up):
+    if kept is None and linear._seen_from_outside(x, weights[0], down, cores[0], up):
         x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         core = _one_core(cores, basis)
         y, _ = torch.ops.tinylora.adapted_linears(x2d, list(weights), down, core, up, list(biases), ids, basis)
         y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
     elif torch.is_grad_enabled() and (x.requires_grad or any(c is not None and c.requires_grad for c in cores)):
-        return _AdaptedLinears.apply(x, _Frozen(weights, down, up, biases, ids, basis, sizes), *cores)
+        return _AdaptedLinears.apply(x, _Frozen(weights, down, up, biases, ids, basis, sizes, kept), *cores)
     else:
-        y, _ = _forward(x, weights, down, _one_core_apart(cores, basis), up, biases, ids, basis)
-    return y.split_with_sizes(sizes, -1)
+        found = None if kept is None else kept.forward(x, False)
+        y, _ = found or _forward(x, weights, down, _one_core_apart(cores, basis), up, biases, ids, basis)
+        if kept is not None and found is None:
+            kept.learn(x, False)
+    return (y,) if len(sizes) == 1 else y.split_with_sizes(sizes, -1)
 
 
 def _one_core(cores: Sequence[Tensor | None], basis: Tensor | None) -> Tensor | None:
@@ -156,6 +161,7 @@ class _Frozen(NamedTuple):
     adapter_ids: Tensor | None
     basis: Tensor | None
     sizes: Sequence[int]
+    kept: object
 
 
 def _gradients(ctx, *dys):
@@ -165,7 +171,13 @@ def _gradients(ctx, *dys):
     need_core = True in need_cores
     core = cores[0] if ctx.core is None else ctx.core
     given, dys = dys[0], [eager.in_rows(dy) for dy in dys]
-    dx, dcore = _backward(dys, z, weights, down, core, up, adapter_ids, basis, need_x, need_core)
+    kept = ctx.kept if need_x and need_core else None
+    found = None if kept is None else kept.backward(dys, z)
+    if found is None:
+        found = _backward(dys, z, weights, down, core, up, adapter_ids, basis, need_x, need_core)
+        if kept is not None:
+            kept.learn_backward(dys, z)
+    dx, dcore = found
     if dx is not None and given.dim() != 2:
         dx = dx.view(*given.shape[:-1], dx.shape[-1])
     return dx, None, *(_their_cores(dcore, cores, basis) if need_core else [None] * len(cores))
@@ -176,15 +188,18 @@ class _AdaptedLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, frozen, *cores):
-        weights, down, up, biases, adapter_ids, basis, sizes = frozen
-        core = _one_core_apart(cores, basis)
-        y, z = _forward(x, weights, down, core, up, biases, adapter_ids, basis)
-        ctx.count = len(cores)
-        ctx.core = None if len(cores) == 1 else core  # cores are saved as well, so that a change of theirs is noticed
+        weights, down, up, biases, adapter_ids, basis, sizes, kept = frozen
         needs_core = True in ctx.needs_input_grad[2:]
+        core = _one_core_apart(cores, basis) if kept is None else kept.operands.core
+        found = None if kept is None else kept.forward(x, needs_core)
+        y, z = found or _forward(x, weights, down, core, up, biases, adapter_ids, basis)
+        if kept is not None and found is None:
+            kept.learn(x, needs_core)
+        ctx.count, ctx.kept = len(cores), kept
+        ctx.core = None if len(cores) == 1 else core  # cores are saved as well, so that a change of theirs is noticed
         ctx.save_for_backward(z if needs_core else None, down, up, adapter_ids, basis, *cores, *weights)
         # Slices, but not views in autograd's books: each may be changed in place as any layer's output may.
-        return tuple([part.data for part in y.split_with_sizes(sizes, -1)])
+        return (y,) if len(sizes) == 1 else tuple([part.data for part in y.split_with_sizes(sizes, -1)])
 
     backward = first_order(_gradients)
 
