@@ -33,7 +33,7 @@ FUNCTION, OPERATOR, STUBBED = "F.linear", "adapted_linear", "launches stubbed ou
 UNPLANNED = f"none planned, {STUBBED}"
 SIZE = 64  # N and K of the layer, at one row
 # The two ways through the kernels, by rows; the layers' N and K are of a size that decides for the fused matmul.
-KERNEL_ROWS = {"decode": 1, "fused matmul": 256}
+KERNEL_ROWS = {"decode": 1, "fused matmul": 512}
 KERNEL_SIZE = 512
 IN_A_GRAPH = 100
 CPU = torch.device("cpu")

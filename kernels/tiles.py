@@ -25,6 +25,8 @@ INLINE_RANK = 8
 # the tensor cores, where more than a padded row block is no longer free.
 DECODE_ROWS = 128
 DECODE_ROWS_FP32 = 16
+# On 9.0 the library is the faster one beyond (measured: 128 rows of 18944 x 3584, 48 us with it and 70 without).
+DECODE_ROWS_HOPPER = 64
 
 
 # A bound of its own ends ptxas's aim at an occupancy, for which it parks a few words outside the loop in fp32 kernels
@@ -183,7 +185,8 @@ def _gemms(chip: Card, descriptors: bool, width: int) -> list[tuple[Gemm, float]
     """Candidates with the share of the peak that a full wave of them reaches."""
     if descriptors:
         tall = () if width > 32 else ((_bulk(256, 128, chip), 1.0),)
-        return [(_bulk(128, 256, chip), 1.0), *tall, (_bulk(128, 128, chip), 0.9)]
+        square = 0.74 if chip.flat else 0.9  # measured on 9.0: 31 us of 3584 columns, where the wide tile takes 46
+        return [(_bulk(128, 256, chip), 1.0), *tall, (_bulk(128, 128, chip), square)]
     if chip.shared > 150000:
         wide = () if width > 64 else ((Gemm(128, 256, 32, 8, 4), 1.0),)
         return [*wide, (Gemm(128, 128, 64, 8, 3), 0.9), (Gemm(64, 128, 64, 4, 3), 0.75)]
@@ -204,14 +207,30 @@ def gemm_tile(M: int, N: int, chip: Card, descriptors: bool, width: int, aligned
     Operands that are not aligned need a mask and an address per element: larger tiles spill then.
     """
 
-    def waves(candidate: tuple[Gemm, float]) -> float:
-        tile, efficiency = candidate
-        tiles = -(-M // tile.m) * -(-N // tile.n)
-        return -(-tiles // chip.sms) * tile.m * tile.n / efficiency
-
     if not aligned:
         return Gemm(128, 128, 32, 8, 3)
-    return min(_gemms(chip, descriptors, width), key=waves)[0]
+    return min(_gemms(chip, descriptors, width), key=lambda c: whole_waves(M, N, chip.sms, c[0].m, c[0].n, c[1]))[0]
+
+
+def whole_waves(M: int, N: int, sms: int, m: int, n: int, efficiency: float) -> float:
+    """The time of all tiles [m, n] of Y [M, N] on so many multiprocessors, in products per k of one of them."""
+    tiles = -(-M // m) * -(-N // n)
+    return -(-tiles // sms) * m * n / efficiency
+
+
+# The library's tiles on 9.0, with the share of the peak of a full wave. 2048 x 4608 and 512 x 18944 end in whole waves
+# of 128 x 192, which our own do not.
+LIBRARY_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 192, 1.0), (192, 128, 1.0), (128, 128, 0.97), (64, 256, 0.97))
+# Up to this many rows it cuts K as well, and our long kernel cannot.
+LIBRARY_ROWS = 256
+# Microseconds of a wave of 128 x 256 per column of K, and of the thin pass and the pass over Y beyond their bytes.
+WAVE, LAUNCHES = 46 / 3584, 6.0
+
+
+def by_library(M: int, N: int, K: int, ours: float, chip: Card) -> tuple[float, float]:
+    """Shares of the library's time on 9.0: (what its launches cost beyond a pass over Y, by how much we trail it)."""
+    theirs = min(whole_waves(M, N, chip.sms, *tile) for tile in LIBRARY_TILES)
+    return LAUNCHES / (theirs / (128 * 256) * WAVE * K), ours / theirs - 1
 
 
 @remembered
@@ -267,6 +286,7 @@ def choose(
     capability: tuple[int, int] | None,
     descriptors: bool = True,
     transposed: bool = False,
+    parts: int = 1,
 ) -> Choice:
     """What computes Y [M, N] from K: the card's table, or a model of the time. dX asks with N and K swapped.
 
@@ -274,13 +294,14 @@ def choose(
     the library, so that every kernel can be run on a CPU.
     descriptors: whether the operands meet the rules of bulk copies (`gemm.fits_descriptors`).
     transposed: whether w [N, K] is the view of a transposed matrix, as in the backward; tables tell them apart.
+    parts: in how many column blocks x comes, which the library multiplies one by one.
     """
     if descriptors and capability is not None:
         bucket = next((bound for bound in BUCKETS if bound >= M), BUCKETS[-1])
         tuned = table(capability).get((N, K, rank_class(r), dtype, transposed, bucket))
         if tuned is not None:
             return fitted(tuned, r)
-    return default(M, N, K, r, dtype, capability, descriptors)
+    return default(M, N, K, r, dtype, capability, descriptors, parts)
 
 
 def default(
@@ -291,11 +312,14 @@ def default(
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
     descriptors: bool = True,
+    parts: int = 1,
 ) -> Choice:
     """`choose` without a table: the model alone."""
     chip = CARDS[9, 0] if capability is None else card(capability)
     inline = r <= INLINE_RANK
     few = DECODE_ROWS_FP32 if dtype == torch.float32 and capability is not None else DECODE_ROWS
+    if chip.flat and capability is not None:
+        few = min(few, DECODE_ROWS_HOPPER)
     if few >= M:
         why = f"M = {M} <= {few}: W is streamed once, " + (
             f"z on the way (r = {r} <= {INLINE_RANK})" if inline else f"s from a pass of its own (r = {r})"
@@ -318,11 +342,19 @@ def default(
     expand = replace(expand, pdl=chip.pdl)
     saved = chip.expand_cost / K
     lost = POINTER_SLACK if chip.bulk_copies and not bulk else chip.slack
+    main = gemm_tile(M, N, chip, bulk, thin.width, descriptors)
+    if bulk and chip.flat:
+        if M <= LIBRARY_ROWS:
+            return Choice(None, thin, expand, f"M = {M} <= {LIBRARY_ROWS}: the library multiplies, it cuts K as well")
+        efficiency = next(e for tile, e in _gemms(chip, True, thin.width) if tile == main)
+        launches, trails = by_library(M, N, K, whole_waves(M, N, chip.sms, main.m, main.n, efficiency), chip)
+        if parts == 1:
+            saved, lost = saved + launches, lost + trails
     compared = f"a pass over Y costs {saved:.1%} at K = {K}, the fused matmul {lost:.0%}"
     if saved <= lost:
         return Choice(None, thin, expand, f"{compared}: the library multiplies")
     thin = thin_beside(M, K, r, chip) if bulk and chip.pdl else thin
-    return Choice(gemm_tile(M, N, chip, bulk, thin.width, descriptors), thin, None, f"{compared}: fused")
+    return Choice(main, thin, None, f"{compared}: fused")
 
 
 # What `pinned` is made for: rows enough that the thin pass has several blocks, few enough that K is cut for the rest.

@@ -45,7 +45,7 @@ def test_host_from_the_command_line(tmp_path, monkeypatch, capsys):
     "M, forward, backward",
     [
         (1, ["decode_kernel"], ["decode_kernel", "core_gradient_kernel"]),
-        (256, ["thin_kernel", "gemm_kernel"], ["thin_kernel", "core_gradient_kernel", "gemm_kernel"]),
+        (512, ["thin_kernel", "gemm_kernel"], ["thin_kernel", "core_gradient_kernel", "gemm_kernel"]),
     ],
 )
 def test_stubbed_launches_are_those_of_a_card(M, forward, backward):
@@ -69,7 +69,7 @@ def test_stubbed_launches_are_those_of_a_card(M, forward, backward):
         assert torch.equal(ours.forward(x), want)
 
 
-@pytest.mark.parametrize("M", [1, 256])
+@pytest.mark.parametrize("M", [1, 512])
 def test_a_second_call_decides_nothing_anew(M):
     """The tiles of a shape are looked up, not chosen, from its second call on: forward and backward."""
     pytest.importorskip("triton")
@@ -89,7 +89,7 @@ def test_a_second_call_decides_nothing_anew(M):
 def test_siblings_spare_launches():
     pytest.importorskip("triton")
     case = host._seven(512, torch.bfloat16, CPU)
-    for M, alone, together in ((1, (7, 14), (4, 8)), (256, (14, 21), (8, 12))):
+    for M, alone, together in ((1, (7, 14), (4, 8)), (512, (14, 21), (8, 12))):
         (xs,), (dys,) = case.operands(M)
         for name, want in ((providers.ALONE, alone), (providers.OURS, together)):
             (ours,) = host.seven_layers(case, (name,))

@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import host
+from bench import providers as who
 from tinylora.kernels import launch, scratch, tiles
 from tinylora.ops import fused
 
@@ -150,7 +151,7 @@ def by_columns(t):
 # Each differs from the first of its number of rows in one thing that a launch depends on.
 KINDS = [
     (rows, size, changes)
-    for rows, size in ((5, {}), (200, {"N": 512, "K": 512}))
+    for rows, size in ((5, {}), (400, {"N": 512, "K": 512}))
     for changes in (
         {},
         {"M": rows + 1},
@@ -312,8 +313,8 @@ BOUND = {
     "fp16": {"dtype": f16},
     "a batch": {"M": 8},
     "decode in two launches": {"M": 8, "r": 16},
-    "bulk copies": {"M": 256, "N": 512, "K": 512},
-    "addresses": {"M": 256, "N": 544, "K": 512, "weight": wider, "x": wider},
+    "bulk copies": {"M": 384, "N": 512, "K": 512},
+    "addresses": {"M": 384, "N": 544, "K": 512, "weight": wider, "x": wider},
     "the library": {"M": 256, "N": 512, "K": 64},
 }
 
@@ -379,6 +380,34 @@ def test_a_bound_launch_is_handed_what_a_planned_one_is(changes, parts):
             assert calls[-1][1][3] == 7
         planes = calls[-1][0].name == "decode_kernel"
         assert not planes or (here[0][-1][-3:] == here[1][-1][-3:] != there[-1][-3:])
+
+
+@pytest.mark.parametrize("name", [who.ALONE, who.OURS])
+@pytest.mark.parametrize("M", [1, 8, 200, 512])
+def test_from_the_third_step_on_every_launch_of_a_block_is_bound(M, name, monkeypatch):
+    """With gradients and without, whatever came before: of siblings and of layers alone, in both directions."""
+    case = host._seven(512, bf16, torch.device("cpu"))
+    others: list[str] = []
+    call = launch.Launch.__call__
+
+    def counted(self, *tensors):
+        others.append(self.kernel.__name__)
+        return call(self, *tensors)
+
+    monkeypatch.setattr(launch.Launch, "__call__", counted)
+    with recorded() as calls:
+        (provider,) = host.seven_layers(case, (name,))
+        for graded in (True, False, True):
+            (xs,), (dys,) = case.operands(M)
+            for _ in range(4):
+                others.clear()
+                start = len(calls)
+                if graded:
+                    torch.autograd.grad(provider.forward(*xs), [*xs, *provider.trains], dys)
+                else:
+                    with torch.no_grad():
+                        provider.forward(*xs)
+            assert not others and len(calls) - start >= 4
 
 
 def test_what_cannot_be_bound_goes_the_long_way():

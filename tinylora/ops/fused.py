@@ -203,7 +203,7 @@ def _way(
     if pin:
         choice = tiles.pinned(N, K, r, dtype, capability, bulk, turned)
     elif choice is None:
-        choice = tiles.choose(M, N, K, r, dtype, capability, bulk, turned)
+        choice = tiles.choose(M, N, K, r, dtype, capability, bulk, turned, len(xs))
     # Few rows: a copy of them is nothing beside W.
     few = isinstance(choice.main, tiles.Decode)
     joined = len(xs) > 1 and (few or (choice.main and choice.main.descriptors and _one_loop_only(capability)))

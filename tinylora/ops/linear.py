@@ -75,9 +75,7 @@ def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invaria
         or (bias is not None and bias.requires_grad)
     ):
         return _AdaptedLinear.apply(x, weight, down, core, up, bias, ids, basis, module)
-    if module is eager or module is invariant:
-        return module.forward(x, weight, down, core, up, bias, ids, basis)[0]
-    return module.forward(x, weight, down, core, up, bias, ids, basis, want_z=False)[0]
+    return _run(module, x, weight, down, core, up, bias, ids, basis, False)[0]
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: bool) -> Tensor:
@@ -130,9 +128,16 @@ def _computes(x, weight, down, core, up, batch_invariant):
     return fused.invariant if batch_invariant else fused
 
 
-def _forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant):
+def _run(module, x, weight, down, core, up, bias, adapter_ids, basis, want_z):
+    """(Y, z) by this module: torch's paths have z anyway, kernels leave it out."""
+    if want_z or module is eager or module is invariant:
+        return module.forward(x, weight, down, core, up, bias, adapter_ids, basis)
+    return module.forward(x, weight, down, core, up, bias, adapter_ids, basis, want_z=False)
+
+
+def _forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant, want_z=True):
     module = _computes(x, weight, down, core, up, batch_invariant)
-    return module.forward(x, weight, down, core, up, bias, adapter_ids, basis)
+    return _run(module, x, weight, down, core, up, bias, adapter_ids, basis, want_z)
 
 
 def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, batch_invariant):

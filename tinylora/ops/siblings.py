@@ -54,7 +54,7 @@ def adapted_linears(
         return _AdaptedLinears.apply(x, _Frozen(weights, down, up, biases, ids, basis, sizes, kept), *cores)
     else:
         found = None if kept is None else kept.forward(x, False)
-        y, _ = found or _forward(x, weights, down, _one_core_apart(cores, basis), up, biases, ids, basis)
+        y, _ = found or _forward(x, weights, down, _one_core_apart(cores, basis), up, biases, ids, basis, want_z=False)
         if kept is not None and found is None:
             kept.learn(x, False)
     return (y,) if len(sizes) == 1 else y.split_with_sizes(sizes, -1)
@@ -114,8 +114,8 @@ def on_torch(x, weights, down, core, up) -> bool:
     return linear._computes(x, weights[0], down, core, up, False) is eager
 
 
-def _forward(x, weights, down, core, up, biases, adapter_ids, basis) -> tuple[Tensor, Tensor]:
-    """([Y_1 | .. | Y_G], z), Y [..., N] for x of [..., K] and z [M, R]."""
+def _forward(x, weights, down, core, up, biases, adapter_ids, basis, want_z=True) -> tuple[Tensor, Tensor | None]:
+    """([Y_1 | .. | Y_G], z), Y [..., N] for x of [..., K] and z [M, R]; kernels leave out a z that nobody wants."""
     weight = weights[0] if len(weights) == 1 else joined(weights)
     apart = weight is None or (weight.element_size() > 2 and weight.numel() > WIDE_ON_CPU)
     if x.is_cpu and apart and on_torch(x, weights, down, core, up):
@@ -126,14 +126,14 @@ def _forward(x, weights, down, core, up, biases, adapter_ids, basis) -> tuple[Te
         ys = []
         for i, (own, u) in enumerate(zip(weights, up.split([w.shape[0] for w in weights]), strict=True)):
             own_bias = biases[i] if biases else None
-            y, z = linear._forward(x, own, down, core, u, own_bias, adapter_ids, basis, False)
+            y, z = linear._forward(x, own, down, core, u, own_bias, adapter_ids, basis, False, want_z)
             ys.append(y)
         return torch.cat(ys, -1), z
     bias = None
     if biases:
         bias = biases[0] if len(biases) == 1 else joined(biases)
         bias = torch.cat(list(biases)) if bias is None else bias
-    return linear._forward(x, weight, down, core, up, bias, adapter_ids, basis, False)
+    return linear._forward(x, weight, down, core, up, bias, adapter_ids, basis, False, want_z)
 
 
 def _backward(dys, z, weights, down, core, up, adapter_ids, basis, need_x, need_core):
