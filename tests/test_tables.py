@@ -144,7 +144,7 @@ def test_the_operator_asks_the_table_at_any_number_of_rows(M, monkeypatch):
 
     with lanes.compiler(H200, only_count=True):
         fused.forward(empty(M, 3584), empty(512, 3584), empty(2, 3584), None, empty(512, 2), None, None, None)
-    assert asked == [(M, 512, 3584, 2, bf16, H200, True, False)]
+    assert asked == [(M, 512, 3584, 2, bf16, H200, True, False, 1)]
 
 
 def change(path, edit):

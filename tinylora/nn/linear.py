@@ -97,8 +97,8 @@ class Linear(nn.Linear):
             y = siblings.output(self, x)
             if y is not None:
                 return y
-        kept = self._kept.get(self.active)
-        if kept is not None and not torch.compiler.is_compiling() and kept.stands():
+        kept = None if torch.compiler.is_compiling() else self._kept.get(self.active)
+        if kept is not None and kept.stands():
             ys = kept.outputs(x)
             if ys is not None:
                 return ys[0]
