@@ -196,6 +196,12 @@ def test_compiles_in_one_graph(backend):
     torch.testing.assert_close(compiled(x), layer(x))
 
 
+def with_p_doubled(adapter):
+    adapter = copy.deepcopy(adapter)
+    adapter.P.mul_(2)
+    return adapter
+
+
 CHANGES = {
     "nothing": lambda m: None,
     "v in place": lambda m: m.adapters["default"].v.data.add_(0.5),
@@ -209,6 +215,7 @@ CHANGES = {
     "down another": lambda m: m.adapters["default"]._buffers.update(down=m.adapters["default"].down * 2),
     "up elsewhere": lambda m: setattr(m.adapters["default"].up, "data", m.adapters["default"].up.data * 2),
     "P another": lambda m: m.adapters["default"]._buffers.update(P=m.adapters["default"].P * 2),
+    "adapter anew": lambda m: m.adapters.update({"default": with_p_doubled(m.adapters["default"])}),
     "merged": lambda m: m.merge(),
     "inactive": lambda m: setattr(m, "active", None),
     "batch_invariant": lambda m: setattr(m, "batch_invariant", True),
