@@ -9,7 +9,7 @@ from tinylora.nn.kept import Kept, Operands
 from tinylora.ops import adapted_linear
 from tinylora.ops.linear import frozen_linear, plain, unchecked
 
-MOVES = 64
+MOVES = 64  # how often what a layer keeps may have moved before it keeps nothing
 
 
 def low_rank(x: Tensor, down: Tensor, core: Tensor | None, up: Tensor, basis: Tensor | None) -> Tensor:

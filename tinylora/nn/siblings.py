@@ -192,7 +192,6 @@ class Siblings:
         weight, bias = joined(weights), joined(biases) if biases else None
         if weight is None or (biases and bias is None):
             return
-        wide = self.wide[name]
         operands = Operands(weight, wide.down, core, cores, wide.up, bias, wide.basis, [len(w) for w in weights])
         self.ready = Kept.of(name, self.layers, operands)
 
