@@ -289,7 +289,7 @@ def plan_gemm(
         )
     elif not expand:
         strides = (*blocks.row_strides, blocks.tensors[0].stride(1), *w.stride())
-    s_dtype, y_device = y.dtype, y.device
+    dtype, device = y.dtype, y.device
     planned = Launch(
         gemm_kernel,
         (programs,),
@@ -339,7 +339,7 @@ def plan_gemm(
 
     def bind(w, up, bias):
         """A function of (x, x1, x2, y, s): tensors where the tile takes descriptors, else addresses, but s is one."""
-        unused = torch.empty(4, dtype=s_dtype, device=y_device)
+        unused = torch.empty(4, dtype=dtype, device=device)
         if not (bias is None or bias.is_contiguous()):
             return None
         operands = None, None, None, w, None, None, up, unused if bias is None else bias

@@ -350,8 +350,8 @@ def default(
     if bulk and chip.flat:
         if M <= LIBRARY_ROWS:
             return Choice(None, thin, expand, f"M = {M} <= {LIBRARY_ROWS}: the library multiplies, it cuts K as well")
-        efficiency = next(e for tile, e in _gemms(chip, True, thin.width) if tile == main)
-        launches, trails = by_library(M, N, K, whole_waves(M, N, chip.sms, main.m, main.n, efficiency), chip)
+        ours = min(whole_waves(M, N, chip.sms, tile.m, tile.n, share) for tile, share in _gemms(chip, True, thin.width))
+        launches, trails = by_library(M, N, K, ours, chip)
         if parts == 1:
             saved, lost = saved + launches, lost + trails
     compared = f"a pass over Y costs {saved:.1%} at K = {K}, the fused matmul {lost:.0%}"
