@@ -29,6 +29,7 @@ UNFOLDED = [
     Problem(1200, 40, 1000, 2, bf16, factors=f32),  # several blocks of rows in fp32
     Problem(130, 200, 300, 3, bf16, factors=f32, bias=False),
     Problem(128, 48, 40, 9, bf16, factors=f32, core="none", bias=False),
+    Problem(64, 48, 40, 3, f64, factors=f32, core="none"),
 ]
 
 
@@ -42,13 +43,19 @@ def threads(request):
 
 @pytest.fixture(params=["whole", "node"])
 def way(request, monkeypatch):
-    """Both ways to the same gradients: torch's own from all of dW', and the node's."""
-    monkeypatch.setattr(cpu, "WHOLE", 1 << 40 if request.param == "whole" else 0)
+    """Both ways to the same gradients: torch's own from all of dW', and the nodes'."""
+    for bound in ("BOTH", "ONE"):
+        monkeypatch.setattr(cpu, bound, 1 << 40 if request.param == "whole" else 0)
     return request.param
 
 
 def ours(x, weight, down, core, up, bias, ids=None, basis=None, scale=1.0):
-    return cpu.linear_on_cpu(x, weight.detach(), bias, down, core, up, scale)
+    return cpu.linear_on_cpu(x, weight.detach(), bias, down, core, up, scale, basis)
+
+
+def node(y):
+    """Which node of ours made y."""
+    return {"_FoldedBackward": "folded", "_ApartBackward": "apart"}.get(y.grad_fn.name())
 
 
 def exact(x, weight, down, core, up, bias, ids=None, basis=None, scale=1.0):
@@ -59,10 +66,13 @@ def exact(x, weight, down, core, up, bias, ids=None, basis=None, scale=1.0):
 @pytest.mark.parametrize("problem", FOLDED + UNFOLDED, ids=lambda p: p.id)
 def test_numbers(problem, scale, threads, way, poison_empty):
     operands, _, _ = problem.operands()
-    x, weight, down, *_ = operands
-    assert cpu._folds(x, weight, down) == (problem in FOLDED)
+    x, weight, *_ = operands
+    leaves = [None if t is None else t.clone().requires_grad_() for t in operands]
     small = problem in FOLDED or (problem.dtype in (bf16, f16) and weight.numel() <= cpu.SMALL)
-    assert cpu._whole(x, weight, down) == ((way == "whole" and small) or problem.M == 0)
+    if (way == "whole" and small) or problem.M == 0:
+        assert node(ours(*leaves)) is None
+    else:
+        assert node(ours(*leaves)) == ("folded" if problem in FOLDED else "apart")
     dy = torch.randn(problem.M, problem.N).to(problem.dtype)
 
     def of(function, operands):
@@ -79,7 +89,7 @@ def test_numbers(problem, scale, threads, way, poison_empty):
             continue
         as_torch = name.split()[0]
         if problem.dtype is f64:
-            torch.testing.assert_close(value, want[as_torch])
+            torch.testing.assert_close(value, want[as_torch].to(value.dtype))
         else:
             assert_as_good_as_torch(name, value, want[as_torch], torchs[as_torch])
         operand = operands[0] if as_torch == "y" else operands[NAMES.index(name)]
@@ -102,6 +112,76 @@ def test_each_gradient_is_the_same_whatever_else_is_asked_for(problem, asked, wa
     for name, grad in zip(asked, found, strict=True):
         torch.testing.assert_close(grad, all_of_them[name], rtol=1e-4, atol=1e-4)
         assert grad.is_contiguous(), name  # torch's fused optimizers read a gradient as it lies
+
+
+ONE_SIDE = [
+    FOLDED[0],
+    FOLDED[4],
+    Problem(64, 48, 40, 3, bf16, factors=f32),
+    Problem(131, 48, 64, 9, f16, factors=f32, bias=False),
+    Problem(3500, 40, 48, 4),  # enough rows for a panel a thread
+    UNFOLDED[1],
+    UNFOLDED[9],
+]
+
+
+@pytest.mark.parametrize("way", ["whole", "node"])
+@pytest.mark.parametrize(
+    "trains", ["down", "core", "v", "many v", "up", "b and d", "b", "d", "up, b and d", "b and d, none"]
+)
+@pytest.mark.parametrize("problem", ONE_SIDE, ids=lambda p: p.id)
+def test_gradients_where_one_side_trains(problem, trains, way, threads, poison_empty, monkeypatch):
+    """TinyLoRA's v, VeRA's diagonals and so on, in a node of few thin products, in 16 bits as well."""
+    monkeypatch.setattr(cpu, "BOTH", 1 << 40)
+    monkeypatch.setattr(cpu, "ONE", 1 << 40 if way == "whole" else 0)
+    core = {"core": "dense", "v": "mixed", "many v": "mixed"}.get(trains, "none")
+    operands, _, basis = problem.with_(core=core, u=40 if trains == "many v" else 5).operands()
+    g = torch.Generator().manual_seed(1)
+    wide = f64 if problem.dtype is f64 else f32
+    b, d = (torch.randn(n, generator=g).to(wide) for n in (problem.N, problem.r))
+    dy = torch.randn(problem.M, problem.N, generator=g)
+    ends = "b" in trains or trains == "d"
+    names = ["core" if n.endswith("v") else n for n in trains.replace(" and ", ", ").split(", ")]
+    names = ["x", "bias"] + ([] if "none" in names else names)
+
+    def of(function, dtype=None):
+        x, weight, down, core, up, bias = (t if t is None or dtype is None else t.to(dtype) for t in operands)
+        named = {"x": x, "bias": bias, "down": down, "core": core, "up": up, "b": b, "d": d}
+        named = {n: t if t is None or dtype is None else t.to(dtype) for n, t in named.items()}
+        for name in names:
+            if named[name] is not None:
+                named[name] = named[name].detach().clone().requires_grad_()
+        y = function(weight=weight, basis=basis if dtype is None or basis is None else basis.to(dtype), **named)
+        leaves = {n: t for n, t in named.items() if t is not None and t.requires_grad}
+        found = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+        with torch.no_grad():
+            alone = function(weight=weight, basis=basis if dtype is None or basis is None else basis.to(dtype), **named)
+        return y, {"y": y.detach(), "y without grad": alone} | dict(zip(leaves, found, strict=True))
+
+    def on_cpu(x, weight, bias, down, core, up, b, d, basis):
+        three = x.unflatten(0, (1, -1)) if problem.M % 2 == 0 else x
+        y = cpu.linear_on_cpu(three, weight, bias, down, core, up, 0.75, basis, (b, d) if ends else None)
+        return y.view(-1, problem.N) if three is not x else y
+
+    def plainly(x, weight, bias, down, core, up, b, d, basis):
+        core = core if basis is None else torch.einsum("u,uij->ij", core, basis)
+        up = up * 0.75 * (b[:, None] * d if ends else 1)
+        return reference.adapted_linear(x, weight, down, core, up, bias)
+
+    y, found = of(on_cpu)
+    if problem.M % 2:  # no view made of it
+        small = problem is not UNFOLDED[1] and problem is not UNFOLDED[9]
+        folded = way == "node" and len(names) > 2
+        assert node(y) == (("folded" if folded else None) if small else "apart")
+    _, want = of(plainly, f64)
+    _, torchs = of(plainly, problem.dtype)
+    assert found.keys() == want.keys()
+    for name, value in found.items():
+        if problem.dtype is f64:
+            torch.testing.assert_close(value, want[name])
+        else:
+            assert_as_good_as_torch(name, value, want[name], torchs[name])
+        assert value.is_contiguous(), name  # torch's fused optimizers read a gradient as it lies
 
 
 @pytest.mark.parametrize("problem", [FOLDED[3], UNFOLDED[1], UNFOLDED[4], UNFOLDED[5], UNFOLDED[8]], ids=lambda p: p.id)
@@ -129,7 +209,6 @@ def test_few_bf16_rows_of_a_small_layer_are_rounded_as_many_are(grad):
         with torch.set_grad_enabled(grad):
             y = cpu.linear_on_cpu(x, weight, bias, down, None, up.requires_grad_(grad))
             want = F.linear(x, weight, bias)
-        assert cpu._whole(x, weight, down)
         differ, total = differ + (y != want).sum().item(), total + y.numel()
         torch.testing.assert_close(y, want, rtol=2**-7, atol=1e-3)
     assert differ <= 1e-4 * total
@@ -154,7 +233,7 @@ def test_strides_and_dimensions():
 
 @pytest.mark.parametrize("problem", [FOLDED[3], UNFOLDED[1]], ids=lambda p: p.id)
 def test_a_node_refuses_the_gradient_of_a_gradient_and_autocast_changes_nothing_in_its_backward(problem, monkeypatch):
-    monkeypatch.setattr(cpu, "WHOLE", 0)
+    monkeypatch.setattr(cpu, "ONE", 0)
     operands, _, _ = problem.operands()
     x = operands[0].requires_grad_()
     up = operands[4].requires_grad_()

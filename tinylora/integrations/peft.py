@@ -28,11 +28,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from tinylora.ops import eager
 from tinylora.ops.checks import fits
 from tinylora.ops.cpu import linear_on_cpu
 from tinylora.ops.dispatch import interpreting
 from tinylora.ops.linear import unchecked
+
+# Asked in every call, in which a look at a module of torch's is one more.
+_is_compiling = torch.compiler.is_compiling
+_grads = torch.is_grad_enabled
+_autocasts = torch._C._is_any_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_traces = torch._C._get_tracing_state
 
 _TENSORS = (Tensor, nn.Parameter)
 _CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts
@@ -81,7 +88,7 @@ def _tinylora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         and v.is_cpu
         and basis.is_cpu
     ):
-        return linear_on_cpu(x, weight, bias, down, eager.mix(v, basis), up)
+        return linear_on_cpu(x, weight, bias, down, v, up, 1.0, basis)
     return _operator(x, weight, down, v, up, bias, basis)
 
 
@@ -143,10 +150,10 @@ def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
     (N, K), (r, width) = weight.shape, down.shape
     if N * r > _VERA and 8 * r > min(N, K):
         return "a rank above an eighth of the layer's size: nothing to gain"
-    if width != K:
-        down = down.narrow(1, 0, K)
+    if width != K:  # one call to torch, where narrow is two
+        down = down.as_strided((r, K), down.stride())
     if up.shape[0] != N:
-        up = up.narrow(0, 0, N)
+        up = up.as_strided((N, r), up.stride())
     if (
         on_cpu
         and down.is_cpu
@@ -157,13 +164,11 @@ def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         and type(d) in _TENSORS
         and type(b) in _TENSORS
     ):
-        return linear_on_cpu(x, weight, bias, down, None, up * torch.addr(_ZERO, b, d))
+        return linear_on_cpu(x, weight, bias, down, None, up, 1.0, None, (b, d))
     if not down.device == up.device == b.device == d.device:
         return "operands on several devices"
     return _operator(x, weight, down, torch.diag(d), b[:, None] * up, bias)
 
-
-_ZERO = torch.zeros(())  # b dᵀ and its gradients are one node where a zero is added to it
 
 # The gradient of lambda_b takes one more product [N, M] [M, r] than PEFT's, which keeps Y's correction instead: at a
 # rank near the layer's own size that costs more than PEFT's passes over Y, unless all of it is a few numbers.
@@ -250,7 +255,7 @@ def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, giv
 
     @functools.wraps(original)
     def forward(self, x, *args, **kwargs):
-        compiling = torch.compiler.is_compiling()
+        compiling = _is_compiling()
         layer = self.__dict__
         base = layer["_modules"]["base_layer"]
         name, own = self._active_adapter, base.__dict__
@@ -275,14 +280,14 @@ def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, giv
             and (compiling or not _watched())
         ):
             bias = own["_parameters"]["bias"]
-            if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+            if _autocasts() and torch.is_autocast_enabled(x.device.type):
                 found = _under_autocast(compute, layer, name, x, weight, bias, compiling or kernels_on_cpu)
                 if gives_dtype_of_x and type(found) is not str:
                     found = found.to(x.dtype)
             elif x.dtype is not weight.dtype:
                 found = _DIFFER
             elif x.is_cpu and weight.is_cpu:
-                on_cpu = not (compiling or kernels_on_cpu or (weight.requires_grad and torch.is_grad_enabled()))
+                on_cpu = not (compiling or kernels_on_cpu or (weight.requires_grad and _grads()))
                 found = compute(layer, name, x, weight, bias, on_cpu)
             else:
                 found = compute(layer, name, x, weight, bias, False) if x.device == weight.device else _DIFFER
@@ -304,12 +309,7 @@ _DIFFER = "x and the base weight differ in dtype or device"
 
 def _watched() -> bool:
     """Whether something would see PEFT's own calls and not this one. Dynamo sees both."""
-    return (
-        _has_any_global_hook()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    )
+    return _has_any_global_hook() or _dispatch_modes() > 0 or _transforms() is not None or _traces() is not None
 
 
 def _under_autocast(compute, layer, name, x, weight, bias, traced) -> Tensor | str:

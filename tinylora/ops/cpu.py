@@ -13,9 +13,9 @@ z = X Dᵀ, t = dY U and q = t C, [M, r] in fp32 (fp64 if an operand is), and h 
     dX = dY W + scale · q D,  dD = scale · qᵀ X,  dC = scale · tᵀ z = scale · (h U)ᵀ,  dU = scale · (C h)ᵀ
 
 `adapted_linear` gives the same numbers. Here a scale is a factor of a product that is computed anyway, one autograd
-node has all the gradients, and a small fp32 layer is folded: W' = W + scale · U C D is made anew in every call, which
-leaves one product for Y and one for dX. Where x is small, too, even that node is too much: X W'ᵀ goes to torch with all
-of dW', in fp32 also for 16-bit operands.
+node has all the gradients, and a small layer is folded: W' = W + scale · U C D is made anew in every call, in fp32 also
+for 16-bit operands where x is small, too, which leaves one product for Y and one for dX. Where even a node is too much,
+X W'ᵀ goes to torch with all of dW'.
 """
 
 import torch
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylora.ops.backward import first_order
-from tinylora.ops.eager import SMALL, add_product, at_once, in_rows, like_rows, thin, thin_transposed
+from tinylora.ops.eager import PANELS, SMALL, add_product, at_once, in_rows, like_rows, mix, thin, thin_transposed
 
 # Up to so many numbers in x Python costs as much as arithmetic, and without autograd the fewest calls are the best way.
 FEW = {torch.float32: 1 << 20, torch.bfloat16: SMALL, torch.float16: SMALL}
@@ -31,9 +31,11 @@ FEW = {torch.float32: 1 << 20, torch.bfloat16: SMALL, torch.float16: SMALL}
 # Up to this many products, [N, r] by [r, K], making W' takes less time than a second pass over Y, whatever M is.
 FOLD = 1 << 17
 
-# Up to this many products M N K for each of r + 2 all of dW' takes less time than a node of our own, which costs
-# as much as a rank of 2 before it computes anything.
-WHOLE = 1 << 20
+# Up to so many products M N K all of dW' takes less time than a node of our own: where both D and U train this many for
+# each of r + 2, as a node costs as much as a rank of 2 before it computes anything; where one of them does, ONE.
+BOTH, ONE = 1 << 20, 1 << 18
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def linear_on_cpu(
@@ -44,27 +46,48 @@ def linear_on_cpu(
     core: Tensor | None,
     up: Tensor,
     scale: float = 1.0,
+    basis: Tensor | None = None,
+    diagonals: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Y = X Wᵀ + bias + scale · ((X Dᵀ) Cᵀ) Uᵀ, for operands on a CPU that are known to fit: a layer's own.
 
-    x:    [..., K], the dtype of weight; weight [N, K] is frozen; bias: [N] or None
-    down: [r, K]; core: [r, r] or None for 1; up: [N, r], all fp32, or fp64 as x
+    x:         [..., K], the dtype of weight; weight [N, K] is frozen; bias: [N] or None
+    down:      [r, K]; core: [r, r] or None for 1; up: [N, r], all fp32, or fp64 as x
+    basis:     P [u, r, r] where core is v [u], for C = Σᵢ vᵢ Pᵢ; else None
+    diagonals: (b [N], d [r]) for U = b ∘ up ∘ d; else None
 
-    returns [..., N] in weight's dtype. Gradients for x, bias, down, core and up, as far as they require them. With a
-    zero core or up the result is F.linear's, bit for bit; of few rows in 16 bits and a small layer, but for 1 of 40,000
-    numbers.
+    returns [..., N] in weight's dtype. Gradients for x, bias, down, core, up, b and d, as far as they require them.
+    With a zero core or up the result is F.linear's, bit for bit; of few rows in 16 bits and a small layer, but for 1 of
+    40,000 numbers.
     """
-    if _whole(x, weight, down):
-        dtype = x.dtype
-        if dtype is not down.dtype:
-            # Exact in fp32, and a fourth of oneDNN's time, most of which is preparation. Y is rounded where it rounds.
-            x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
-        return F.linear(x, _folded(weight, down, core, up, scale), bias).to(dtype)
+    (N, K), r, dtype = weight.shape, down.shape[0], x.dtype
+    products = x.numel() * N
+    few = products <= (2 + r) * BOTH
+    wide = dtype is down.dtype
+    # In 16 bits W' would lose so small an update, and large products in fp32 are slow.
+    if (N * K * r <= FOLD) if wide else (few and N * K <= SMALL and dtype in HALVES):
+        if core is not None:
+            down = _mixed(core, basis, down, N)
+        grads, one, other = torch.is_grad_enabled(), down.requires_grad, up.requires_grad
+        if diagonals is not None:
+            b, d = diagonals
+            if grads and products > ONE and (b.requires_grad or d.requires_grad) and not (one or other):
+                return _folded(x, weight, bias, down, up, scale, b, d)
+            up = _scaled(up, b, d)
+            other = up.requires_grad
+        if grads and ((products > ONE) if one is not other else (one and not few)):
+            return _folded(x, weight, bias, down, up, scale, None, None)
+        if wide:
+            return F.linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
+        # Exact in fp32, and a fourth of oneDNN's time, most of which is preparation. Y is rounded where it rounds.
+        weight = torch.addmm(weight.float(), up, down, alpha=scale)
+        return F.linear(x.float(), weight, None if bias is None else bias.float()).to(dtype)
+    core = mix(core, basis)
+    if diagonals is not None:
+        up = _scaled(up, *diagonals)
     if not torch.is_grad_enabled():
-        if _folds(x, weight, down):
-            return F.linear(x, _folded(weight, down, core, up, scale), bias)
-        if x.numel() <= FEW.get(x.dtype, 0) and down.dtype is torch.float32:
-            z = F.linear(x if x.dtype is torch.float32 else x.float(), down)
+        if x.numel() <= FEW.get(dtype, 0) and down.dtype is torch.float32:
+            z = F.linear(x if wide else x.float(), down)
             s = F.linear(z if core is None else F.linear(z, core), up)
             return F.linear(x, weight, bias).add_(s, alpha=scale)
     elif (
@@ -74,24 +97,84 @@ def linear_on_cpu(
         or (core is not None and core.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return _LinearOnCPU.apply(x, weight, bias, down, core, up, scale)
+        return _apart(x, weight, bias, down, core, up, scale)
     return _forward(x, weight, bias, down, core, up, scale)[0]
 
 
-def _whole(x: Tensor, weight: Tensor, down: Tensor) -> bool:
-    """Whether all of dW' is the cheapest way to the gradients, or without them to Y."""
-    if x.numel() * weight.shape[0] > (2 + down.shape[0]) * WHOLE:
-        return False
-    return _folds(x, weight, down) or (x.element_size() == 2 and weight.numel() <= SMALL)
+_ZERO = torch.zeros(())
 
 
-def _folds(x: Tensor, weight: Tensor, down: Tensor) -> bool:
-    """Whether W' = W + U C D is the faster way to Y, and as exact: not in 16 bits, which lose so small an update."""
-    return weight.numel() * down.shape[0] <= FOLD and x.dtype is down.dtype
+def _scaled(up: Tensor, b: Tensor, d: Tensor) -> Tensor:
+    """b ∘ U ∘ d. b dᵀ and its gradients are one node where a zero is added to it."""
+    return up * torch.addr(_ZERO, b, d)
 
 
-def _folded(weight, down, core, up, scale) -> Tensor:
-    return torch.addmm(weight, up if core is None else torch.mm(up, core), down, alpha=scale)
+def _mixed(core: Tensor, basis: Tensor | None, down: Tensor, N: int) -> Tensor:
+    """C D, [r, K]."""
+    if basis is not None:
+        u, r, _ = basis.shape
+        if u * r <= N:
+            # Σᵢ vᵢ (Pᵢ D): no more products than W' takes, and one node less for autograd than (Σᵢ vᵢ Pᵢ) D.
+            return torch.mv(torch.mm(basis.reshape(u * r, r), down).view(u, -1).t(), core).view(r, -1)
+        core = mix(core, basis)
+    return torch.mm(core, down)
+
+
+def _folded_gradients(ctx, dy):
+    weight, z, x, up, b, d = ctx.saved_tensors  # W' in fp32; X where D trains, z where U or what scales it does
+    need_x, _, need_bias, *_ = ctx.needs_input_grad
+    scale = ctx.scale
+    dx = dbias = ddown = dup = db = dd = None
+    if need_bias:
+        dbias = in_rows(dy).sum(0)
+    if dy.dtype is not weight.dtype:
+        dy = dy.to(weight.dtype)
+    rows = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
+    few = rows.numel() < PANELS
+    if need_x:
+        dx = torch.matmul(dy, weight)  # autograd rounds it to x's dtype
+    if z is not None:
+        h = torch.mm(z.t(), rows) if few else thin_transposed(z, rows)  # dUᵀ
+        if scale != 1:
+            h.mul_(scale)
+        if b is not None:
+            h.mul_(up.t())
+            db, dd = torch.mv(h.t(), d), torch.mv(h, b)
+        else:
+            dup = h.t().contiguous()  # torch's fused optimizers read a gradient as it lies
+    if x is not None:
+        columns = up.t().contiguous()  # BLAS takes up to three times as long on U's own layout
+        t = torch.mm(rows, columns.t()) if few else thin(rows, columns)
+        ddown = torch.mm(t.t(), x) if few else thin_transposed(t, x)
+        if scale != 1:
+            ddown.mul_(scale)
+    return dx, None, dbias, ddown, dup, None, db, dd
+
+
+class _Folded(torch.autograd.Function):
+    """Y = X W'ᵀ + bias with W' = W + scale · U D: dX = dY W', dD = scale · (dY U)ᵀ X, dU = scale · dYᵀ (X Dᵀ).
+
+    With b and d, U = b ∘ up ∘ d, and neither D nor up trains: db = (dU ∘ up) d, dd = (dU ∘ up)ᵀ b.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up, scale, b, d):
+        _, _, _, need_down, need_up, _, _, _ = ctx.needs_input_grad
+        shape, dtype, z = x.shape, x.dtype, None
+        rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+        if dtype is not down.dtype:
+            rows, weight, bias = rows.float(), weight.float(), None if bias is None else bias.float()
+        weight = torch.addmm(weight, up if b is None else torch.outer(b, d).mul_(up), down, alpha=scale)
+        y = F.linear(rows, weight, bias)
+        if need_up or b is not None:
+            z = torch.mm(rows, down.t()) if rows.numel() < PANELS else thin(rows, down)
+        ctx.scale = scale
+        ctx.save_for_backward(weight, z, rows if need_down else None, up, b, d)
+        if dtype is not y.dtype:
+            y = y.to(dtype)
+        return y if len(shape) == 2 else y.resize_(*shape[:-1], y.shape[1])  # `like_rows`
+
+    backward = first_order(_folded_gradients)
 
 
 def _forward(x, weight, bias, down, core, up, scale) -> tuple[Tensor, Tensor]:
@@ -116,21 +199,18 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, s: Tensor, factor: Tenso
     return y
 
 
-def _gradients(ctx, dy):
-    x, z, weight, down, core, up = ctx.saved_tensors  # weight is W' where it is folded
+def _apart_gradients(ctx, dy):
+    x, z, weight, down, core, up = ctx.saved_tensors
     need_x, _, need_bias, need_down, need_core, need_up, _ = ctx.needs_input_grad
     scale = ctx.scale
     dx = dbias = ddown = dcore = dup = t = None
     given, dy = dy, in_rows(dy)
     wide = dy.float() if dy.element_size() == 2 and at_once(dy) else dy  # cast once
-    if need_down or (need_x and not ctx.folded):
+    if need_down or need_x:
         t = thin(wide, up.t())  # without scale: a factor of what it is made for
     if need_x:
-        if ctx.folded:
-            dx = torch.matmul(given, weight)
-        else:
-            dx = _product(dy, weight, None, t, down if core is None else torch.mm(core, down), scale)
-            dx = like_rows(dx, given)
+        dx = _product(dy, weight, None, t, down if core is None else torch.mm(core, down), scale)
+        dx = like_rows(dx, given)
     if need_down:
         ddown = thin_transposed(t, in_rows(x))
         ddown = _times(ddown if core is None else torch.mm(core.t(), ddown), scale)
@@ -145,23 +225,20 @@ def _gradients(ctx, dy):
     return dx, None, dbias, ddown, dcore, dup, None
 
 
-class _LinearOnCPU(torch.autograd.Function):
+class _Apart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, down, core, up, scale):
         _, _, _, need_down, need_core, need_up, _ = ctx.needs_input_grad
-        z, ctx.folded, ctx.scale = None, _folds(x, weight, down), scale
-        if ctx.folded:
-            weight = _folded(weight, down, core, up, scale)
-            rows = in_rows(x)
-            y = like_rows(F.linear(rows, weight, bias), x)
-            if need_core or need_up:
-                z = thin(rows, down)
-        else:
-            y, z = _forward(x, weight, bias, down, core, up, scale)
+        y, z = _forward(x, weight, bias, down, core, up, scale)
+        ctx.scale = scale
         ctx.save_for_backward(x if need_down else None, z if need_core or need_up else None, weight, down, core, up)
         return y
 
-    backward = first_order(_gradients)
+    backward = first_order(_apart_gradients)
+
+
+# Function.apply asks in Python, of every argument, what only torch.func makes: it is not here (`integrations.peft`).
+_folded, _apart = (super(torch.autograd.Function, node).apply for node in (_Folded, _Apart))
 
 
 def _times(t: Tensor, scale: float) -> Tensor:

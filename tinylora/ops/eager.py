@@ -25,6 +25,9 @@ SMALL, TINY = 1 << 15, 1 << 12
 # Elements of one upcast block: 1 MiB in fp32, which fits the L2 cache of every server CPU of the last years.
 BLOCK = 1 << 18
 
+# Numbers in x from which on a panel for each thread is worth a batched product, whose preparation takes 5 microseconds.
+PANELS = 1 << 17
+
 ALIGNED = 64  # bytes; where torch's own tensors on a CPU start
 
 
@@ -56,9 +59,11 @@ def like_rows(y: Tensor, x: Tensor) -> Tensor:
 
 
 def panels(x: Tensor) -> int:
-    """Into how many panels of as many rows x is cut: one a thread, or one where that does not come out even."""
+    """Into how many panels of as many rows x is cut: one a thread; one if x is small or does not come out even."""
+    if x.numel() < PANELS or not x.is_cpu:
+        return 1
     M, threads = x.shape[0], torch.get_num_threads()
-    return threads if M % threads == 0 and x.is_cpu and threads * 32 <= M else 1
+    return threads if M % threads == 0 and threads * 32 <= M else 1
 
 
 def thin(x: Tensor, down: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ def thin(x: Tensor, down: Tensor) -> Tensor:
     dtype = torch.float64 if torch.float64 in (x.dtype, down.dtype) else torch.float32
     if down.dtype is not dtype:
         down = down.to(dtype)
-    if not down.is_contiguous():  # BLAS takes three times as long on the [N, r] layout that Uᵀ comes in
+    if down.stride(1) != 1:  # BLAS takes three times as long on the [N, r] layout that Uᵀ comes in
         down = down.contiguous()
     if down.data_ptr() % ALIGNED:
         # What MKL makes of an [r, K] that lies elsewhere, as tensors of a file do, differs in its last bits.
