@@ -161,6 +161,7 @@ def test_gradients_where_one_side_trains(problem, trains, way, threads, poison_e
     def on_cpu(x, weight, bias, down, core, up, b, d, basis):
         three = x.unflatten(0, (1, -1)) if problem.M % 2 == 0 else x
         y = cpu.linear_on_cpu(three, weight, bias, down, core, up, 0.75, basis, (b, d) if ends else None)
+        assert y.shape == (*three.shape[:-1], problem.N)
         return y.view(-1, problem.N) if three is not x else y
 
     def plainly(x, weight, bias, down, core, up, b, d, basis):

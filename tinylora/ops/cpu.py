@@ -87,9 +87,7 @@ def linear_on_cpu(
         up = _scaled(up, *diagonals)
     if not torch.is_grad_enabled():
         if x.numel() <= FEW.get(dtype, 0) and down.dtype is torch.float32:
-            z = F.linear(x if wide else x.float(), down)
-            s = F.linear(z if core is None else F.linear(z, core), up)
-            return F.linear(x, weight, bias).add_(s, alpha=scale)
+            return _in_few_calls(x, weight, bias, down, core, up, scale)
     elif (
         x.requires_grad
         or down.requires_grad
@@ -107,6 +105,18 @@ _ZERO = torch.zeros(())
 def _scaled(up: Tensor, b: Tensor, d: Tensor) -> Tensor:
     """b ∘ U ∘ d. b dᵀ and its gradients are one node where a zero is added to it."""
     return up * torch.addr(_ZERO, b, d)
+
+
+def _in_few_calls(x, weight, bias, down, core, up, scale) -> Tensor:
+    if x.dtype is torch.float32:
+        # On matrices: of three dimensions F.linear makes two, and three again, in every product.
+        rows = in_rows(x)
+        z = torch.mm(rows, down.t())
+        y = F.linear(rows, weight, bias).addmm_(z if core is None else torch.mm(z, core.t()), up.t(), alpha=scale)
+        return like_rows(y, x)
+    z = F.linear(x.float(), down)
+    s = F.linear(z if core is None else F.linear(z, core), up)
+    return F.linear(x, weight, bias).add_(s, alpha=scale)  # rounded as PEFT's sum of 16 bits and fp32 is
 
 
 def _mixed(core: Tensor, basis: Tensor | None, down: Tensor, N: int) -> Tensor:
