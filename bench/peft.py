@@ -156,7 +156,7 @@ def _compare(results, size, dtype, kind, bare, plain, prompts, batches, budget, 
             for provider, t in times.items():
                 row = Row("peft", size, kind, provider, name, M, None, None, r, None, dtype)
                 row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds
-                row.ratio_to_bare = t.p50 / times[who.BARE].p50
+                row.ratio_to_bare = t.over(times[who.BARE])
                 results.add(row)
     tinylora.unpatch_peft()
 
@@ -199,12 +199,12 @@ def verdict(ours: dict[str, float], own: dict[str, float], dtype: torch.dtype) -
 
 
 def bars(rows: list[Row]) -> list[str]:
-    """Patched over unpatched in each dtype, and whether the bar is met there: a line per size, kind and pass, and one
-    for the geometric mean of the kinds."""
+    """Patched over unpatched, both over the bare model in the same round, in each dtype, and whether the bar is met
+    there: a line per size, kind and pass, and one for the geometric mean of the kinds."""
     cells: dict[tuple, dict[tuple, float]] = {}
     for r in rows:
-        if r.op == "peft" and r.p50_ms:
-            cells.setdefault((r.model, r.pass_, r.layer), {})[r.dtype, r.provider] = r.p50_ms
+        if r.op == "peft" and r.ratio_to_bare:
+            cells.setdefault((r.model, r.pass_, r.layer), {})[r.dtype, r.provider] = r.ratio_to_bare
     lines, of_pass = [], {}
     for (size, pass_, kind), cell in cells.items():
         ratios = {d: cell[d, PATCHED] / cell[d, who.PEFT] for d, p in cell if p == PATCHED and (d, who.PEFT) in cell}

@@ -1,9 +1,10 @@
 """Times of several providers, taken in turns so that whatever else the machine does hits all of them alike."""
 
 import os
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -27,12 +28,21 @@ class Times:
     p80: float
     best: float
     rounds: int
+    seconds: tuple[float, ...] = field(default=(), repr=False, compare=False)  # of every call, in their order
 
     @classmethod
-    def of(cls, seconds: list[float]) -> "Times":
+    def of(cls, seconds: list[float], every: list[float] = ()) -> "Times":
         ms = torch.tensor(seconds, dtype=torch.float64) * 1e3
         p50, p20, p80 = (ms.quantile(q).item() for q in (0.5, 0.2, 0.8))
-        return cls(p50, p20, p80, ms.min().item(), len(seconds))
+        return cls(p50, p20, p80, ms.min().item(), len(seconds), tuple(every))
+
+    def over(self, other: "Times") -> float:
+        """The median of this time over the other's in the same round.
+
+        Where the whole machine is now slower and now faster, the medians of two providers may come from different
+        times: a quotient of them was 0.79 in one run and 0.94 in the next, of the same code.
+        """
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
 def alternate(
@@ -85,7 +95,7 @@ def alternate(
     # A call during which the kernel gave one of our cores to somebody else measures that somebody (two threads then
     # wait for each other for whole scheduler ticks); without it, unless hardly any call was left alone.
     chosen = {name: q if len(q) >= MIN_ROUNDS else seconds[name] for name, q in quiet.items()}
-    return {name: Times.of([s / each for s in found]) for name, found in chosen.items()}
+    return {name: Times.of([s / each for s in found], seconds[name]) for name, found in chosen.items()}
 
 
 def _preemptions() -> int:

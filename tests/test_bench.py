@@ -1,6 +1,7 @@
 """The benchmark: shapes, the gate, what a run leaves behind, the README's tables."""
 
 import csv
+import dataclasses
 import importlib.util
 
 import pytest
@@ -203,6 +204,20 @@ def test_linear_from_the_command_line(small, tmp_path, capsys):
     assert "ours / peft:" in printed and "ours / bare:" in printed
     if importlib.util.find_spec("matplotlib"):
         assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_a_ratio_is_taken_round_by_round():
+    slow = [1.0, 1.0, 3.0, 3.0, 3.0]  # the whole machine changed its pace
+    ours, bare = timing.Times.of([1.0, 1.0, 3.0], [t / 2 for t in slow]), timing.Times.of(slow[2:], slow)
+    assert ours.p50 / bare.p50 == pytest.approx(1 / 3)
+    assert ours.over(bare) == 0.5
+    with pytest.raises(ValueError):
+        ours.over(timing.Times.of(slow, slow[1:]))
+    row = dataclasses.replace(rows.Row("peft", "m", "LoRA", "ours", "p", 1, None, None), p50_ms=2.0, ratio_to_bare=1.5)
+    base = dataclasses.replace(row, provider="bare", p50_ms=1.0, ratio_to_bare=1.0)
+    assert report.over([{"ours": row, "bare": base}], "ours", "bare") == [1.5]
+    base.ratio_to_bare = None
+    assert report.over([{"ours": row, "bare": base}], "ours", "bare") == [2.0]
 
 
 def test_svd(monkeypatch, tmp_path):
