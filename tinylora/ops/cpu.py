@@ -139,7 +139,7 @@ def _folded_gradients(ctx, dy):
         dbias = in_rows(dy).sum(0)
     if dy.dtype is not weight.dtype:
         dy = dy.to(weight.dtype)
-    rows = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
+    rows = in_rows(dy)
     few = rows.numel() < PANELS
     if need_x:
         dx = torch.matmul(dy, weight)  # autograd rounds it to x's dtype
@@ -170,8 +170,7 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, down, up, scale, b, d):
         _, _, _, need_down, need_up, _, _, _ = ctx.needs_input_grad
-        shape, dtype, z = x.shape, x.dtype, None
-        rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+        rows, dtype, z = in_rows(x), x.dtype, None
         if dtype is not down.dtype:
             rows, weight, bias = rows.float(), weight.float(), None if bias is None else bias.float()
         weight = torch.addmm(weight, up if b is None else torch.outer(b, d).mul_(up), down, alpha=scale)
@@ -182,7 +181,7 @@ class _Folded(torch.autograd.Function):
         ctx.save_for_backward(weight, z, rows if need_down else None, up, b, d)
         if dtype is not y.dtype:
             y = y.to(dtype)
-        return y if len(shape) == 2 else y.resize_(*shape[:-1], y.shape[1])  # `like_rows`
+        return like_rows(y, x)
 
     backward = first_order(_folded_gradients)
 
