@@ -43,10 +43,12 @@ def barred(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
 def over(cells: Iterable[dict[str, Row]], provider: str, base: str) -> list[float]:
     """provider's time over base's, in every cell that has both."""
     pairs = ((cell.get(provider), cell.get(base)) for cell in cells)
-    both = [(a, b) for a, b in pairs if a and b and a.p50_ms and b.p50_ms]
-    # A ratio may have been taken round by round (`timing.Times.over`), which two medians were not.
-    paired = [(a.ratio_to_bare, b.ratio_to_bare) for a, b in both]
-    return [x / y if x and y else a.p50_ms / b.p50_ms for (a, b), (x, y) in zip(both, paired, strict=True)]
+    return [_over(a, b) for a, b in pairs if a and b and a.p50_ms and b.p50_ms]
+
+
+def _over(a: Row, b: Row) -> float:
+    """By the rows' ratios, which may have been taken round by round (`timing.Times.over`), as two medians were not."""
+    return a.ratio_to_bare / b.ratio_to_bare if a.ratio_to_bare and b.ratio_to_bare else a.p50_ms / b.p50_ms
 
 
 def means(rows: list[Row]) -> tuple[list[str], list[list]]:

@@ -88,7 +88,7 @@ def _tinylora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         and v.is_cpu
         and basis.is_cpu
     ):
-        return linear_on_cpu(x, weight, bias, down, v, up, 1.0, basis)
+        return linear_on_cpu(x, weight, bias, down, v, up, basis=basis)
     return _operator(x, weight, down, v, up, bias, basis)
 
 
@@ -164,7 +164,7 @@ def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         and type(d) in _TENSORS
         and type(b) in _TENSORS
     ):
-        return linear_on_cpu(x, weight, bias, down, None, up, 1.0, None, (b, d))
+        return linear_on_cpu(x, weight, bias, down, None, up, diagonals=(b, d))
     if not down.device == up.device == b.device == d.device:
         return "operands on several devices"
     return _operator(x, weight, down, torch.diag(d), b[:, None] * up, bias)
@@ -197,7 +197,7 @@ def _adalora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         and type(E) in _TENSORS
         and E.numel() > 0  # all of a layer's triplets may be pruned
     ):
-        if not (ranknum.requires_grad and torch.is_grad_enabled()):
+        if not (ranknum.requires_grad and _grads()):
             return linear_on_cpu(x, weight, bias, down, None, up * E.view(-1), scale / (ranknum.item() + 1e-5))
         # on a bf16 base PEFT's cast of the adapter to fp32 leaves ranknum trainable: its gradient is asked for, too
         return linear_on_cpu(x, weight, bias, down, None, up * (E.view(-1) * (scale / (ranknum + 1e-5))))
@@ -319,7 +319,7 @@ def _under_autocast(compute, layer, name, x, weight, bias, traced) -> Tensor | s
     device = x.device.type
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        trains = weight.requires_grad and torch.is_grad_enabled()
+        trains = weight.requires_grad and _grads()
         cast = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         return compute(layer, name, *cast, device == "cpu" and not (traced or trains))
 
@@ -334,7 +334,7 @@ def _operator(x, weight, down, core, up, bias, basis=None) -> Tensor | str:
 def _scaled_identity(r: int, scale: float, device: torch.device) -> Tensor | None:
     if scale == 1:
         return None
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return scale * torch.eye(r, device=device)
     return _constant(r, scale, device)
 

@@ -140,6 +140,7 @@ def _folded_gradients(ctx, dy):
     if dy.dtype is not weight.dtype:
         dy = dy.to(weight.dtype)
     rows = in_rows(dy)
+    # Where `thin` and `thin_transposed` end in one product they are spared: their questions take 2 of its 9 us.
     few = rows.numel() < PANELS
     if need_x:
         dx = torch.matmul(dy, weight)  # autograd rounds it to x's dtype
