@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from .blocks import apply_core, dot_wide, last_to_arrive, load_s, load_up, sum_planes
 from .core import Core, core_precision
@@ -73,13 +73,13 @@ def decode_kernel(
     s [M, WIDTH] comes from `thin`, and slice 0 alone adds it.
     SPLIT_K: the partial sums meet in planes [slices, M, N] and z_planes [slices, M, R]; the last program of a
     column block adds them from first to last.
-    PDL: the launch before may still run, and the one after may start. INLINE, nothing is read or written until the
-    former ends; otherwise that is the thin pass, which started when all but s was there, and only s is waited for.
+    PDL: the launch before may still run. INLINE, nothing is read or written until it ends; otherwise it is the thin pass,
+    which started when all but s was there, and only s is waited for. The one after is never asked to come before this
+    one's programs are gone: its own would take their places as they fall free, many on one multiprocessor and none on
+    the next, and stay there (a chain of different layers takes 6 % longer).
     """
-    if PDL:
-        gdc_launch_dependents()
-        if INLINE:
-            gdc_wait()
+    if PDL and INLINE:
+        gdc_wait()
     tile_n = tl.program_id(0)
     m = tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

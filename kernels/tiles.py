@@ -89,7 +89,7 @@ class Thin:
 class Decode:
     """Rows (all of X, padded), columns per program, the K step, and in how many slices K is cut.
 
-    pdl: gets ready while the launch before still runs, and lets the one after do the same.
+    pdl: gets ready while the launch before still runs.
     """
 
     m: int
