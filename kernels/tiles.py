@@ -338,25 +338,25 @@ def default(
     if capability is None:
         main = gemm_tile(M, N, chip if descriptors else CARDS[8, 0], descriptors, thin.width)
         return Choice(_small(main), thin, None, "Triton's interpreter: the fused matmul in small tiles")
-    expand = Gemm(64, 64, 16, 4, 1)
+    expand, before = Gemm(64, 64, 16, 4, 1), replace(thin, pdl=chip.pdl)
     if dtype == torch.float32:
         # ieee dots multiply outside the tensor cores, all operands in registers
         expand = Gemm(32, 64, 16, 4, 1, rank=16, registers=ALL_REGISTERS, pdl=chip.pdl)
-        return Choice(None, thin, expand, "fp32: the library's matmul is the faster one, the low-rank part is added")
+        return Choice(None, before, expand, "fp32: the library's matmul is the faster one, the low-rank part is added")
     expand = replace(expand, pdl=chip.pdl)
     saved = chip.expand_cost / K
     lost = POINTER_SLACK if chip.bulk_copies and not bulk else chip.slack
     main = gemm_tile(M, N, chip, bulk, thin.width, descriptors)
     if bulk and chip.flat:
         if M <= LIBRARY_ROWS:
-            return Choice(None, thin, expand, f"M = {M} <= {LIBRARY_ROWS}: the library multiplies, it cuts K as well")
+            return Choice(None, before, expand, f"M = {M} <= {LIBRARY_ROWS}: the library multiplies, it cuts K as well")
         ours = min(whole_waves(M, N, chip.sms, tile.m, tile.n, share) for tile, share in _gemms(chip, True, thin.width))
         launches, trails = by_library(M, N, K, ours, chip)
         if parts == 1:
             saved, lost = saved + launches, lost + trails
     compared = f"a pass over Y costs {saved:.1%} at K = {K}, the fused matmul {lost:.0%}"
     if saved <= lost:
-        return Choice(None, thin, expand, f"{compared}: the library multiplies")
+        return Choice(None, before, expand, f"{compared}: the library multiplies")
     thin = thin_beside(M, K, r, chip) if bulk and chip.pdl else thin
     return Choice(main, thin, None, f"{compared}: fused")
 
@@ -543,7 +543,7 @@ def candidates(M: int, N: int, K: int, r: int, dtype: torch.dtype, capability: t
         Gemm(64, 64, 16, 4, 1) if dtype != torch.float32 else default(8192, N, K, r, dtype, capability).expand,
         pdl=chip.pdl,
     )
-    found += [Choice(None, thin, expand, "library") for thin in thins]
+    found += [Choice(None, replace(thin, pdl=chip.pdl), expand, "library") for thin in thins]
     fits = [c for c in found if c.main is None or shared_bytes(c.main, dtype) <= chip.shared]
     return [c for i, c in enumerate(fits) if _shapes(c) not in map(_shapes, fits[:i])]
 

@@ -219,10 +219,8 @@ def test_no_pass_over_x_in_the_backward_when_only_the_core_trains():
         assert moved < 1.02 * 2 * (2 * 8192 * N + N * K + 8192 * K), (N, K)
 
 
-@pytest.mark.parametrize("one_loop_only", [False, True])
-def test_a_matmul_that_starts_early_follows_the_thin_pass(one_loop_only, monkeypatch):
-    """It reads X and W while the launch before it may run: nothing that writes them may stand between."""
-    monkeypatch.setattr(fused, "_one_loop_only", lambda capability: one_loop_only)
+def launches_in_order(M, monkeypatch) -> list[str]:
+    """What a group of siblings with M rows launches, forward and backward."""
     weight, down, up = empty(4608, 3584), empty(6, 3584), empty(4608, 6)
     core = empty(6, 6, dtype=f32)
     order: list[str] = []
@@ -241,12 +239,30 @@ def test_a_matmul_that_starts_early_follows_the_thin_pass(one_loop_only, monkeyp
 
     monkeypatch.setattr("lanes.Launches", Noted)
     with compiler((9, 0), only_count=True), Torch():
-        _, z = fused.forward(empty(8192, 3584), weight, down, core, up, None, None, None)
+        _, z = fused.forward(empty(M, 3584), weight, down, core, up, None, None, None)
         fused.backward_of_parts(
-            [empty(8192, n) for n in (3584, 512, 512)], z, weight, down, core, up, None, None, True, True
+            [empty(M, n) for n in (3584, 512, 512)], z, weight, down, core, up, None, None, True, True
         )
+    return order
+
+
+@pytest.mark.parametrize("one_loop_only", [False, True])
+def test_a_matmul_that_starts_early_follows_the_thin_pass(one_loop_only, monkeypatch):
+    """It reads X and W while the launch before it may run: nothing that writes them may stand between."""
+    monkeypatch.setattr(fused, "_one_loop_only", lambda capability: one_loop_only)
+    order = launches_in_order(8192, monkeypatch)
     assert order.count("gemm_kernel pdl") == 2
     for before, name in itertools.pairwise(order):
         if name == "gemm_kernel pdl":
             assert before in ("thin_kernel", "core_gradient_kernel pdl"), order
     assert ("cat" in order) == one_loop_only and "thin_kernel pdl" not in order, order
+
+
+def test_a_pass_over_y_that_starts_early_follows_the_library_and_the_thin_pass(monkeypatch):
+    """It reads Y while the launch before it may run."""
+    order = launches_in_order(256, monkeypatch)
+    first, second = [i for i, name in enumerate(order) if name == "gemm_kernel pdl"]
+    assert order[first - 2 : first] == ["addmm", "thin_kernel"] or order[first - 2 : first] == ["mm", "thin_kernel"], order
+    before = order[first + 1 : second]
+    assert before.index("thin_kernel") > max(before.index(name) for name in ("mm", "addmm_") if name in before), order
+    assert before[-1] in ("thin_kernel", "core_gradient_kernel pdl"), order

@@ -225,8 +225,9 @@ def _way(
         if copies:
             x = x.reshape(M, K)
             x = x.clone(memory_format=torch.contiguous_format) if pin else x
-        # Before the thin pass: what the matmul reads must be there when it may start.
+        # Before the thin pass: what comes after it may start with it, but for s, so all that it reads must be there.
         whole = torch.cat(tuple(x), 1) if joined else x
+        y = _library(x, w.T if transposed else w, bias) if library else None
         z = s = None
         if reduce is not None:
             z, s = reduce.run(x, down, core, want_z)
@@ -235,7 +236,6 @@ def _way(
         elif want_z:
             z = torch.empty((M, r), dtype=torch.float32, device=device)
         if library:
-            y = _library(x, w.T if transposed else w, bias)
             finish.run(None, None, y, s, up, None)
             return y, z
         y = (x if isinstance(x, Tensor) else x[0]).new_empty(shape)
@@ -265,6 +265,7 @@ def _way(
                 if at % 16:
                     return None
             places += [0] * (3 - len(places))
+            y = _library(x, *by_library) if library else None
             z, s, at_s = None, None, 0
             if first is not None:
                 found = first(*places, want_z)
@@ -276,7 +277,8 @@ def _way(
                     use_z(z)
             elif want_z:
                 z = torch.empty((M, r), dtype=torch.float32, device=device)
-            y = _library(x, *by_library) if library else parts[0].new_empty(shape)
+            if y is None:
+                y = parts[0].new_empty(shape)
             if few:
                 done = last(places[0], y.data_ptr(), 0 if z is None else z.data_ptr(), at_s)
             elif tensors:
