@@ -223,13 +223,16 @@ def whole_waves(M: int, N: int, sms: int, m: int, n: int, efficiency: float) -> 
 LIBRARY_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 192, 1.0), (192, 128, 1.0), (128, 128, 0.97), (64, 256, 0.97))
 # Up to this many rows it cuts K as well, and our long kernel cannot.
 LIBRARY_ROWS = 256
-# Microseconds of a wave of 128 x 256 per column of K, and of the thin pass and the pass over Y beyond their bytes.
-WAVE, LAUNCHES = 46 / 3584, 6.0
+# Where its tiles leave multiprocessors idle it cuts K, with this share of the peak.
+LIBRARY_CUTS = 0.6
+# Microseconds of a wave of 128 x 256 per column of K, and of the thin pass with the pass over Y beyond their bytes.
+WAVE, LAUNCHES = 46 / 3584, 4.5
 
 
 def by_library(M: int, N: int, K: int, ours: float, chip: Card) -> tuple[float, float]:
     """Shares of the library's time on 9.0: (what its launches cost beyond a pass over Y, by how much we trail it)."""
     theirs = min(whole_waves(M, N, chip.sms, *tile) for tile in LIBRARY_TILES)
+    theirs = min(theirs, M * N / chip.sms / LIBRARY_CUTS)
     return LAUNCHES / (theirs / (128 * 256) * WAVE * K), ours / theirs - 1
 
 

@@ -55,7 +55,7 @@ def test_reasons_say_what_was_compared():
         "M = 1 <= 64: W is streamed once, z on the way (r = 2 <= 8)"
     )
     assert tiles.choose(8192, 4096, 4096, 2, bf16, H200).why == (
-        "a pass over Y costs 10.4% at K = 4096, the fused matmul 1%: fused"
+        "a pass over Y costs 10.0% at K = 4096, the fused matmul 1%: fused"
     )
     assert tiles.choose(8192, 3584, 18944, 2, bf16, B200).why == (
         "a pass over Y costs 2.6% at K = 18944, the fused matmul 4%: the library multiplies"
