@@ -73,10 +73,10 @@ def decode_kernel(
     s [M, WIDTH] comes from `thin`, and slice 0 alone adds it.
     SPLIT_K: the partial sums meet in planes [slices, M, N] and z_planes [slices, M, R]; the last program of a
     column block adds them from first to last.
-    PDL: the launch before may still run. INLINE, nothing is read or written until it ends; otherwise it is the thin pass,
-    which started when all but s was there, and only s is waited for. The one after is never asked to come before this
-    one's programs are gone: its own would take their places as they fall free, many on one multiprocessor and none on
-    the next, and stay there (a chain of different layers takes 6 % longer).
+    PDL: the launch before may still run. INLINE, nothing is read or written until it ends; otherwise it is the thin
+    pass, which started when all but s was there, and only s is waited for. The one after is never asked to come before
+    this one's programs are gone: its own would take their places as they fall free, many on one multiprocessor and
+    none on the next, and stay there (a chain of different layers takes 6 % longer).
     """
     if PDL and INLINE:
         gdc_wait()

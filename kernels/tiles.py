@@ -332,9 +332,16 @@ def default(
         if capability is None:
             main = _small(main)
         elif chip.flat and inline and dtype != torch.float32 and M > 16 and main.split == 1:
-            # Measured on 18944 x 3584: 46.6 us and 38.8 at 32 rows, 43.6 and 42.6 at 64.
-            why = f"M = {M} <= {few}: W is streamed once, beside the thin pass"
-            main, thin = replace(main, stages=4), thin_beside(M, K, r, chip)
+            # Measured on 18944 x 3584: 46.6 us and 38.8 at 32 rows, 43.6 and 42.6 at 64. Programs that are not all
+            # there from the start cost more than that gives (37888 x 3584, 32 rows: 15 us of a block's 145); half as
+            # many twice as wide are (77.5 us and 73.3 at 64 rows), and at 32 rows z on the way was.
+            beside = replace(main, stages=4)
+            stages = dtype.itemsize * beside.stages * beside.k * (beside.m + beside.n)
+            if -(-N // beside.n) > chip.sms * (chip.shared // stages):
+                beside = replace(main, n=128, warps=8, stages=3) if M > 32 else None
+            if beside is not None:
+                why = f"M = {M} <= {few}: W is streamed once, beside the thin pass"
+                main, thin = beside, thin_beside(M, K, r, chip)
         return Choice(main, thin, None, why)
     thin = thin_tile(M, K, r, dtype, capability)
     bulk = descriptors and chip.bulk_copies and dtype != torch.float32

@@ -50,6 +50,16 @@ def test_the_regimes(M, N, K, r, dtype, capability, want):
     assert (choice.expand is not None) == (want == "library")
 
 
+@pytest.mark.parametrize("M", [32, 64])
+@pytest.mark.parametrize("N", [14336, 18944, 28672, 37888, 151936])
+def test_beside_the_thin_pass_all_of_decodes_programs_fit_or_are_wide(M, N):
+    choice = tiles.default(M, N, 3584, 2, bf16, H200)
+    main, thin = choice.main, choice.thin
+    at_once = 132 * (tiles.CARDS[H200].shared // (2 * main.stages * main.k * (main.m + main.n)))
+    assert thin is None or -(-N // main.n) <= at_once or main.n == 128
+    assert (thin is None) == (M == 32 and N > 30000)
+
+
 def test_reasons_say_what_was_compared():
     assert tiles.choose(1, 4096, 4096, 2, bf16, H200).why == (
         "M = 1 <= 64: W is streamed once, z on the way (r = 2 <= 8)"
