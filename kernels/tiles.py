@@ -131,7 +131,8 @@ class FactorGradient:
 class Choice:
     """What runs, in launch order: `thin` if it is not None, then `main`.
 
-    main is a Decode, a Gemm, or None: then the library multiplies, and `expand` adds the low-rank part in place.
+    main is a Decode, a Gemm, or None: then the library multiplies first, and after `thin` `expand` adds the low-rank
+    part in place.
     """
 
     main: Decode | Gemm | None

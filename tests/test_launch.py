@@ -88,6 +88,11 @@ def _kernels():
 KERNELS = _kernels()
 
 
+# An int from here on is an address: no number of these problems is as large, and a heap begins no lower, not even that
+# of a Python that is loaded at a fixed address (Debian's).
+ADDRESSES = 1 << 23
+
+
 def seen(argument, names):
     """An argument of a launch, tensors and addresses alike: whose memory it is, or that it is our own."""
     if isinstance(argument, TensorDescriptor):
@@ -99,7 +104,7 @@ def seen(argument, names):
         return names.get(0, 0)
     if isinstance(argument, torch.Tensor):
         argument = argument.data_ptr()
-    if type(argument) is int and argument > 1 << 32:
+    if type(argument) is int and argument >= ADDRESSES:
         return names.get(argument, f"own, {argument % 16}")
     return argument
 
@@ -375,7 +380,7 @@ def test_a_bound_launch_is_handed_what_a_planned_one_is(changes, parts):
         def addresses(call):
             start = len(calls)
             call()
-            return [[a for a in handed_to[9:] if type(a) is int and a > 1 << 32] for _, handed_to in calls[start:]]
+            return [[a for a in handed_to[9:] if type(a) is int and a >= ADDRESSES] for _, handed_to in calls[start:]]
 
         here = [addresses(lambda: bound.forward(x, False)) for _ in range(2)]
         with patch.object(triton.runtime.driver.active, "get_current_stream", lambda device=None: 7):
