@@ -412,8 +412,8 @@ def pinned_default(
     if dtype == torch.float32:
         return Choice(Gemm(16, 64, 16, 4, 2, rank=16, registers=ALL_REGISTERS), thin, None, why)
     if descriptors and chip.bulk_copies:
-        # On an H200 a 7B block in 64 x 256 takes 0.71 of its time in 128 x 128 at 16 rows, 0.80 at 128, 0.85 at 1024, 1.00
-        # at 8192 (sums of the rows in tables/sm_90.csv, siblings together).
+        # A 7B block in 64 x 256 takes 0.71 of its time in 128 x 128 at 16 rows, 0.80 at 128, 0.85 at 1024 and 1.00 at
+        # 8192 on an H200 (sums of the rows in tables/sm_90.csv, siblings together).
         main = _bulk(64, 256, chip, stages=4) if chip.flat else _bulk(128, 128, chip)
         thin = thin_beside(PINNED_ROWS, K, r, chip) if chip.pdl else thin
     elif descriptors and chip.shared > 150000:
