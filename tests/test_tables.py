@@ -243,3 +243,23 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
     assert "no GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert main(["tune", "--dry-run"]) == 2
     assert "give --out" in capsys.readouterr().err
+
+
+def test_a_tie_goes_to_fewer_launches_and_a_time_with_a_note_does_not_count():
+    thin = tiles.thin_beside(16, 3584, 2, tiles.CARDS[H200])
+    slow, one, noted = (tiles.Choice(tiles.Decode(16, 64, k, 1), None, None, "") for k in (32, 64, 128))
+    two = tiles.Choice(tiles.Decode(16, 64, 64, 1), thin, None, "")
+
+    def best(*timed):
+        rows = [
+            Row(
+                4096, 4096, "bf16", 2, tune.FORWARD, 16, False, "", i, len(timed),
+                json.dumps(tiles.to_json(choice)), p50_ms=ms, note=note,
+            )
+            for i, (choice, ms, note) in enumerate(timed)
+        ]  # fmt: skip
+        return [tiles.from_json(entry["choice"], "") for entry in tune.entries(rows)]
+
+    assert best((slow, 2.0, ""), (two, 1.0, ""), (one, 1.005, "")) == [one]
+    assert best((slow, 2.0, ""), (two, 1.0, ""), (one, 1.02, "")) == [two]
+    assert best((slow, 2.0, ""), (two, 1.0, ""), (noted, 0.5, "24 bytes of stack: does not count")) == [two]
