@@ -186,9 +186,9 @@ def gemm_kernel(
 
     DESCRIPTORS: x, w, y are tensor descriptors, and PROGRAMS programs walk over all tiles. The low-rank dot comes
     last: the main loop is the bare matmul's. FLAT: the next tile's first steps are under way while this one is stored.
-    PDL: the thin pass that writes S may still run. Nothing but X and W, or Y, is read before it is waited for, behind
-    the first tile's main loop: such a launch must follow that pass, which started when these were there. A matmul
-    without descriptors waits at once.
+    PDL: the thin pass that writes S may still run. Before it is waited for, X and W are read for the first tile's main
+    loop, or Y: such a launch must follow that pass, which started when these were there. A matmul without descriptors
+    waits at once.
     Otherwise x, w, y are pointers and every program owns one tile.
     X lies in BLOCKS tensors side by side: x up to column `end`, x1 up to `end1`, x2 up to K.
     EXPAND: no product of its own, Y += S Uᵀ in place: the second half of "library matmul, then one pass".
@@ -220,8 +220,6 @@ def gemm_kernel(
         column = tile_n * BLOCK_N
         m = row + tl.arange(0, BLOCK_M)
         n = column + tl.arange(0, BLOCK_N)
-        if PDL and not EXPAND:
-            gdc_wait()
         if EXPAND:
             at = m.to(tl.int64)[:, None] * stride_ym + n.to(tl.int64)[None, :]
             acc = tl.load(y + at, mask=(m[:, None] < M) & (n[None, :] < N), other=0.0)  # [BLOCK_M, BLOCK_N]
@@ -229,6 +227,8 @@ def gemm_kernel(
             if PDL:
                 gdc_wait()
         else:
+            if PDL:
+                gdc_wait()
             acc = products(
                 x, x1, x2, w, row, column, M, N, K, end, end1,
                 stride_xm, stride_x1m, stride_x2m, stride_xk, stride_wn, stride_wk,

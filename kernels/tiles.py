@@ -333,12 +333,11 @@ def default(
         if capability is None:
             main = _small(main)
         elif chip.flat and inline and dtype != torch.float32 and M > 16 and main.split == 1:
-            # Measured on 18944 x 3584: 46.6 us and 38.8 at 32 rows, 43.6 and 42.6 at 64. Programs that are not all
-            # there from the start cost more than that gives (37888 x 3584, 32 rows: 15 us of a block's 145); half as
-            # many twice as wide are (77.5 us and 73.3 at 64 rows), and at 32 rows z on the way was.
+            # Measured on 18944 x 3584: 46.6 us and 38.8 at 32 rows, 43.6 and 42.6 at 64. Where its programs are not
+            # all there from the start (37888 x 3584), half as many, twice as wide, take 73.3 us and not 77.5 at 64
+            # rows. At 32 a block took 15 of 145 us longer than with z on the way: that this is why is inferred.
             beside = replace(main, stages=4)
-            stages = dtype.itemsize * beside.stages * beside.k * (beside.m + beside.n)
-            if -(-N // beside.n) > chip.sms * (chip.shared // stages):
+            if -(-N // beside.n) > chip.sms * (chip.shared // staged_bytes(beside, dtype)):
                 beside = replace(main, n=128, warps=8, stages=3) if M > 32 else None
             if beside is not None:
                 why = f"M = {M} <= {few}: W is streamed once, beside the thin pass"
@@ -520,12 +519,17 @@ def forget() -> None:
     ways.clear()
 
 
+def staged_bytes(tile: Gemm | Decode, dtype: torch.dtype) -> int:
+    """The shared memory of X and W in all stages."""
+    return dtype.itemsize * tile.stages * tile.k * (tile.m + tile.n)
+
+
 def shared_bytes(tile: Gemm | Decode, dtype: torch.dtype) -> int:
     """About how much shared memory a launch takes, from above: its stages, and what the store passes through."""
     if isinstance(tile, Decode):
-        return dtype.itemsize * tile.stages * tile.k * (tile.m + tile.n + 16) + 4096
+        return staged_bytes(tile, dtype) + dtype.itemsize * tile.stages * tile.k * 16 + 4096
     stored = tile.m * tile.n // tile.subtiles if tile.descriptors else 0
-    return dtype.itemsize * (tile.stages * tile.k * (tile.m + tile.n) + stored) + 16384
+    return staged_bytes(tile, dtype) + dtype.itemsize * stored + 16384
 
 
 def candidates(M: int, N: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[Choice]:

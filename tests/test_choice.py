@@ -55,7 +55,7 @@ def test_the_regimes(M, N, K, r, dtype, capability, want):
 def test_beside_the_thin_pass_all_of_decodes_programs_fit_or_are_wide(M, N):
     choice = tiles.default(M, N, 3584, 2, bf16, H200)
     main, thin = choice.main, choice.thin
-    at_once = 132 * (tiles.CARDS[H200].shared // (2 * main.stages * main.k * (main.m + main.n)))
+    at_once = 132 * (tiles.CARDS[H200].shared // tiles.staged_bytes(main, bf16))
     assert thin is None or -(-N // main.n) <= at_once or main.n == 128
     assert (thin is None) == (M == 32 and N > 30000)
 
