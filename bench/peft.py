@@ -123,6 +123,9 @@ def _compare(results, size, dtype, kind, bare, plain, prompts, batches, budget, 
     import tinylora
     from tinylora.integrations.peft import counts, reset_counts
 
+    def prepare(provider):  # users patch once, not in every step
+        tinylora.patch_peft() if provider == PATCHED else tinylora.unpatch_peft()
+
     config, r = adapter(kind)
     adapted = peft.get_peft_model(plain, config)
     for batch in batches:
@@ -136,23 +139,15 @@ def _compare(results, size, dtype, kind, bare, plain, prompts, batches, budget, 
         if batch is batches[0]:
             passes.insert(0, (GENERATE, Run.generate, len(prompts)))
         for name, call, M in passes:
-
-            def with_patch(patch, run, call=call):
-                def timed():
-                    patch()
-                    return call(run)
-
-                return timed
-
             calls = {
                 who.BARE: lambda call=call, run=pair[0]: call(run),
-                who.PEFT: with_patch(tinylora.unpatch_peft, pair[1]),
-                PATCHED: with_patch(tinylora.patch_peft, pair[1]),
+                who.PEFT: lambda call=call, run=pair[1]: call(run),
+                PATCHED: lambda call=call, run=pair[1]: call(run),
             }
             if note:
                 del calls[PATCHED]
                 results.add(Row("peft", size, kind, PATCHED, name, M, None, None, r, None, dtype, note=note))
-            times = timing.alternate(calls, lambda i: None, 1, budget, device, graphs=False)
+            times = timing.alternate(calls, lambda i: None, 1, budget, device, graphs=False, prepare=prepare)
             for provider, t in times.items():
                 row = Row("peft", size, kind, provider, name, M, None, None, r, None, dtype)
                 row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds

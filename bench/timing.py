@@ -54,14 +54,17 @@ def alternate(
     device: torch.device,
     graphs: bool = True,
     each: int = 1,
+    prepare: Callable[[str], None] | None = None,
 ) -> dict[str, Times]:
     """Times of every call in `calls`, at least MIN_ROUNDS each and about `budget` seconds together.
 
     calls:   what to time, by provider
     rotate:  rotate(i) puts the i-th of `buffers` sets of operands in place, outside the timed region
     each:    how many calls one of `calls` makes: times are of one
+    prepare: prepare(provider) comes before every call of its, outside the timed region
     graphs:  on CUDA, time CUDA graphs (the device's work alone) and not eager calls (launches and Python as well)
     """
+    prepare = prepare or _nothing
     if device.type == "cuda":
         calls = {name: _on_device(call, rotate, buffers, graphs) for name, call in calls.items()}
         rotate, buffers = _nothing, 1
@@ -70,9 +73,10 @@ def alternate(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     quiet: dict[str, list[float]] = {name: [] for name in calls}
     slowest = 0.0
-    for i, call in enumerate(calls.values()):  # the second call counts: the first compiles, loads and allocates
+    for i, (name, call) in enumerate(calls.items()):  # the second call counts: the first compiles, loads and allocates
         for _ in range(2):
             rotate(i % buffers)
+            prepare(name)
             took = call()
         slowest = max(slowest, took)
     # In a model the layer before ran the same code, on other weights: a short call is timed after an untimed one of
@@ -83,12 +87,12 @@ def alternate(
     for round_ in range(MAX_ROUNDS):
         if round_ >= MIN_ROUNDS and time.perf_counter() > deadline:
             break
-        # Nobody always runs after the same neighbour, whose memory and caches it takes over. In turns that only began
-        # with another each time, a step of 15 ms after the longest one's took 1 to 2 % longer.
+        # Nobody always runs after the same neighbour, whose memory and caches it takes over.
         order.shuffle(names)
         for name in names:
             for repeat in range(untimed + timed):
                 rotate(next(turn) % buffers)
+                prepare(name)
                 before = _preemptions()
                 elapsed = calls[name]()
                 if repeat >= untimed:
@@ -105,7 +109,7 @@ def _preemptions() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
 
 
-def _nothing(i: int) -> None:
+def _nothing(which: int | str) -> None:
     pass
 
 

@@ -54,34 +54,60 @@ def unfold(t, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def mix_core(core, basis, TRANSPOSED: tl.constexpr, R: tl.constexpr, U: tl.constexpr, P: tl.constexpr):
+def load_basis(basis, a, j, i, R: tl.constexpr, U: tl.constexpr, GROUPS: tl.constexpr):
+    """P_a[j, i], zero beyond U and R, in the dtype of P, for a, j and i that broadcast.
+
+    Where C has GROUPS blocks on its diagonal, P [GROUPS, U / GROUPS, R / GROUPS, R / GROUPS] is these alone: P_a is zero
+    outside of block a // (U / GROUPS).
+    """
+    some = (a < U) & (j < R) & (i < R)
+    BLOCK: tl.constexpr = R // GROUPS
+    if GROUPS > 1:
+        some &= (a // (U // GROUPS) == j // BLOCK) & (j // BLOCK == i // BLOCK)
+        j = j % BLOCK
+        i = i % BLOCK
+    return tl.load(basis + a * (BLOCK * BLOCK) + j * BLOCK + i, mask=some, other=0.0)
+
+
+@triton.jit
+def mix_core(
+    core, basis, TRANSPOSED: tl.constexpr, R: tl.constexpr, U: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
     """C of all rows, Cᵀ if TRANSPOSED: [P, P] fp32, zero beyond R.
 
-    With U > 0 core is v, and C = Σ_a v_a P_a is summed many P at a time: one by one each would wait for memory.
+    With U > 0 core is v, and C = Σ_a v_a P_a is summed many P at a time: one by one each would wait for memory. Of
+    GROUPS blocks each has its own: row j of C reads those of its block alone.
     """
     j = tl.arange(0, P)[:, None]
     i = tl.arange(0, P)[None, :]
-    at = i * R + j if TRANSPOSED else j * R + i
-    real = (i < R) & (j < R)
     if U == 0:
-        mixed = tl.load(core + at, mask=real, other=0.0).to(tl.float32)  # [P, P]
+        at = i * R + j if TRANSPOSED else j * R + i
+        mixed = tl.load(core + at, mask=(i < R) & (j < R), other=0.0).to(tl.float32)  # [P, P]
     else:
+        OWN: tl.constexpr = U // GROUPS
         MOST: tl.constexpr = 4096 // (P * P)
-        AT_ONCE: tl.constexpr = MOST if MOST < U else triton.next_power_of_2(U)
+        AT_ONCE: tl.constexpr = MOST if MOST < OWN else triton.next_power_of_2(OWN)
         mixed = tl.zeros((P, P), tl.float32)
-        for first in range(0, U, AT_ONCE):
-            a = first + tl.arange(0, AT_ONCE)
-            v = tl.load(core + a, mask=a < U, other=0.0).to(tl.float32)  # [AT_ONCE]
-            some = (a < U)[:, None, None] & real[None, :, :]
-            p = tl.load(basis + a[:, None, None] * (R * R) + at[None, :, :], mask=some, other=0.0)
-            mixed += tl.sum(v[:, None, None] * p.to(tl.float32), axis=0)  # p: [AT_ONCE, P, P]
+        for first in range(0, OWN, AT_ONCE):
+            a = first + tl.arange(0, AT_ONCE)[:, None, None]
+            inside = a < OWN
+            if GROUPS > 1:
+                a += (j // (R // GROUPS) * OWN)[None, :, :]
+                inside = inside & (j < R)[None, :, :]
+            v = tl.load(core + a, mask=inside, other=0.0).to(tl.float32)  # [AT_ONCE, P or 1, 1]
+            if TRANSPOSED:
+                p = load_basis(basis, a, i[None, :, :], j[None, :, :], R, U, GROUPS)  # [AT_ONCE, P, P]
+            else:
+                p = load_basis(basis, a, j[None, :, :], i[None, :, :], R, U, GROUPS)
+            mixed += tl.sum(v * p.to(tl.float32), axis=0)
     return mixed
 
 
 @triton.jit
 def mix_rows(
     z, core, basis, own, adapted,
-    TRANSPOSED: tl.constexpr, R: tl.constexpr, U: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, R: tl.constexpr, U: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """s [BLOCK_M, P] of z [BLOCK_M, P] where row m's C is Σ_a v[own[m], a] P_a, or nothing unless adapted[m].
 
@@ -89,18 +115,15 @@ def mix_rows(
     """
     AT_ONCE: tl.constexpr = 16 if U <= 16 else 32
     COLUMNS: tl.constexpr = P * P if P > 4 else 16
-    f = tl.arange(0, COLUMNS)
-    j = f // P
-    i = f % P
-    at = i * R + j if TRANSPOSED else j * R + i
-    real = (i < R) & (j < R)
+    f = tl.arange(0, COLUMNS)[None, :]
+    j = f % P if TRANSPOSED else f // P
+    i = f // P if TRANSPOSED else f % P
     mixed = tl.zeros((z.shape[0], COLUMNS), tl.float32)
     for first in range(0, U, AT_ONCE):
         a = first + tl.arange(0, AT_ONCE)
         some = adapted[:, None] & (a < U)[None, :]
         v = tl.load(core + own[:, None] * U + a[None, :], mask=some, other=0.0)  # [BLOCK_M, AT_ONCE]
-        one = (a < U)[:, None] & real[None, :]
-        p = tl.load(basis + a[:, None] * (R * R) + at[None, :], mask=one, other=0.0)  # [AT_ONCE, COLUMNS]
+        p = load_basis(basis, a[:, None], j, i, R, U, GROUPS)  # [AT_ONCE, COLUMNS]
         mixed += tl.dot(v.to(tl.float32), p.to(tl.float32), input_precision=PRECISION)
     c = tl.reshape(fold(mixed, P * P), (z.shape[0], P, P))
     return tl.sum(z[:, None, :] * c, axis=2)
@@ -119,13 +142,15 @@ def apply_core(
     TRANSPOSED: tl.constexpr,
     R: tl.constexpr,
     U: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """s = z Cᵀ, or z C if TRANSPOSED, in fp32: [BLOCK_M, BLOCK_R], zero beyond R as z is.
 
     CORE "none":  s = z
-    CORE "dense": core is C [R, R]; with U > 0 it is v [U], and C = Σ_a v_a P_a with basis P [U, R, R]
+    CORE "dense": core is C [R, R]; with U > 0 it is v [U], and C = Σ_a v_a P_a with basis P [U, R, R]; or C has
+                  GROUPS blocks on its diagonal, and P is these alone
     CORE "rows":  the same with a first dimension of `adapters`: row m uses core[ids[m]], -1 gives s = 0, and an id that
                   is neither -1 nor below `adapters` reads nothing and gives NaN
 
@@ -137,10 +162,10 @@ def apply_core(
     if CORE == "none":
         s = z
     elif CORE == "dense" and P <= 8:
-        c = mix_core(core, basis, TRANSPOSED, R, U, P)
+        c = mix_core(core, basis, TRANSPOSED, R, U, GROUPS, P)
         s = unfold(tl.sum(fold(z, P)[:, None, :] * c[None, :, :], axis=2), BLOCK_R)
     elif CORE == "dense" and P <= 32:
-        s = tl.dot(z, mix_core(core, basis, TRANSPOSED, R, U, P).T, input_precision="ieee")
+        s = tl.dot(z, mix_core(core, basis, TRANSPOSED, R, U, GROUPS, P).T, input_precision="ieee")
     elif CORE == "dense":  # [P, P] would not fit the registers: one rank at a time
         s = tl.zeros_like(z)
         for i in range(R):
@@ -153,13 +178,14 @@ def apply_core(
         adapted = (own >= 0) & (own < adapters)
         if U > 0 and P <= 8:
             folded = fold(z, P)
-            s = unfold(mix_rows(folded, core, basis, own, adapted, TRANSPOSED, R, U, P, PRECISION), BLOCK_R)
+            s = mix_rows(folded, core, basis, own, adapted, TRANSPOSED, R, U, GROUPS, P, PRECISION)
+            s = unfold(s, BLOCK_R)
         else:
             s = tl.zeros_like(z)
             for i in range(R):
                 z_i = tl.sum(tl.where(ranks[None, :] == i, z, 0.0), axis=1)  # [BLOCK_M]
-                at = i * R + ranks if TRANSPOSED else ranks * R + i
                 if U == 0:
+                    at = i * R + ranks if TRANSPOSED else ranks * R + i
                     one = adapted[:, None] & real[None, :]
                     c = tl.load(core + own[:, None] * (R * R) + at[None, :], mask=one, other=0.0)  # [BLOCK_M, BLOCK_R]
                     c = c.to(tl.float32)
@@ -169,8 +195,10 @@ def apply_core(
                         a = first + tl.arange(0, 16)
                         some = adapted[:, None] & (a < U)[None, :]
                         v = tl.load(core + own[:, None] * U + a[None, :], mask=some, other=0.0)  # [BLOCK_M, 16]
-                        one = (a < U)[:, None] & real[None, :]
-                        p = tl.load(basis + a[:, None] * (R * R) + at[None, :], mask=one, other=0.0)  # [16, BLOCK_R]
+                        if TRANSPOSED:
+                            p = load_basis(basis, a[:, None], i, ranks[None, :], R, U, GROUPS)  # [16, BLOCK_R]
+                        else:
+                            p = load_basis(basis, a[:, None], ranks[None, :], i, R, U, GROUPS)
                         c += tl.dot(v.to(tl.float32), p.to(tl.float32), input_precision=PRECISION)
                 s += z_i[:, None] * c
         s = tl.where(((own < -1) | (own >= adapters))[:, None], float("nan"), s)

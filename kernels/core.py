@@ -10,7 +10,8 @@ class Core(NamedTuple):
     """C of s = z Cᵀ: none (the identity), one for all rows, or one per row by ids; C itself, or v with P.
 
     values: None, C [r, r], v [u], or one per adapter: [A, r, r], [A, u]
-    basis:  P [u, r, r] where values is v
+    basis:  P [u, r, r] where values is v; or [G, u, b, b] with b = r / G, for a C of G blocks on its diagonal and
+            nothing between them, of which block g is Σ_a v[g u + a] P[g, a]: layers side by side
     ids:    [M] where there is one per adapter; -1 is no adapter, and what names none gives NaN
     transposed: s = z C instead, which is what the backward needs
     """
@@ -26,7 +27,13 @@ class Core(NamedTuple):
 
     @property
     def u(self) -> int:
-        return 0 if self.basis is None else self.basis.shape[0]
+        """How many numbers v has."""
+        return 0 if self.basis is None else self.basis.shape[:-2].numel()
+
+    @property
+    def groups(self) -> int:
+        """How many blocks C has."""
+        return self.basis.shape[0] if self.basis is not None and self.basis.dim() == 4 else 1
 
     @property
     def adapters(self) -> int:

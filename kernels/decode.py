@@ -49,6 +49,7 @@ def decode_kernel(
     stride_ur,
     R: tl.constexpr,
     U: tl.constexpr,
+    GROUPS: tl.constexpr,
     CORE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     INLINE: tl.constexpr,
@@ -114,7 +115,7 @@ def decode_kernel(
     z_at = m[:, None] * R + ranks[None, :]
     if INLINE:
         s_tile = apply_core(
-            z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, WIDTH, CORE_PRECISION
+            z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, GROUPS, WIDTH, CORE_PRECISION
         )  # [BLOCK_M, WIDTH]
         u_tile = load_up(up, n, 0, N, stride_un, stride_ur, R, WIDTH, WIDTH, x.dtype.element_ty)  # [BLOCK_N, WIDTH]
         acc = dot_wide(u_tile, s_tile.T, acc, PRECISION)
@@ -177,6 +178,7 @@ def plan_decode(
     constants = {
         "R": r,
         "U": core.u,
+        "GROUPS": core.groups,
         "CORE": core.kind,
         "TRANSPOSED": core.transposed,
         "INLINE": inline,

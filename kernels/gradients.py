@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .blocks import apply_core, dot_wide, fold, last_to_arrive, sum_planes
+from .blocks import apply_core, dot_wide, fold, last_to_arrive, load_basis, sum_planes
 from .core import Core, core_precision
 from .launch import Launch, Places, Plan
 from .scratch import workspace
@@ -23,7 +23,7 @@ from .tiles import CoreGradient, FactorGradient
 
 @triton.jit
 def store_core_gradient(
-    out, dcore, basis, adapter, i, j, R: tl.constexpr, U: tl.constexpr, BLOCK_R: tl.constexpr
+    out, dcore, basis, adapter, i, j, R: tl.constexpr, U: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
     """Store tile (i, j) of dC, or with U > 0 dv_a = <P_a, dC>, as the gradient of one adapter's core."""
     if U == 0:
@@ -36,15 +36,12 @@ def store_core_gradient(
         MOST: tl.constexpr = 4096 // (P * P)
         AT_ONCE: tl.constexpr = MOST if MOST < U else triton.next_power_of_2(U)
         small = fold(fold(dcore, P).T, P).T  # [P, P]
-        rows = tl.arange(0, P)[:, None]
-        columns = tl.arange(0, P)[None, :]
-        inside = (rows < R) & (columns < R)
+        rows = tl.arange(0, P)[None, :, None]
+        columns = tl.arange(0, P)[None, None, :]
         for first in range(0, U, AT_ONCE):
             a = first + tl.arange(0, AT_ONCE)
-            at = a[:, None, None] * (R * R) + (rows * R + columns)[None, :, :]
-            some = (a < U)[:, None, None] & inside[None, :, :]
-            p = tl.load(basis + at, mask=some, other=0.0).to(tl.float32)  # [AT_ONCE, P, P]
-            dv = tl.sum(tl.sum(p * small[None, :, :], axis=2), axis=1)
+            p = load_basis(basis, a[:, None, None], rows, columns, R, U, GROUPS)  # [AT_ONCE, P, P]
+            dv = tl.sum(tl.sum(p.to(tl.float32) * small[None, :, :], axis=2), axis=1)
             tl.store(out + adapter.to(tl.int64) * U + a, dv.to(out.dtype.element_ty), mask=a < U)
 
 
@@ -61,6 +58,7 @@ def core_gradient_kernel(
     slice_rows,
     R: tl.constexpr,
     U: tl.constexpr,
+    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT_M: tl.constexpr,
@@ -104,9 +102,9 @@ def core_gradient_kernel(
         tl.store(planes + tl.program_id(1) * plane + at, dcore)
         if last_to_arrive(arrived + own_tile, slices):
             dcore = sum_planes(planes, plane, at, at >= 0, slices)
-            store_core_gradient(out, dcore, basis, adapter, i, j, R, U, BLOCK_R)
+            store_core_gradient(out, dcore, basis, adapter, i, j, R, U, GROUPS, BLOCK_R)
     else:
-        store_core_gradient(out, dcore, basis, adapter, i, j, R, U, BLOCK_R)
+        store_core_gradient(out, dcore, basis, adapter, i, j, R, U, GROUPS, BLOCK_R)
 
 
 def plan_core_gradient(t: Tensor, z: Tensor, like: Tensor, core: Core, tile: CoreGradient) -> Plan:
@@ -126,6 +124,7 @@ def plan_core_gradient(t: Tensor, z: Tensor, like: Tensor, core: Core, tile: Cor
         {
             "R": r,
             "U": core.u,
+            "GROUPS": core.groups,
             "ROWS": core.kind == "rows",
             "PRECISION": tile.precision,
             "SPLIT_M": slices > 1,
@@ -187,6 +186,7 @@ def factor_gradient_kernel(
     stride_oc,
     R: tl.constexpr,
     U: tl.constexpr,
+    GROUPS: tl.constexpr,
     CORE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -210,7 +210,7 @@ def factor_gradient_kernel(
         row = m.to(tl.int64)[:, None]
         z_tile = tl.load(z + row * R + ranks[None, :], mask=(m[:, None] < M) & (ranks[None, :] < R), other=0.0)
         s_tile = apply_core(
-            z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, BLOCK_R, CORE_PRECISION
+            z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, GROUPS, BLOCK_R, CORE_PRECISION
         )  # [BLOCK_M, BLOCK_R]
         x_at = x + row * stride_xm + c.to(tl.int64)[None, :] * stride_xc
         x_tile = tl.load(x_at, mask=(m[:, None] < M) & (c[None, :] < C), other=0.0)  # [BLOCK_M, BLOCK_C]
@@ -245,6 +245,7 @@ def plan_factor_gradient(
         {
             "R": r,
             "U": core.u,
+            "GROUPS": core.groups,
             "CORE": core.kind,
             "TRANSPOSED": core.transposed,
             "PRECISION": precision,

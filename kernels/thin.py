@@ -24,7 +24,7 @@ from .tiles import Thin, period
 @triton.jit
 def store_rank_rows(
     z, z_tile, s, core, basis, ids, m, M, adapters,
-    R: tl.constexpr, U: tl.constexpr, CORE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    R: tl.constexpr, U: tl.constexpr, GROUPS: tl.constexpr, CORE: tl.constexpr, TRANSPOSED: tl.constexpr,
     STORE_S: tl.constexpr, WIDTH: tl.constexpr, PERIOD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store z in fp32, and s = z Cᵀ in s's dtype with zeros up to WIDTH columns.
@@ -38,7 +38,7 @@ def store_rank_rows(
     tl.store(z + row * R + ranks[None, :], z_tile, mask=inside & (ranks[None, :] < R))  # [BLOCK_M, WIDTH]
     if STORE_S:
         s_tile = apply_core(
-            z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, WIDTH, PRECISION
+            z_tile, core, basis, ids, m, M, adapters, CORE, TRANSPOSED, R, U, GROUPS, WIDTH, PRECISION
         )  # [BLOCK_M, WIDTH]
         high = s_tile.to(s.dtype.element_ty)
         at = s + row * WIDTH + ranks[None, :]
@@ -101,6 +101,7 @@ def thin_kernel(
     BLOCKS: tl.constexpr,
     R: tl.constexpr,
     U: tl.constexpr,
+    GROUPS: tl.constexpr,
     CORE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     STORE_S: tl.constexpr,
@@ -155,12 +156,12 @@ def thin_kernel(
         if last_to_arrive(arrived + tl.program_id(0), slices):
             z_tile = sum_planes(planes, plane, at, one, slices)
             store_rank_rows(
-                z, z_tile, s, core, basis, ids, m, M, adapters, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD,
+                z, z_tile, s, core, basis, ids, m, M, adapters, R, U, GROUPS, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD,
                 CORE_PRECISION,
             )  # fmt: skip
     else:
         store_rank_rows(
-            z, z_tile, s, core, basis, ids, m, M, adapters, R, U, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD,
+            z, z_tile, s, core, basis, ids, m, M, adapters, R, U, GROUPS, CORE, TRANSPOSED, STORE_S, WIDTH, PERIOD,
             CORE_PRECISION,
         )  # fmt: skip
 
@@ -191,6 +192,7 @@ def plan_thin(x: Tensor | Sequence[Tensor], down: Tensor, core: Core, tile: Thin
             "BLOCKS": len(blocks.tensors),
             "R": r,
             "U": core.u,
+            "GROUPS": core.groups,
             "CORE": core.kind,
             "TRANSPOSED": core.transposed,
             "STORE_S": want_s,

@@ -26,12 +26,15 @@ CASES = [
     (1024, 512, 512, 2, {"x_stride": 517}),  # the fused matmul through pointers, K small
     (8192, 3584, 3584, 2, {"dtype": f32, **ALL}),
     (8192, 4608, 3584, 6, {"parts": (3584, 512, 512)}),  # siblings: dX from three gradients side by side
+    (8192, 4608, 3584, 6, {"u": 39, "parts": (3584, 512, 512)}),  # each with a v of its own
     (8192, 37888, 3584, 4, {"parts": (18944, 18944)}),  # the library multiplies each, one thin pass over both
     (1000, 3000, 512, 6, {"parts": (1500, 1500)}),  # no whole steps of K
     (512, 3580, 3580, 6, {"parts": (3000, 290, 290)}),  # through pointers
     (1, 3584, 3584, 2, {}),  # decode, inline
     (1, 18944, 3584, 2, {}),  # decode without a split of K
     (16, 3584, 3584, 8, {"core": "rows", "u": 13, "factors": f32}),
+    (16, 4608, 3584, 6, {"u": 39, "parts": (3584, 512, 512)}),
+    (16, 37888, 3584, 4, {"core": "rows", "u": 26, "parts": (18944, 18944)}),
     (64, 3584, 3584, 2, {}),
     (128, 3584, 3584, 2, {}),
     (16, 3584, 3584, 64, {}),  # decode in two launches
@@ -100,7 +103,9 @@ def run(
     one = (u,) if u else (r, r)
     c = None if core == "none" else empty(*((adapters, *one) if core == "rows" else one), dtype=f32)
     ids = empty(M, dtype=torch.int64) if core == "rows" else None
-    basis = empty(u, r, r, dtype=f32) if u else None
+    groups = len(parts)
+    blocks = (groups, u // groups, r // groups, r // groups) if groups else (u, r, r)
+    basis = empty(*blocks, dtype=f32) if u else None
     x = empty(M, x_stride or K)[:, :K]
     weight, down, up, bias = empty(N, K), empty(r, K, dtype=factors), empty(N, r, dtype=factors), empty(N)
     y, z = fused.forward(x, weight, down, c, up, bias, ids, basis, pin=pin)

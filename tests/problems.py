@@ -23,13 +23,15 @@ class Problem:
     bias: bool = True
     adapters: int = 3
     u: int = 5
+    groups: int = 1  # with more, C has so many blocks on its diagonal and the basis holds these alone
 
     @property
     def id(self) -> str:
         short = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
         factors = "" if self.factors is None else f"-{short[self.factors]}"
         bias = "-bias" if self.bias else ""
-        return f"{self.M}x{self.N}x{self.K}-r{self.r}-{short[self.dtype]}{factors}-{self.core}{bias}"
+        groups = f"-{self.groups}-blocks" if self.groups > 1 else ""
+        return f"{self.M}x{self.N}x{self.K}-r{self.r}-{short[self.dtype]}{factors}-{self.core}{groups}{bias}"
 
     def with_(self, **changes) -> "Problem":
         return replace(self, **changes)
@@ -55,8 +57,20 @@ class Problem:
             normal(self.N, dtype=self.dtype) if self.bias else None,
         )
         ids = torch.randint(-1, self.adapters, (self.M,), generator=g).to(device) if per_row else None
-        basis = normal(self.u, self.r, self.r, dtype=core_dtype, scale=self.r**-0.5) if len(one) == 1 else None
+        block = self.r // self.groups
+        shape = (self.groups, self.u // self.groups, block, block) if self.groups > 1 else (self.u, self.r, self.r)
+        basis = normal(*shape, dtype=core_dtype, scale=self.r**-0.5) if len(one) == 1 else None
         return operands, ids, basis
+
+
+def with_zeros(basis):
+    """P [u, r, r] of blocks [G, u / G, r / G, r / G], the rest being zero."""
+    if basis is None or basis.dim() == 3:
+        return basis
+    (G, u, r, _), whole = basis.shape, []
+    for g in range(G):
+        whole += [torch.block_diag(*(P if g == h else torch.zeros_like(P) for h in range(G))) for P in basis[g]]
+    return torch.stack(whole)
 
 
 def grads(function, operands, ids, basis, dy):
@@ -70,14 +84,15 @@ def grads(function, operands, ids, basis, dy):
 def exact(operands, ids, basis, dy):
     """The reference in fp64 on the operands as they are, rounded already."""
     wide = [None if t is None else t.double() for t in operands]
-    return grads(reference.adapted_linear, wide, ids, None if basis is None else basis.double(), dy.double())
+    basis = None if basis is None else with_zeros(basis.double())
+    return grads(reference.adapted_linear, wide, ids, basis, dy.double())
 
 
 def torch_own(operands, ids, basis, dy):
     """The reference in the operands' own dtype: PyTorch's error, which sets the measure."""
     dtype = operands[0].dtype
     *operands, basis = (None if t is None else t.to(dtype) for t in (*operands, basis))
-    return grads(reference.adapted_linear, operands, ids, basis, dy)
+    return grads(reference.adapted_linear, operands, ids, with_zeros(basis), dy)
 
 
 def assert_as_good_as_torch(name, ours, exact, torch_own, factor=2.0):

@@ -19,6 +19,7 @@ from tinylora.kernels import tiles
 from tinylora.kernels.core import Core
 from tinylora.kernels.thin import thin
 from tinylora.ops import adapted_linear, eager, fused
+from tinylora.ops.siblings import adapted_linears
 
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -193,6 +194,45 @@ def test_dx_from_gradients_side_by_side(name, sizes):
         true, torchs = exact(*given), torch_own(*given)
         assert_as_good_as_torch("x", dx, true["x"], torchs["x"])
         assert_as_good_as_torch("core", dv, true["core"], torchs["core"])
+
+
+BLOCKS = [
+    Problem(5, 48, 72, 6, core="mixed", u=39, groups=3),
+    Problem(21, 48, 72, 4, bf16, core="mixed", u=26, groups=2, factors=f32),
+    Problem(21, 48, 72, 5, core="mixed", u=5, groups=5),  # one number each
+    Problem(130, 48, 72, 6, f16, core="mixed", u=9, groups=3),
+    Problem(33, 48, 72, 15, core="mixed", u=9, groups=3),
+    Problem(21, 48, 72, 6, bf16, core="mixed-rows", u=39, groups=3),
+    Problem(33, 48, 72, 10, core="mixed-rows", u=34, groups=2),
+    Problem(21, 48, 72, 40, bf16, core="mixed", u=26, groups=2),  # C is mixed beforehand
+]
+
+
+@pytest.mark.parametrize("problem", BLOCKS, ids=lambda p: p.id)
+def test_siblings_with_a_core_each(problem):
+    """C has their blocks on its diagonal, and nothing is read of what lies between."""
+    (x, weight, down, v, up, bias), ids, basis = problem.operands()
+    dy = torch.randn(problem.M, problem.N, generator=torch.Generator().manual_seed(1)).to(problem.dtype)
+    given = (x, weight, down, v, up, bias), ids, basis, dy
+
+    def ours(x, weight, down, v, up, bias, ids, basis):
+        frozen = [weight.detach()], down.detach(), v, up.detach(), [bias.detach()]
+        return torch.cat(adapted_linears(x, *frozen, ids, basis, sizes=[8, 40]), -1)
+
+    got, true, torchs = grads(ours, given[0], ids, surround(basis), dy), exact(*given), torch_own(*given)
+    for name in ("y", "x", "core"):
+        assert_as_good_as_torch(name, got[name], true[name], torchs[name])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_more_p_in_a_block_than_are_mixed_at_once(transposed):
+    problem = Problem(40, 8, 72, 6, core="mixed", u=140, groups=2)
+    (x, _, down, v, _, _), _, basis = problem.operands()
+    core = Core(v, basis, None, transposed)
+    _, s = thin(x, down, core, tiles.Thin(16, 32, 2, 16), "ieee", want_s=True)
+    C = eager.mix(v.double(), basis.double())
+    want = x.double() @ down.double().T @ (C if transposed else C.T)
+    torch.testing.assert_close(s[:, :6].double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("split", [1, 2, 9])

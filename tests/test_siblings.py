@@ -76,6 +76,8 @@ def loss_and_grads(model, **inputs):
         Problem(65, 40, 32, 2, torch.bfloat16, core="mixed"),
         Problem(130, 40, 72, 6, torch.float16, factors=torch.float32, core="mixed-rows", bias=False),
         Problem(5, 33, 17, 2, core="rows"),
+        Problem(65, 40, 32, 6, torch.bfloat16, core="mixed", u=12, groups=3),
+        Problem(20, 40, 32, 6, core="mixed-rows", u=6, groups=2),
         Problem(1, 24, 16, 2, core="none"),
         Problem(0, 24, 16, 2),
     ],

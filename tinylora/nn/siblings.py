@@ -58,8 +58,10 @@ def ungroup(root: nn.Module) -> None:
 
 
 class Wide(NamedTuple):
-    """The frozen factors of a group: D stacked, U and P with a block per sibling.
+    """The frozen factors of a group: D stacked, U with a block per sibling.
 
+    basis: P side by side, [G, u, r, r], where every sibling has its own v and as many numbers and ranks as the others;
+    otherwise [u, R, R] with a block per sibling.
     one_v: whether all siblings have the same v; otherwise the group's is theirs one after another.
     parts: the siblings' own factors, views of these
     """
@@ -259,14 +261,19 @@ def _wide(adapters: list[Adapter]) -> Wide | None:
     down = torch.cat([f.down for f in factors])
     up = torch.block_diag(*(f.up.T for f in factors)).T  # lies in memory as Uᵀ, as every frozen U does
     basis = factors[0].basis
-    if basis is not None:
+    beside = basis is not None and not one_v and all(f.basis.shape == basis.shape for f in factors)
+    if beside:
+        basis = torch.stack([f.basis for f in factors])
+    elif basis is not None:
         u = len(basis) if one_v else sum(len(f.basis) for f in factors)
         basis = basis.new_zeros(u, sum(ranks), sum(ranks))
     at = i = n = 0
     parts = []
-    for adapter, own, r, size in zip(adapters, factors, ranks, sizes, strict=True):
+    for g, (adapter, own, r, size) in enumerate(zip(adapters, factors, ranks, sizes, strict=True)):
         views = own._replace(down=down[i : i + r], up=up[n : n + size, i : i + r])
-        if basis is not None:
+        if beside:
+            views = views._replace(basis=basis[g])
+        elif basis is not None:
             u = len(own.basis)
             views = views._replace(basis=basis[at : at + u, i : i + r, i : i + r])
             views.basis.copy_(own.basis)

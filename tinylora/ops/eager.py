@@ -168,9 +168,18 @@ def core_gradient(t: Tensor, z: Tensor, core: Tensor, adapter_ids: Tensor | None
 
 
 def mix(core: Tensor | None, basis: Tensor | None) -> Tensor | None:
-    """C = Σᵢ vᵢ Pᵢ where a basis P [u, r, r] comes with core = v ([u], or [A, u]); else core as it is."""
+    """C = Σᵢ vᵢ Pᵢ where a basis P [u, r, r] comes with core = v ([u], or [A, u]); else core as it is.
+
+    With P [G, u, r, r] and v of G u numbers C has G such blocks on its diagonal: [G r, G r].
+    """
     if basis is None:
         return core
+    if basis.dim() == 4:
+        (G, u, r, _), dtype = basis.shape, rank_dtype(core, basis)
+        mixed = torch.einsum("...gu,guji->...gji", core.to(dtype).unflatten(-1, (G, u)), basis.to(dtype))
+        blocks = mixed.new_zeros(*core.shape[:-1], G, r, G, r)
+        blocks.diagonal(dim1=-4, dim2=-2).copy_(mixed.movedim(-3, -1))
+        return blocks.view(*core.shape[:-1], G * r, G * r)
     u, r, _ = basis.shape
     if core.dtype == basis.dtype == torch.float32:
         if core.dim() == 1:
@@ -184,6 +193,10 @@ def mix_gradient(dcore: Tensor, basis: Tensor | None) -> Tensor:
     """dvᵢ = <Pᵢ, dC>; without a basis dC as it is."""
     if basis is None:
         return dcore
+    if basis.dim() == 4:
+        G, _, r, _ = basis.shape
+        blocks = dcore.unflatten(-1, (G, r)).unflatten(-3, (G, r)).diagonal(dim1=-4, dim2=-2)  # [.., r, r, G]
+        return torch.einsum("...jig,guji->...gu", blocks, basis.to(dcore.dtype)).flatten(-2)
     if dcore.dim() == 2 and dcore.dtype == basis.dtype:
         return torch.mv(basis.reshape(len(basis), -1), dcore.reshape(-1))
     return torch.matmul(dcore.flatten(-2), basis.to(dcore.dtype).flatten(-2).t())

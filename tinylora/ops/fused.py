@@ -52,8 +52,9 @@ def _mixed_inside(core: Tensor | None, basis: Tensor | None) -> tuple[Tensor | N
     """(core, basis) as the kernels take them: C in place of (v, P) where mixing inside would not be small."""
     if basis is None:
         return core, None
-    u, r, _ = basis.shape
-    if r * u <= MIXED_INSIDE and r <= MIXED_RANK:
+    u, r, _ = basis.shape[-3:]
+    groups = basis.shape[0] if basis.dim() == 4 else 1
+    if groups * r * groups * u <= MIXED_INSIDE and groups * r <= MIXED_RANK:
         return core, basis
     return eager.mix(core, basis), None
 
