@@ -18,6 +18,7 @@ the row stays. `python -m bench` measures, `python -m bench table` writes this f
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 BARS = {who.PEFT: 0.85, who.BARE: 1.25}  # ours over each, at most, on a CPU
 BAR_ROWS = 16  # the bars are about M of at least this
+PATCHED = "PEFT's layers under `patch_peft()`"
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -258,44 +259,64 @@ def _where(rows: list[Row]) -> str:
     return f"**{first.device}**{threads}; {versions}, PEFT {first.peft}; {first.date[:10]}"
 
 
-def summary(rows: list[Row]) -> str:
-    """The results of one device in one table: ours and PEFT's, a line for each question."""
-    lines: list[list[str]] = []
+class _Grid:
+    """A table of "ours / PEFT's", filled cell by cell; lines and columns stand in the order in which they came."""
 
-    def ratios(what: str, found: Iterable[dict[str, Row]], name: str = who.OURS) -> None:
+    def __init__(self, what: str):
+        self.what = what
+        self.lines: dict[str, dict[str, str]] = defaultdict(dict)
+
+    def add(self, line: str, column: str, found: Iterable[dict[str, Row]], name: str = who.OURS) -> None:
+        """The means over `found` of the time of `name` and of PEFT over the bare layers'."""
         found = list(found)
-        values = [over(found, name, who.BARE), over(found, who.PEFT, who.BARE)]
+        values = [_mean(over(found, one, who.BARE)) for one in (name, who.PEFT)]
         if values[0]:
-            lines.append([what, *map(_mean, values)])
+            self.lines[line][column] = " / ".join(filter(None, values))
 
-    for dtype in sorted({key[2] for key in barred(rows)}):
-        group = [c for key, c in barred(rows).items() if key[2] == dtype]
-        ratios(f"one linear layer, {dtype}, M ≥ {BAR_ROWS}", group)
-    blocks: dict[str, list] = defaultdict(list)
-    for (model, _, dtype, M, pass_), cell in cells(rows, "layer").items():
-        if rows[0].device.startswith("NVIDIA"):  # what a row is about is another thing at every M
-            blocks[f"a block's linear layers, {model}, {dtype}, M = {M:5d}, {pass_}"].append(cell)
+    def __str__(self) -> str:
+        columns = list(dict.fromkeys(c for line in self.lines.values() for c in line))
+        lines = [[line, *(of.get(c, "") for c in columns)] for line, of in self.lines.items()]
+        return tabulate(lines, [self.what, *columns], "github", disable_numparse=True)
+
+
+def summary(rows: list[Row]) -> str:
+    """The results of one device as the README shows them: "ours / PEFT's" time over the same without an adapter."""
+    grids: dict[str, _Grid] = {}
+
+    def grid(what: str) -> _Grid:
+        return grids.setdefault(what, _Grid(what))
+
+    on_gpu = rows[0].device.startswith("NVIDIA")
+    together: dict[tuple[str, str, str], list] = defaultdict(list)  # grid, line and column of what is averaged
+    for (model, _, dtype, M, pass_), cell in sorted(cells(rows, "layer").items(), key=lambda item: item[0][:4]):
+        if on_gpu:  # what a row is about is another thing at every M
+            grid(f"linear layers of a block, {model}, {dtype}").add(f"{M} row{'s' * (M > 1)}", pass_, [cell])
         else:
-            few = "<" if M < BAR_ROWS else "≥"
-            blocks[f"a block's linear layers, {dtype}, M {few} {BAR_ROWS}, {pass_.split(', ')[1]}"].append(cell)
-    for what in sorted(blocks):
-        ratios(" ".join(what.split()), blocks[what])
+            line = f"{dtype}, {'<' if M < BAR_ROWS else '≥'} {BAR_ROWS} rows"
+            together["linear layers of a block", line, pass_.removesuffix(", eager")].append(cell)
+    for (_, _, dtype, _, pass_), cell in sorted(barred(rows).items()):
+        together[f"one linear layer, ≥ {BAR_ROWS} rows", dtype, pass_].append(cell)
+    for (size, adapter, pass_, _), cell in _by(rows, "peft", lambda r: (r.model, r.layer, r.pass_, r.dtype)):
+        together[PATCHED, f"{size}: {pass_}", adapter].append(cell)
+    for (what, line, column), found in together.items():
+        grid(what).add(line, column, found, peft.PATCHED if what is PATCHED else who.OURS)
     for key, cell in _by(rows, "model", lambda r: (r.model, r.pass_, r.dtype)):
         if key[1] != "startup":
-            ratios(", ".join(key), [cell])
+            grid("a whole model").add(f"{key[0]}, {key[2]}", key[1], [cell])
     for (model, batch, mode), cell in _by(rows, "rollout", lambda r: (r.model, r.M, r.mode)):
-        what = "decoding in CUDA graphs" if mode == CAPTURED else "generate()"
         for name in cell:
             if name.startswith(who.OURS):
                 extra = name.removeprefix(who.OURS)
                 beside = (who.BARE,) if extra else (who.BARE, who.PEFT)  # PEFT's runs one adapter, as ours plain
                 one = {n: cell[n] for n in (name, *beside) if n in cell}
-                ratios(f"{what}, {model}, batch {batch}{extra}", [one], name)
-    patched: dict[tuple, list] = defaultdict(list)
-    for (size, adapter, pass_, _), cell in _by(rows, "peft", lambda r: (r.model, r.layer, r.pass_, r.dtype)):
-        patched[size, adapter, pass_].append(cell)
-    for (size, adapter, pass_), found in patched.items():
-        ratios(f"{size}, PEFT's {adapter} with `patch_peft()`: {pass_}", found, peft.PATCHED)
+                column = "in CUDA graphs" if mode == CAPTURED else "generate()"
+                grid("decoding").add(f"{model}, batch {batch}{extra}", column, [one], name)
+    return "\n\n".join([_where(rows), *map(str, grids.values()), *_asides(rows)])
+
+
+def _asides(rows: list[Row]) -> list[str]:
+    """What is no time over another's: start-up, and how far rollouts are from training."""
+    lines = []
     for (spectrum, shape), cell in _by(rows, "svd", lambda r: (r.layer, f"{r.N} x {r.K}")):
         seconds = [f"{cell[n].p50_ms / 1e3:.2f} s" if n in cell else "" for n in (who.OURS, who.PEFT)]
         lines.append([f"start-up of one {shape} layer, {spectrum}", *seconds])
@@ -304,8 +325,7 @@ def summary(rows: list[Row]) -> str:
         if name in drift:
             means = [drift[n].split("mean ")[1].split(",")[0] if n in drift else "" for n in (name, who.PEFT)]
             lines.append([f"rollout against training, mean \\|Δ log p\\|, {what}", *means[: 2 - (name != who.OURS)]])
-    text = tabulate(lines, ["time over the same without an adapter", "ours", "PEFT"], "github", disable_numparse=True)
-    return f"{_where(rows)}\n\n{text}"
+    return [tabulate(lines, ["", "ours", "PEFT"], "github", disable_numparse=True)] if lines else []
 
 
 def _by(rows: list[Row], op: str, key) -> list[tuple[tuple, dict[str, Row]]]:

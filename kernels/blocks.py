@@ -57,8 +57,8 @@ def unfold(t, WIDTH: tl.constexpr):
 def load_basis(basis, a, j, i, R: tl.constexpr, U: tl.constexpr, GROUPS: tl.constexpr):
     """P_a[j, i], zero beyond U and R, in the dtype of P, for a, j and i that broadcast.
 
-    Where C has GROUPS blocks on its diagonal, P [GROUPS, U / GROUPS, R / GROUPS, R / GROUPS] is these alone: P_a is zero
-    outside of block a // (U / GROUPS).
+    Where C has GROUPS blocks on its diagonal, P [GROUPS, U / GROUPS, R / GROUPS, R / GROUPS] is these alone: P_a is
+    zero outside of block a // (U / GROUPS).
     """
     some = (a < U) & (j < R) & (i < R)
     BLOCK: tl.constexpr = R // GROUPS

@@ -67,10 +67,9 @@ def with_zeros(basis):
     """P [u, r, r] of blocks [G, u / G, r / G, r / G], the rest being zero."""
     if basis is None or basis.dim() == 3:
         return basis
-    (G, u, r, _), whole = basis.shape, []
-    for g in range(G):
-        whole += [torch.block_diag(*(P if g == h else torch.zeros_like(P) for h in range(G))) for P in basis[g]]
-    return torch.stack(whole)
+    zero = torch.zeros_like(basis[0, 0])
+    blocks = range(len(basis))
+    return torch.stack([torch.block_diag(*(P if g == h else zero for h in blocks)) for g in blocks for P in basis[g]])
 
 
 def grads(function, operands, ids, basis, dy):

@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import importlib.util
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -220,6 +222,41 @@ def test_a_ratio_is_taken_round_by_round():
     assert report.over([{"ours": row, "bare": base}], "ours", "bare") == [2.0]
 
 
+def test_providers_come_in_another_order_each_round_and_are_prepared_outside_the_timed_call():
+    order, prepared = [], []
+
+    def call(name):
+        assert prepared[-1] == name
+        order.append(name)
+        time.sleep(6e-3)  # long enough to be timed at once
+
+    calls = {name: partial(call, name) for name in "abc"}
+    times = timing.alternate(calls, lambda i: None, 1, 0.3, CPU, prepare=lambda name: prepared.append(name))
+    order = order[6:]  # two of each are not timed
+    found = {"".join(order[i : i + 3]) for i in range(0, len(order), 3)}
+    assert len(found) > 2 and all(sorted(turn) == ["a", "b", "c"] for turn in found)
+    assert len(prepared) == len(order) + 6 and len({t.rounds for t in times.values()}) == 1
+
+
+def test_the_summary_says_ours_and_pefts_and_hides_no_loss():
+    def row(provider, ratio, M, device="NVIDIA H200"):
+        found = rows.Row("layer", "Qwen2.5-7B", "block", provider, "forward", M, None, None, dtype="bf16")
+        return dataclasses.replace(found, mode="captured", p50_ms=ratio, ratio_to_bare=ratio, device=device)
+
+    def lines(found):
+        return [
+            [c.strip() for c in line.split("|")[1:-1]] for line in report.summary(found).splitlines() if "|" in line
+        ]
+
+    bare = [row("bare", 1.0, M) for M in (8, 2, 16)]
+    found = [*bare, row("ours", 0.5, 8), row("peft", 2.0, 8), row("ours", 1.25, 2), row("peft", 3.0, 16)]
+    header, _, *cells = lines(found)
+    assert header == ["linear layers of a block, Qwen2.5-7B, bf16", "forward, captured"]
+    assert cells == [["2 rows", "1.25"], ["8 rows", "0.50 / 2.00"]]
+    on_cpu = [dataclasses.replace(r, device="AMD EPYC", mode="eager") for r in found]
+    assert lines(on_cpu)[2:] == [["bf16, < 16 rows", "0.79 / 2.00"]]
+
+
 def test_svd(monkeypatch, tmp_path):
     pytest.importorskip("peft")
     with rows.Results(tmp_path, ("svd",), CPU) as results:
@@ -281,7 +318,9 @@ def test_the_table_is_written_between_the_marks_and_again_the_same(small, tmp_pa
     assert main(command) == 0
     once, whole = readme.read_text(), (out / "README.md").read_text()
     assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once
-    assert results.rows[0].device in once and "layer, bf16, M ≥ 16" in once and "On a GPU: not measured." in once
+    assert (
+        results.rows[0].device in once and "one linear layer, ≥ 16 rows" in once and "On a GPU: not measured." in once
+    )
     assert "| bf16" in whole and "| fp32" in whole
     assert main(command) == 0
     assert readme.read_text() == once

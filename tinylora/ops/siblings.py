@@ -36,8 +36,8 @@ def adapted_linears(
     weights: each [N_i, K], frozen; or all of them as one, with sizes
     down:    [R, K], frozen; up: [N_1 + .. + N_G, R], frozen
     core:    as `adapted_linear` takes it, or the layers' own: each one's v, or its block of C
-    basis:   as `adapted_linear` takes it; or [G, u, r, r], the layers' own P, where R = G r and each has a v of its own:
-             then C has G blocks on its diagonal
+    basis:   as `adapted_linear` takes it; or [G, u, r, r], the layers' own P, where each has r = R / G ranks and u
+             numbers of its own: then C has G blocks on its diagonal
     biases:  each [N_i], frozen, or all as one, or none at all
     sizes:   N_1 .. N_G
     kept:    computes with operands that were found before (nn/kept.py), and has seen that nobody looks on
