@@ -122,6 +122,8 @@ ONE_SIDE = [
     Problem(3500, 40, 48, 4),  # enough rows for a panel a thread
     UNFOLDED[1],
     UNFOLDED[9],
+    Problem(5, 200, 300, 8),  # no more rows than ranks
+    Problem(5, 200, 300, 8, bf16, factors=f32),
 ]
 
 
@@ -171,7 +173,7 @@ def test_gradients_where_one_side_trains(problem, trains, way, threads, poison_e
 
     y, found = of(on_cpu)
     if problem.M % 2:  # no view made of it
-        small = problem is not UNFOLDED[1] and problem is not UNFOLDED[9]
+        small = problem is not UNFOLDED[9] and problem.N < 200
         folded = way == "node" and len(names) > 2
         assert node(y) == (("folded" if folded else None) if small else "apart")
     _, want = of(plainly, f64)
@@ -183,6 +185,18 @@ def test_gradients_where_one_side_trains(problem, trains, way, threads, poison_e
         else:
             assert_as_good_as_torch(name, value, want[name], torchs[name])
         assert value.is_contiguous(), name  # torch's fused optimizers read a gradient as it lies
+
+
+@pytest.mark.parametrize("M", [5, 9])  # up to r rows and more
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=["f32", "bf16"])
+def test_a_core_beside_diagonals(M, dtype):
+    (x, weight, down, core, up, bias), _, _ = Problem(M, 200, 300, 8, dtype, factors=f32).operands()
+    b, d = torch.randn(200), torch.randn(8)
+    y = cpu.linear_on_cpu(x, weight, bias, down, core, up, diagonals=(b, d))
+    scaled = b[:, None] * up * d
+    want = reference.adapted_linear(*(t.double() for t in (x, weight, down, core, scaled, bias)))
+    torchs = reference.adapted_linear(*(t.to(dtype) for t in (x, weight, down, core, scaled, bias)))
+    assert_as_good_as_torch("y", y, want, torchs)
 
 
 @pytest.mark.parametrize("problem", [FOLDED[3], UNFOLDED[1], UNFOLDED[4], UNFOLDED[5], UNFOLDED[8]], ids=lambda p: p.id)

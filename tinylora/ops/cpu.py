@@ -83,12 +83,15 @@ def linear_on_cpu(
         weight = torch.addmm(weight.float(), up, down, alpha=scale)
         return F.linear(x.float(), weight, None if bias is None else bias.float()).to(dtype)
     core = mix(core, basis)
+    grads = torch.is_grad_enabled()
+    small = not grads and x.numel() <= FEW.get(dtype, 0) and down.dtype is torch.float32
     if diagonals is not None:
+        if small and core is None and x.numel() <= r * K:  # no more rows than ranks: z and s are smaller than U
+            return _in_few_calls(x, weight, bias, down, None, up, scale, *diagonals)
         up = _scaled(up, *diagonals)
-    if not torch.is_grad_enabled():
-        if x.numel() <= FEW.get(dtype, 0) and down.dtype is torch.float32:
-            return _in_few_calls(x, weight, bias, down, core, up, scale)
-    elif (
+    if small:
+        return _in_few_calls(x, weight, bias, down, core, up, scale)
+    if grads and (
         x.requires_grad
         or down.requires_grad
         or up.requires_grad
@@ -107,15 +110,21 @@ def _scaled(up: Tensor, b: Tensor, d: Tensor) -> Tensor:
     return up * torch.addr(_ZERO, b, d)
 
 
-def _in_few_calls(x, weight, bias, down, core, up, scale) -> Tensor:
+def _in_few_calls(x, weight, bias, down, core, up, scale, b=None, d=None) -> Tensor:
     if x.dtype is torch.float32:
         # On matrices: of three dimensions F.linear makes two, and three again, in every product.
         rows = in_rows(x)
-        z = torch.mm(rows, down.t())
-        y = F.linear(rows, weight, bias).addmm_(z if core is None else torch.mm(z, core.t()), up.t(), alpha=scale)
+        z, y = torch.mm(rows, down.t()), F.linear(rows, weight, bias)
+        if b is None:
+            y.addmm_(z if core is None else torch.mm(z, core.t()), up.t(), alpha=scale)
+        else:
+            y.addcmul_(torch.mm(z.mul_(d), up.t()), b, value=scale)
         return like_rows(y, x)
     z = F.linear(x.float(), down)
-    s = F.linear(z if core is None else F.linear(z, core), up)
+    if b is None:
+        s = F.linear(z if core is None else F.linear(z, core), up)
+    else:
+        s = F.linear(z.mul_(d), up).mul_(b)
     return F.linear(x, weight, bias).add_(s, alpha=scale)  # rounded as PEFT's sum of 16 bits and fp32 is
 
 
