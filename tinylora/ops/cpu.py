@@ -86,8 +86,8 @@ def linear_on_cpu(
     grads = torch.is_grad_enabled()
     small = not grads and x.numel() <= FEW.get(dtype, 0) and down.dtype is torch.float32
     if diagonals is not None:
-        if small and core is None and x.numel() <= r * K:  # no more rows than ranks: z and s are smaller than U
-            return _in_few_calls(x, weight, bias, down, None, up, scale, *diagonals)
+        if small and x.numel() <= r * K:  # no more rows than ranks: z and s are smaller than U
+            return _in_few_calls(x, weight, bias, down, core, up, scale, *diagonals)
         up = _scaled(up, *diagonals)
     if small:
         return _in_few_calls(x, weight, bias, down, core, up, scale)
@@ -115,16 +115,17 @@ def _in_few_calls(x, weight, bias, down, core, up, scale, b=None, d=None) -> Ten
         # On matrices: of three dimensions F.linear makes two, and three again, in every product.
         rows = in_rows(x)
         z, y = torch.mm(rows, down.t()), F.linear(rows, weight, bias)
+        if core is not None:
+            z = torch.mm(z, core.t())
         if b is None:
-            y.addmm_(z if core is None else torch.mm(z, core.t()), up.t(), alpha=scale)
+            y.addmm_(z, up.t(), alpha=scale)
         else:
             y.addcmul_(torch.mm(z.mul_(d), up.t()), b, value=scale)
         return like_rows(y, x)
     z = F.linear(x.float(), down)
-    if b is None:
-        s = F.linear(z if core is None else F.linear(z, core), up)
-    else:
-        s = F.linear(z.mul_(d), up).mul_(b)
+    if core is not None:
+        z = F.linear(z, core)
+    s = F.linear(z, up) if b is None else F.linear(z.mul_(d), up).mul_(b)
     return F.linear(x, weight, bias).add_(s, alpha=scale)  # rounded as PEFT's sum of 16 bits and fp32 is
 
 
