@@ -19,7 +19,7 @@ from tinylora.ops.siblings import adapted_linears, joined
 
 CONFIGS = {
     "one v": TinyLoraConfig(r=2, u=3, n_tie=100),
-    "a v each": TinyLoraConfig(r=2, u=1),
+    "a v each": TinyLoraConfig(r=2, u=2),
     "LoRA-XS": LoraXSConfig(r=4),
 }
 
@@ -34,6 +34,12 @@ def train(model, seed=3):
 
 def adapted(siblings=True, config=CONFIGS["one v"], **changes):
     return train(tinylora.apply(qwen2(**changes), config, siblings=siblings))
+
+
+@pytest.fixture(autouse=True)
+def side_by_side(monkeypatch):
+    """P lie here as they do on a card; as on a CPU in every other file."""
+    monkeypatch.setattr("tinylora.nn.siblings.SIDE_BY_SIDE", ("cuda", "cpu"))
 
 
 def groups(model) -> set[int]:
@@ -256,6 +262,18 @@ def test_a_model_gives_what_it_gives_without_groups(config, dtype, calls):
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.2}[dtype]
     for a, b in zip(got, expected, strict=True):
         assert (a - b).norm() <= tolerance * b.norm()
+
+
+def test_p_side_by_side_and_with_zeros_between(monkeypatch):
+    inputs, found = {"input_ids": tokens(), "labels": tokens()}, {}
+    for devices, shape in ((("cuda", "cpu"), (3, 2, 2, 2)), (("cuda",), (6, 6, 6))):
+        monkeypatch.setattr("tinylora.nn.siblings.SIDE_BY_SIDE", devices)
+        model = adapted(config=CONFIGS["a v each"])
+        q = model.model.layers[0].self_attn.q_proj
+        wide, P = q.siblings.wide["default"], q.adapters["default"].factors().basis
+        assert wide.basis.shape == shape and P.untyped_storage().data_ptr() == wide.basis.untyped_storage().data_ptr()
+        found[devices] = loss_and_grads(model, **inputs)
+    torch.testing.assert_close(*found.values(), rtol=1e-4, atol=1e-6)
 
 
 def test_zero_numbers_give_the_base_bit_for_bit():

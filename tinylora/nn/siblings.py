@@ -60,8 +60,8 @@ def ungroup(root: nn.Module) -> None:
 class Wide(NamedTuple):
     """The frozen factors of a group: D stacked, U with a block per sibling.
 
-    basis: P side by side, [G, u, r, r], where every sibling has its own v and as many numbers and ranks as the others;
-    otherwise [u, R, R] with a block per sibling.
+    basis: P side by side, [G, u, r, r], on a device of SIDE_BY_SIDE, where every sibling has its own v and as many
+    numbers and ranks as the others; otherwise [u, R, R] with a block per sibling.
     one_v: whether all siblings have the same v; otherwise the group's is theirs one after another.
     parts: the siblings' own factors, views of these
     """
@@ -245,6 +245,10 @@ class Siblings:
             return list(adapted_linears(x.to(weight.dtype), *operands))
 
 
+# The kernels spare the zeros between siblings. For torch on a CPU they cost nothing, and C of blocks three more calls.
+SIDE_BY_SIDE = ("cuda",)
+
+
 def _wide(adapters: list[Adapter]) -> Wide | None:
     """The group's frozen factors, of which the adapters' own become views: a change of theirs is one of it.
 
@@ -261,7 +265,8 @@ def _wide(adapters: list[Adapter]) -> Wide | None:
     down = torch.cat([f.down for f in factors])
     up = torch.block_diag(*(f.up.T for f in factors)).T  # lies in memory as Uᵀ, as every frozen U does
     basis = factors[0].basis
-    beside = basis is not None and not one_v and all(f.basis.shape == basis.shape for f in factors)
+    beside = basis is not None and basis.device.type in SIDE_BY_SIDE and not one_v
+    beside = beside and all(f.basis.shape == basis.shape for f in factors)
     if beside:
         basis = torch.stack([f.basis for f in factors])
     elif basis is not None:

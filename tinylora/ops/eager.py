@@ -175,10 +175,10 @@ def mix(core: Tensor | None, basis: Tensor | None) -> Tensor | None:
     if basis is None:
         return core
     if basis.dim() == 4:
-        (G, u, r, _), dtype = basis.shape, rank_dtype(core, basis)
-        mixed = torch.einsum("...gu,guji->...gji", core.to(dtype).unflatten(-1, (G, u)), basis.to(dtype))
-        blocks = mixed.new_zeros(*core.shape[:-1], G, r, G, r)
-        blocks.diagonal(dim1=-4, dim2=-2).copy_(mixed.movedim(-3, -1))
+        (G, u, r, _), dtype, A = basis.shape, rank_dtype(core, basis), core.shape[:-1].numel()
+        v, P = core.to(dtype).reshape(A, G, u).transpose(0, 1), basis.to(dtype).reshape(G, u, r * r)
+        blocks = P.new_zeros(A, G, r, G, r)
+        blocks.diagonal(0, 1, 3).copy_(torch.bmm(v, P).view(G, A, r, r).permute(1, 2, 3, 0))
         return blocks.view(*core.shape[:-1], G * r, G * r)
     u, r, _ = basis.shape
     if core.dtype == basis.dtype == torch.float32:
@@ -194,9 +194,10 @@ def mix_gradient(dcore: Tensor, basis: Tensor | None) -> Tensor:
     if basis is None:
         return dcore
     if basis.dim() == 4:
-        G, _, r, _ = basis.shape
-        blocks = dcore.unflatten(-1, (G, r)).unflatten(-3, (G, r)).diagonal(dim1=-4, dim2=-2)  # [.., r, r, G]
-        return torch.einsum("...jig,guji->...gu", blocks, basis.to(dcore.dtype)).flatten(-2)
+        (G, u, r, _), A = basis.shape, dcore.shape[:-2].numel()
+        blocks = dcore.reshape(A, G, r, G, r).diagonal(0, 1, 3).permute(3, 0, 1, 2).reshape(G, A, r * r)
+        dv = torch.bmm(blocks, basis.to(dcore.dtype).reshape(G, u, r * r).transpose(1, 2))  # [G, A, u]
+        return dv.transpose(0, 1).reshape(*dcore.shape[:-2], G * u)
     if dcore.dim() == 2 and dcore.dtype == basis.dtype:
         return torch.mv(basis.reshape(len(basis), -1), dcore.reshape(-1))
     return torch.matmul(dcore.flatten(-2), basis.to(dcore.dtype).flatten(-2).t())
