@@ -276,7 +276,7 @@ def decode_tile(M: int, N: int, K: int, dtype: torch.dtype, chip: Card) -> Decod
     split = max(1, min(2 * chip.sms // blocks, K // (4 * k), 16))
     stages = 4 if chip.shared > 150000 and dtype != torch.float32 and (m > 32 or split > 1) else 3
     # On 9.0 nothing is parked, and many programs are what counts.
-    registers = ALL_REGISTERS if dtype == torch.float32 or (m > 32 and not chip.flat) else None
+    registers = ALL_REGISTERS if dtype == torch.float32 or (m > 16 and not chip.flat) else None
     return Decode(m, 64, k, split, 8 if m > 64 and not chip.bulk_copies else 4, stages, registers, chip.pdl)
 
 
