@@ -6,6 +6,7 @@ train. The optimizer is transformers.Trainer's: AdamW, fused.
 
 import copy
 import statistics
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -139,11 +140,8 @@ def _compare(results, size, dtype, kind, bare, plain, prompts, batches, budget, 
         if batch is batches[0]:
             passes.insert(0, (GENERATE, Run.generate, len(prompts)))
         for name, call, M in passes:
-            calls = {
-                who.BARE: lambda call=call, run=pair[0]: call(run),
-                who.PEFT: lambda call=call, run=pair[1]: call(run),
-                PATCHED: lambda call=call, run=pair[1]: call(run),
-            }
+            runs = {who.BARE: pair[0], who.PEFT: pair[1], PATCHED: pair[1]}
+            calls = {provider: partial(call, run) for provider, run in runs.items()}
             if note:
                 del calls[PATCHED]
                 results.add(Row("peft", size, kind, PATCHED, name, M, None, None, r, None, dtype, note=note))

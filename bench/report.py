@@ -18,7 +18,6 @@ the row stays. `python -m bench` measures, `python -m bench table` writes this f
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 BARS = {who.PEFT: 0.85, who.BARE: 1.25}  # ours over each, at most, on a CPU
 BAR_ROWS = 16  # the bars are about M of at least this
-PATCHED = "PEFT's layers under `patch_peft()`"
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -286,7 +285,7 @@ def summary(rows: list[Row]) -> str:
     def grid(what: str) -> _Grid:
         return grids.setdefault(what, _Grid(what))
 
-    on_gpu = rows[0].device.startswith("NVIDIA")
+    on_gpu, patched = rows[0].device.startswith("NVIDIA"), "PEFT's layers under `patch_peft()`"
     together: dict[tuple[str, str, str], list] = defaultdict(list)  # grid, line and column of what is averaged
     for (model, _, dtype, M, pass_), cell in sorted(cells(rows, "layer").items(), key=lambda item: item[0][:4]):
         if on_gpu:  # what a row is about is another thing at every M
@@ -297,9 +296,9 @@ def summary(rows: list[Row]) -> str:
     for (_, _, dtype, _, pass_), cell in sorted(barred(rows).items()):
         together[f"one linear layer, ≥ {BAR_ROWS} rows", dtype, pass_].append(cell)
     for (size, adapter, pass_, _), cell in _by(rows, "peft", lambda r: (r.model, r.layer, r.pass_, r.dtype)):
-        together[PATCHED, f"{size}: {pass_}", adapter].append(cell)
+        together[patched, f"{size}: {pass_}", adapter].append(cell)
     for (what, line, column), found in together.items():
-        grid(what).add(line, column, found, peft.PATCHED if what is PATCHED else who.OURS)
+        grid(what).add(line, column, found, peft.PATCHED if what == patched else who.OURS)
     for key, cell in _by(rows, "model", lambda r: (r.model, r.pass_, r.dtype)):
         if key[1] != "startup":
             grid("a whole model").add(f"{key[0]}, {key[2]}", key[1], [cell])
