@@ -149,6 +149,7 @@ def apply_core(
     """s = z Cᵀ, or z C if TRANSPOSED, in fp32: [BLOCK_M, BLOCK_R], zero beyond R as z is.
 
     CORE "none":  s = z
+    CORE "diagonal": core is C's diagonal [R]
     CORE "dense": core is C [R, R]; with U > 0 it is v [U], and C = Σ_a v_a P_a with basis P [U, R, R]; or C has
                   GROUPS blocks on its diagonal, and P is these alone
     CORE "rows":  the same with a first dimension of `adapters`: row m uses core[ids[m]], -1 gives s = 0, and an id that
@@ -161,6 +162,8 @@ def apply_core(
     real = ranks < R
     if CORE == "none":
         s = z
+    elif CORE == "diagonal":
+        s = z * tl.load(core + ranks, mask=real, other=0.0).to(tl.float32)[None, :]
     elif CORE == "dense" and P <= 8:
         c = mix_core(core, basis, TRANSPOSED, R, U, GROUPS, P)
         s = unfold(tl.sum(fold(z, P)[:, None, :] * c[None, :, :], axis=2), BLOCK_R)

@@ -9,7 +9,7 @@ from torch import Tensor
 class Core(NamedTuple):
     """C of s = z Cᵀ: none (the identity), one for all rows, or one per row by ids; C itself, or v with P.
 
-    values: None, C [r, r], v [u], or one per adapter: [A, r, r], [A, u]
+    values: None, C [r, r], the diagonal of one [r], v [u], or one per adapter: [A, r, r], [A, u]
     basis:  P [u, r, r] where values is v; or [G, u, b, b] with b = r / G, for a C of G blocks on its diagonal and
             nothing between them, of which block g is Σ_a v[g u + a] P[g, a]: layers side by side
     ids:    [M] where there is one per adapter; -1 is no adapter, and what names none gives NaN
@@ -23,7 +23,11 @@ class Core(NamedTuple):
 
     @property
     def kind(self) -> str:
-        return "none" if self.values is None else "dense" if self.ids is None else "rows"
+        if self.values is None:
+            return "none"
+        if self.ids is not None:
+            return "rows"
+        return "diagonal" if self.basis is None and self.values.dim() == 1 else "dense"
 
     @property
     def u(self) -> int:

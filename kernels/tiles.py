@@ -251,9 +251,9 @@ def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int,
         m = 16 if M <= 16 else 64 if width <= 64 else 32
         # A masked step of 128 fits the registers beside 16 rows only.
         whole = K % 128 == 0 or (M <= 16 and K % 8 == 0)
-        k = 128 if width <= 64 and whole else 32 if width > 64 and K % 8 else 64
+        k = 128 if width <= 32 and whole else 32 if width > 64 and K % 8 else 64
     split = max(1, min(2 * chip.sms // max(1, -(-M // m)), K // (4 * k), 32))
-    bounded = dtype == torch.float32 or m == 16
+    bounded = dtype == torch.float32 or m == 16 or (width > 32 and not chip.flat)
     return Thin(m, k, split, width, stages=3, registers=ALL_REGISTERS if bounded else None)
 
 
@@ -444,8 +444,8 @@ def factor_gradient_tile(M: int, C: int, r: int, dtype: torch.dtype, small: bool
         return FactorGradient(16, 32, 32, width)
     slices = max(1, min(264 // -(-C // 64), -(-M // 256), 32))
     rows = pad(-(-M // slices), 64)
-    if width > 64:
-        return FactorGradient(32, 64, rows, width, 8)
+    if width > 32:
+        return FactorGradient(32, 64, rows, width, 8, registers=ALL_REGISTERS)
     if dtype == torch.float32:
         return FactorGradient(32, 64, rows, width, registers=ALL_REGISTERS)
     return FactorGradient(64, 64, rows, width)

@@ -16,6 +16,9 @@ ALL = {"need": ("x", "core", "down", "up")}
 CASES = [
     (8192, 3584, 3584, 2, ALL),  # the fused matmul with [rounded | remainder] in s
     (8192, 3584, 3584, 16, {"core": "none", "factors": f32, **ALL}),  # LoRA with fp32 factors
+    (8192, 3584, 3584, 64, {"core": "diagonal", "factors": f32, **ALL}),  # and scaled
+    (8192, 3584, 3584, 128, {"core": "diagonal", **ALL}),
+    (16, 3584, 3584, 8, {"core": "diagonal", "factors": f32}),
     (8192, 3584, 3584, 64, {"need": ("x", "core")}),  # the widest rank that waits in registers
     (8192, 3584, 3584, 128, ALL),  # ranks in several dots
     (2048, 512, 3584, 2, {"u": 13, "need": ("x", "core")}),  # fewer tiles than programs; C is mixed inside
@@ -100,7 +103,7 @@ def run(
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    one = (u,) if u else (r, r)
+    one = (u,) if u else (r,) if core == "diagonal" else (r, r)
     c = None if core == "none" else empty(*((adapters, *one) if core == "rows" else one), dtype=f32)
     ids = empty(M, dtype=torch.int64) if core == "rows" else None
     groups = len(parts)

@@ -19,7 +19,7 @@ class Problem:
     r: int
     dtype: torch.dtype = torch.float32
     factors: torch.dtype | None = None  # dtype of down and up; None is `dtype`
-    core: str = "dense"  # dense | none | rows | mixed | mixed-rows: the last two are v with a basis P
+    core: str = "dense"  # dense | diagonal | none | rows | mixed | mixed-rows: the last two are v with a basis P
     bias: bool = True
     adapters: int = 3
     u: int = 5
@@ -45,21 +45,23 @@ class Problem:
 
         factors = self.factors or self.dtype
         core_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        one = (self.u,) if self.core.startswith("mixed") else (self.r, self.r)
+        mixed = self.core.startswith("mixed")
+        one = (self.u,) if mixed else (self.r,) if self.core == "diagonal" else (self.r, self.r)
+        spread = 1.0 if self.core == "diagonal" else self.r**-0.5
         per_row = self.core.endswith("rows")
         core = None if self.core == "none" else (self.adapters, *one) if per_row else one
         operands = (
             normal(self.M, self.K, dtype=self.dtype),
             normal(self.N, self.K, dtype=self.dtype, scale=self.K**-0.5),
             normal(self.r, self.K, dtype=factors, scale=self.K**-0.5),
-            None if core is None else normal(*core, dtype=core_dtype, scale=self.r**-0.5),
+            None if core is None else normal(*core, dtype=core_dtype, scale=spread),
             normal(self.N, self.r, dtype=factors, scale=self.r**-0.5),
             normal(self.N, dtype=self.dtype) if self.bias else None,
         )
         ids = torch.randint(-1, self.adapters, (self.M,), generator=g).to(device) if per_row else None
         block = self.r // self.groups
         shape = (self.groups, self.u // self.groups, block, block) if self.groups > 1 else (self.u, self.r, self.r)
-        basis = normal(*shape, dtype=core_dtype, scale=self.r**-0.5) if len(one) == 1 else None
+        basis = normal(*shape, dtype=core_dtype, scale=self.r**-0.5) if mixed else None
         return operands, ids, basis
 
 

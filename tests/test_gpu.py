@@ -36,6 +36,8 @@ PROBLEMS = [
     Problem(16, 3584, 18944, 2, bf16, core="mixed-rows"),
     Problem(33, 512, 3584, 16, bf16, core="rows", adapters=40),
     Problem(65, 3584, 3584, 64, f16),
+    Problem(16, 3584, 3584, 8, bf16, core="diagonal"),
+    Problem(4096, 3584, 3584, 64, bf16, core="diagonal", factors=f32),
     Problem(128, 3584, 3584, 2, bf16, core="mixed", u=13),
     Problem(130, 3584, 3584, 2, bf16),
     Problem(1000, 3584, 3584, 2, bf16, core="mixed-rows"),
@@ -44,6 +46,7 @@ PROBLEMS = [
     Problem(4096, 18944, 3584, 16, bf16, core="none", factors=f32),
     Problem(4099, 3584, 3584, 64, f16),
     Problem(4096, 3584, 3584, 128, bf16),
+    Problem(1000, 3584, 3584, 256, bf16, core="diagonal", factors=f32),  # no kernel takes the rank
     Problem(515, 3580, 3580, 2, bf16),  # rows that bulk copies refuse
     Problem(515, 517, 515, 3, f16),
     Problem(16, 512, 1024, 2, f32),
@@ -66,7 +69,7 @@ def test_numbers(problem, poison_empty):
         assert_as_good_as_torch(name, value, want[name], own[name])
 
 
-@pytest.mark.parametrize("problem", PROBLEMS[1:17], ids=lambda p: p.id)
+@pytest.mark.parametrize("problem", PROBLEMS[1:19], ids=lambda p: p.id)
 def test_bitwise_repeatable(problem):
     """Programs arrive in another order every time; the sums must not notice."""
     operands, ids, basis = problem.operands(device="cuda")

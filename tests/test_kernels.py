@@ -37,6 +37,7 @@ PROBLEMS = [
     Problem(5, 64, 96, 8, core="none"),
     Problem(65, 40, 72, 2, bf16, core="rows"),
     Problem(37, 40, 72, 8, core="rows", bias=False),
+    Problem(37, 40, 72, 3, bf16, core="diagonal"),
     Problem(37, 40, 72, 3, core="mixed"),
     Problem(37, 40, 72, 3, bf16, core="mixed-rows"),
     Problem(21, 40, 72, 5, core="mixed", u=90),  # more P than are mixed at once
@@ -46,6 +47,7 @@ PROBLEMS = [
     Problem(5, 77, 100, 13),  # decode in two launches
     Problem(65, 40, 72, 16, f16, core="rows"),
     Problem(33, 40, 72, 64, bf16),
+    Problem(33, 40, 72, 70, bf16, core="diagonal", factors=f32),
     Problem(33, 40, 72, 13, core="mixed-rows"),
     Problem(33, 40, 72, 100, bf16, core="none"),  # rank in several dots
     Problem(130, 72, 104, 2),  # bulk copies
@@ -53,6 +55,7 @@ PROBLEMS = [
     Problem(130, 72, 104, 2, bf16),
     Problem(130, 64, 64, 2, core="none", bias=False),  # every size a whole number of tiles but M
     Problem(130, 72, 104, 8, bf16, core="rows"),
+    Problem(130, 72, 104, 13, core="diagonal"),
     Problem(130, 72, 104, 3, core="mixed"),
     Problem(130, 72, 104, 13, bf16, core="mixed-rows"),
     Problem(130, 72, 104, 16, bf16, factors=f32),
@@ -247,7 +250,7 @@ def test_every_split_of_k_in_decode(split, monkeypatch):
         hold(Problem(9, 77, 100, r, bf16, core="rows"))
 
 
-@pytest.mark.parametrize("core", ["none", "dense", "rows", "mixed", "mixed-rows"])
+@pytest.mark.parametrize("core", ["none", "dense", "diagonal", "rows", "mixed", "mixed-rows"])
 @pytest.mark.parametrize("transposed, factors", [(False, bf16), (True, f32)])
 def test_the_thin_pass_keeps_the_core_in_fp32(core, transposed, factors):
     """s as [rounded | remainder] and fp32 factors beside bf16 are exact to 16 bits."""
@@ -269,6 +272,15 @@ def test_the_thin_pass_reads_no_rank_beyond_r():
     (x, _, down, *_), _, _ = Problem(40, 8, 72, 3).operands()
     _, s = thin(surround(x), surround(down), Core(), tiles.Thin(16, 32, 1, 16), "ieee", want_s=True)
     assert s.isfinite().all()
+
+
+@pytest.mark.parametrize("M, r", [(5, 3), (5, 13), (130, 13)])
+def test_no_number_behind_a_diagonal_is_read(M, r):
+    (x, weight, down, core, up, bias), *_ = Problem(M, 72, 104, r, bf16, core="diagonal").operands()
+    behind = torch.full((64,), float("nan"))
+    behind[:r] = core
+    y = adapted_linear(x, weight, down, behind[:r], up, bias)
+    assert torch.equal(y, adapted_linear(x, weight, down, core, up, bias)) and y.isfinite().all()
 
 
 @pytest.mark.parametrize("M, N, K", [(20, 40, 72), (130, 72, 104), (130, 77, 105)], ids=["decode", "bulk", "pointers"])

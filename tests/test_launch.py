@@ -204,6 +204,7 @@ KINDS += [
     (1, {"N": 77, "K": 100}, {}),
     (5, {"r": 16}, {}),
     (5, {"r": 32, "core": "dense"}, {}),
+    (5, {"r": 32, "core": "diagonal"}, {}),
     (5, {"r": 32, "core": "dense", "dtype": f32}, {}),
     (5, {"N": 16, "K": 16, "r": 16, "core": "dense", "bias": False}, {}),
     (200, {"N": 512, "K": 1 << 14}, {}),  # the library multiplies
@@ -315,6 +316,7 @@ BOUND = {
     "a split of K": {"N": 512, "K": 1024},
     "no bias": {"bias": False},
     "C itself": {"core": "dense"},
+    "its diagonal": {"core": "diagonal"},
     "fp16": {"dtype": f16},
     "a batch": {"M": 8},
     "decode in two launches": {"M": 8, "r": 16},
@@ -369,8 +371,8 @@ def test_a_bound_launch_is_handed_what_a_planned_one_is(changes, parts):
         want, (dx, dcore) = launched(backward)
         assert bound.backward(dys, z) is None
         bound.learn_backward(dys, z)
-        # Parts that are put together first, for two launches: the long way.
-        if parts > 1 and (changes.get("r") == 16 or changes.get("N") == 544):
+        # Parts that are put together first, for two launches, and a diagonal's gradient: the long way.
+        if changes.get("core") == "diagonal" or (parts > 1 and (changes.get("r") == 16 or changes.get("N") == 544)):
             assert bound.backward(dys, z) is None
             return
         found, (other, other_core) = launched(lambda: bound.backward(dys, z))

@@ -17,6 +17,8 @@ PROBLEMS = [
     Problem(65, 130, 100, 13),
     Problem(64, 32, 300, 2, core="none"),
     Problem(64, 32, 300, 2, bias=False),
+    Problem(37, 48, 64, 3, core="diagonal"),
+    Problem(33, 96, 256, 13, bf16, core="diagonal", factors=f32),
     Problem(37, 48, 64, 3, core="rows"),
     Problem(0, 48, 64, 3, core="rows"),
     Problem(37, 48, 64, 3, core="mixed"),
@@ -52,8 +54,39 @@ def test_numbers(problem, operator, poison_empty):
         assert value.dtype == operand.dtype, name
 
 
+@pytest.mark.parametrize("core", ["dense", "diagonal", "rows"])
+@pytest.mark.parametrize("factors", [bf16, f32], ids=str)
+def test_numbers_as_a_card_multiplies_them(core, factors, monkeypatch):
+    """Where no kernel takes the rank: bf16 products summed in fp32, the wide factor in two parts."""
+    mm, wide = torch.mm, []
+
+    def of_a_card(a, b, out_dtype=None):
+        if out_dtype is None:
+            return mm(a, b)
+        assert a.dtype == b.dtype == bf16 and out_dtype == f32
+        wide.append(a.shape)
+        return mm(a.float(), b.float())
+
+    problem = Problem(130, 96, 256, 20, bf16, core=core, factors=factors)
+    operands, ids, basis = problem.operands()
+    dy = torch.randn(130, 96).to(bf16)
+    want, own = exact(operands, ids, basis, dy), torch_own(operands, ids, basis, dy)
+    monkeypatch.setattr(eager, "on_tensor_cores", lambda x, dtype: x.dtype is bf16 and dtype is f32)
+    monkeypatch.setattr(torch, "mm", of_a_card)
+    ours = grads(adapted_linear, operands, ids, basis, dy)
+    for name, value in ours.items():
+        assert_as_good_as_torch(name, value, want[name], own[name])
+    assert len(wide) == 4  # z, t, dD, dU
+    x, down = operands[0], operands[2].float()
+    exactly = x.double() @ down.double().t()
+    assert (eager.thin(x, down) - exactly).abs().max() < 2**-14 * exactly.abs().max()
+    z = exactly.float()
+    exactly = z.double().t() @ x.double()
+    assert (eager.thin_transposed(z, x) - exactly).abs().max() < 2**-14 * exactly.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [f32, f16, bf16], ids=str)
-@pytest.mark.parametrize("core", ["dense", "rows", "mixed"])
+@pytest.mark.parametrize("core", ["dense", "diagonal", "rows", "mixed"])
 @pytest.mark.parametrize("shape", [(33,), (3, 11), (2, 3, 5)], ids=str)
 def test_a_zero_core_gives_the_base_layer_bit_for_bit(dtype, core, shape):
     (x, weight, down, c, up, bias), _, basis = Problem(33, 96, 256, 2, dtype, core=core).operands()
@@ -141,7 +174,7 @@ def test_saved_memory(asked, per_row, operator):
     assert sum(saved.values()) == {"r": M * r * 4, "K": M * K * 2, "": 0}[per_row]
 
 
-@pytest.mark.parametrize("core", ["dense", "none", "rows", "mixed", "mixed-rows"])
+@pytest.mark.parametrize("core", ["dense", "diagonal", "none", "rows", "mixed", "mixed-rows"])
 def test_gradcheck_and_opcheck(core, operator):
     operands, ids, basis = Problem(4, 5, 6, 2, f64, core=core).operands()
     leaves = [None if t is None else t.requires_grad_() for t in operands]
@@ -167,7 +200,7 @@ class Module(torch.nn.Module):
         return F.gelu(y)
 
 
-@pytest.mark.parametrize("core", ["dense", "mixed-rows"])
+@pytest.mark.parametrize("core", ["dense", "diagonal", "mixed-rows"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph_with_dynamic_shapes(core, backend):
     torch._dynamo.reset()
@@ -237,6 +270,7 @@ def broken(**changes):
             "up has shape (9, 2), expected (8, 2): weight is (8, 16) (N, K) and down is (2, 16) (r, K)",
         ),
         ({"core": torch.randn(2, 3)}, "core has shape (2, 3), expected (2, 2)"),
+        ({"core": torch.randn(3)}, "core has shape (3,), expected (2, 2)"),
         ({"core": torch.randn(4, 2, 2)}, "needs adapter_ids"),
         ({"bias": torch.randn(7)}, "bias has shape (7,), expected (8,)"),
         ({"x": torch.randn(6, 16).bfloat16()}, "x has dtype torch.bfloat16, expected weight's torch.float32"),

@@ -34,7 +34,7 @@ class AdaLora(Adapter):
         return tuple(self._buffers)
 
     def factors(self) -> Factors:
-        return Factors(self.down, torch.diag(self.shared.config.scale * self.lam), self.up)
+        return Factors(self.down, self.shared.config.scale * self.lam, self.up)
 
     @torch.no_grad()
     def add_orthogonality(self, gamma: float) -> None:

@@ -28,7 +28,8 @@ STACKED = "stacked_"
 
 
 class Factors(NamedTuple):
-    """What `adapted_linear` takes of an adapter: the correction is ((x Dᵀ) Cᵀ) Uᵀ, C = core or Σᵢ coreᵢ basisᵢ."""
+    """What `adapted_linear` takes of an adapter: the correction is ((x Dᵀ) Cᵀ) Uᵀ, where C is core, or the diagonal
+    matrix of it, or Σᵢ coreᵢ basisᵢ."""
 
     down: Tensor
     core: Tensor | None
@@ -38,11 +39,17 @@ class Factors(NamedTuple):
     def delta(self) -> Tensor:
         """U C D, [N, K], in fp32 (fp64 if a factor is): what merging adds to the weight."""
         dtype = torch.promote_types(torch.float32, self.up.dtype)
-        core = self.core
+        return self.up_core(dtype) @ self.down.to(dtype)
+
+    def up_core(self, dtype: torch.dtype) -> Tensor:
+        """U C, [N, r], in `dtype`: up of the same adapter without a core."""
+        up = self.up.to(dtype)
+        if self.core is None:
+            return up
+        core = self.core.to(dtype)
         if self.basis is not None:
-            core = torch.einsum("u,uij->ij", core.to(dtype), self.basis.to(dtype))
-        up = self.up.to(dtype) if core is None else self.up.to(dtype) @ core.to(dtype)
-        return up @ self.down.to(dtype)
+            core = torch.einsum("u,uij->ij", core, self.basis.to(dtype))
+        return up * core if core.dim() == 1 else up @ core
 
 
 class KeepsFp32(nn.Module):

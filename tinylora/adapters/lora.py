@@ -7,15 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import torch
-
 from tinylora.adapters import noise
 from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Site, require, require_whole
-
-
-def scaled_identity(r: int, scale: float) -> Numbers:
-    """The core s · I, frozen."""
-    return Numbers((r, r), lambda r, _: scale * torch.eye(r), trains=False)
 
 
 class Lora(Adapter):
@@ -33,7 +26,7 @@ class LoraConfig(AdapterConfig):
     alpha:  the update is scaled by alpha / r
     rslora: scale by alpha / √r instead
 
-    Where the scale is not 1 it stands in the core, s · I: applied at rank r, on the way.
+    Where the scale is not 1 it stands in the core, on its diagonal: applied at rank r, on the way.
     ValueError on anything else.
     """
 
@@ -54,5 +47,5 @@ class LoraConfig(AdapterConfig):
 
     def local(self, site: Site) -> dict[str, Numbers]:
         down = Numbers((self.r, site.K), partial(noise.uniform, self.seed, f"{site.name}.down", site.K**-0.5))
-        core = {} if self.scale == 1 else {"core": scaled_identity(self.r, self.scale)}
+        core = {} if self.scale == 1 else {"core": Numbers((self.r,), self.scale, trains=False)}
         return {"down": down, "up": Numbers((site.N, self.r))} | core

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
-
 from tinylora.adapters import noise
 from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Site, require, require_whole
 from tinylora.adapters.vera import kaiming
@@ -37,7 +35,7 @@ class TiedLora(Adapter):
 
     def factors(self) -> Factors:
         down, up, u, v = (getattr(self.shared, place) if place else None for place in self.places)
-        return Factors(down, None if u is None else torch.diag(u), up if v is None else v[:, None] * up)
+        return Factors(down, u, up if v is None else v[:, None] * up)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import torch
-
 from tinylora.adapters import noise
 from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Site, require, require_whole
 
@@ -17,7 +15,7 @@ from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Sit
 class Vera(Adapter):
     def factors(self) -> Factors:
         down, up = self.shared.down[:, : self.site.K], self.shared.up[: self.site.N]
-        return Factors(down, torch.diag(self.d), self.b[:, None] * up)
+        return Factors(down, self.d, self.b[:, None] * up)
 
 
 @dataclass(frozen=True)

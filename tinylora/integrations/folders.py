@@ -168,12 +168,10 @@ def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.Pat
     factors, whole = {}, {}
     with torch.no_grad():
         for name, layer in adapted_layers(model).items():
-            down, core, up, mixing = layer.adapters["default"].factors()
-            if mixing is not None:
-                core = torch.einsum("u,uij->ij", core.float(), mixing.float())
+            own = layer.adapters["default"].factors()
             weight = f"{name}.weight"
             source.find(weight, tuple(layer.weight.shape))
-            factors[weight] = down.float(), up.float() if core is None else up.float() @ core.float()
+            factors[weight] = own.down.float(), own.up_core(torch.float32)
     for name, t in named_numbers(model).items():
         if name.startswith("saved."):
             name = name.removeprefix("saved.")

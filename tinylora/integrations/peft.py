@@ -12,7 +12,7 @@ factors are read from the layer every time, whatever an optimiser, a load or `.d
     VeRA             A[:, :K]  diag(lambda_d)          diag(lambda_b) B
     AdaLoRA          A         diag(E) scaling / rank  B
 
-In eager torch on a CPU what is diagonal is a part of up, or a factor (`ops.cpu`).
+What is diagonal is handed over as its [r] numbers; in eager torch on a CPU it is a part of up, or a factor (`ops.cpu`).
 
 Every layer gives the dtype that PEFT's own gives, and rounds once where PEFT's rounds the base, the correction and
 their sum. Under autocast, x, the base's weight and its bias are cast as F.linear's would be; the factors stay as they
@@ -131,7 +131,7 @@ def _lora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         and type(up) in _TENSORS
     ):
         return linear_on_cpu(x, weight, bias, down, None, up, scale)
-    return _operator(x, weight, down, _scaled_identity(down.shape[0], scale, x.device), up, bias)
+    return _operator(x, weight, down, _every(down.shape[0], scale, x.device), up, bias)
 
 
 def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
@@ -167,7 +167,7 @@ def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         return linear_on_cpu(x, weight, bias, down, None, up, diagonals=(b, d))
     if not down.device == up.device == b.device == d.device:
         return "operands on several devices"
-    return _operator(x, weight, down, torch.diag(d), b[:, None] * up, bias)
+    return _operator(x, weight, down, d, b[:, None] * up, bias)
 
 
 # The gradient of lambda_b takes one more product [N, M] [M, r] than PEFT's, which keeps Y's correction instead: at a
@@ -201,7 +201,7 @@ def _adalora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
             return linear_on_cpu(x, weight, bias, down, None, up * E.view(-1), scale / (ranknum.item() + 1e-5))
         # on a bf16 base PEFT's cast of the adapter to fp32 leaves ranknum trainable: its gradient is asked for, too
         return linear_on_cpu(x, weight, bias, down, None, up * (E.view(-1) * (scale / (ranknum + 1e-5))))
-    return _operator(x, weight, down * (E * (scale / (ranknum + 1e-5))), None, up, bias)
+    return _operator(x, weight, down, E.view(-1) * (scale / (ranknum + 1e-5)), up, bias)
 
 
 _ABSENT = "the active adapter is not in this layer"
@@ -331,18 +331,19 @@ def _operator(x, weight, down, core, up, bias, basis=None) -> Tensor | str:
     return unchecked(x, weight, down, core, up, bias, None, basis)
 
 
-def _scaled_identity(r: int, scale: float, device: torch.device) -> Tensor | None:
+def _every(r: int, scale: float, device: torch.device) -> Tensor | None:
+    """The diagonal of scale · I, [r]; None for I."""
     if scale == 1:
         return None
     if _is_compiling():
-        return scale * torch.eye(r, device=device)
+        return torch.full((r,), scale, device=device, dtype=torch.float32)
     return _constant(r, scale, device)
 
 
 @functools.lru_cache(maxsize=1024)
 def _constant(r: int, scale: float, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a tensor of inference mode could not be kept for a backward later
-        return scale * torch.eye(r, device=device)
+        return torch.full((r,), scale, device=device, dtype=torch.float32)
 
 
 def patch_peft() -> None:

@@ -195,10 +195,8 @@ def _plain_lora(shared, layers) -> tuple[dict[str, Any], dict[str, Tensor]]:
     ranks = set()
     with torch.no_grad():
         for site, adapter in layers.items():
-            down, core, up, basis = adapter.factors()
-            if basis is not None:
-                core = torch.einsum("u,uij->ij", core.double(), basis.double())
-            up = up if core is None else up.double() @ core.double()
+            factors = adapter.factors()
+            down, up = factors.down, factors.up_core(torch.float64)
             ranks.add(len(down))
             # copies: factors that layers share are one tensor, and safetensors refuses those
             tensors[f"{_PREFIX}{site}.lora_A.weight"] = down.float().clone()

@@ -17,7 +17,10 @@ def low_rank(x: Tensor, down: Tensor, core: Tensor | None, up: Tensor, basis: Te
     if basis is not None:
         core = torch.einsum("u,uij->ij", core, basis)
     z = F.linear(x, down.to(x.dtype))
-    return F.linear(z if core is None else F.linear(z, core.to(x.dtype)), up.to(x.dtype))
+    if core is not None:
+        core = core.to(x.dtype)
+        z = z * core if core.dim() == 1 else F.linear(z, core)
+    return F.linear(z, up.to(x.dtype))
 
 
 class Linear(nn.Linear):

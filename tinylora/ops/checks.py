@@ -19,7 +19,7 @@ def fits(x, weight, down, core, up, bias, adapter_ids, basis) -> bool:
         return False
     (N, K), (r, _), dtype, device = weight.shape, down.shape, weight.dtype, weight.device
     if basis is None:
-        core_fits = core is None or core.shape == (r, r)
+        core_fits = core is None or core.shape == (r, r) or core.shape == (r,)
     else:
         core_fits = core is not None and core.dim() == 1 and basis.shape == (*core.shape, r, r) and len(core) > 0
         core_fits = core_fits and basis.dtype in FLOATS and basis.device == device and not basis.requires_grad
@@ -70,7 +70,7 @@ def explain(x, weight, down, core, up, bias, adapter_ids, basis) -> None:
             raise ValueError(f"basis has shape {tuple(basis.shape)}, expected (u, {r}, {r}): down is {(r, K)} (r, K)")
         one, why = (basis.shape[0],), f"basis is {tuple(basis.shape)} (u, r, r)"
     if adapter_ids is None:
-        if core is not None:
+        if core is not None and (basis is not None or core.shape != (r,)):  # [r] is the diagonal of one
             wants("core", core, one, f"{why}; a core per row, {('A', *one)}, needs adapter_ids")
     else:
         if core is None:

@@ -3,7 +3,8 @@
 Three rules keep it fast and exact:
 - Y is touched twice, by the frozen matmul and by one in-place addmm; no delta, no sum, no cast of Y exists.
 - Everything at rank r (z, s, t, q: [M, r]) is fp32 even for bf16 operands. Torch has no bf16 x bf16 -> fp32
-  matmul on CPUs, so `thin` upcasts a block of rows that stays in the L2 cache, never the whole of x.
+  matmul on CPUs, so `thin` upcasts a block of rows that stays in the L2 cache, never the whole of x. On a card it has
+  one, and the other factor comes as two bf16 numbers: what fp32 has no tensor cores for.
 - Up to rank 8 what is [M, r] lies in memory as its transpose, [r, M], which BLAS makes from x in 0.6 of the time and
   reads as fast. MKL has one thread for such a product, however many there are: each thread gets a panel of rows.
 - s = 0 adds exact zeros: with a zero core the result is F.linear's, bit for bit.
@@ -66,9 +67,25 @@ def panels(x: Tensor) -> int:
     return threads if M % threads == 0 and threads * 32 <= M else 1
 
 
+def on_tensor_cores(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether bf16 numbers are multiplied, and fp32 ones wanted, where the library does that in one product."""
+    return x.is_cuda and x.dtype is torch.bfloat16 and dtype is torch.float32 and torch.version.cuda is not None
+
+
+def in_two_parts(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """[high; low] in dtype, as in kernels.blocks.dot_wide: rows of t rounded, and what rounding lost."""
+    high = t.to(dtype)
+    return torch.cat((high, (t - high).to(dtype)))
+
+
 def thin(x: Tensor, down: Tensor) -> Tensor:
     """z = X Dᵀ, [M, r] in rows or in columns, in fp32 (fp64 if an operand is), whatever the dtype of x."""
     dtype = torch.float64 if torch.float64 in (x.dtype, down.dtype) else torch.float32
+    if on_tensor_cores(x, dtype):
+        if down.dtype is x.dtype:
+            return torch.mm(x, down.t(), out_dtype=dtype)
+        high, low = torch.mm(x, in_two_parts(down, x.dtype).t(), out_dtype=dtype).chunk(2, 1)
+        return high + low
     if down.dtype is not dtype:
         down = down.to(dtype)
     if down.stride(1) != 1:  # BLAS takes three times as long on the [N, r] layout that Uᵀ comes in
@@ -115,6 +132,9 @@ def add_product(y: Tensor, s: Tensor, factor: Tensor, scale: float = 1.0) -> Non
 
 def thin_transposed(s: Tensor, x: Tensor) -> Tensor:
     """sᵀ X, [r, K], for s of [M, r]: the gradient of a thin factor, summed over rows in s's dtype."""
+    if on_tensor_cores(x, s.dtype):
+        high, low = torch.mm(in_two_parts(s.t(), x.dtype), x, out_dtype=s.dtype).chunk(2)
+        return high + low
     if x.dtype is s.dtype:
         return _thin_transposed(s, x)
     if at_once(x):
@@ -137,14 +157,14 @@ def apply_core(
 ) -> Tensor:
     """s = z Cᵀ, or z C if `transposed`; with `adapter_ids` row m meets core[adapter_ids[m]], and -1 gives 0.
 
-    gaps: whether an id may be -1
+    core: C, or its diagonal; gaps: whether an id may be -1
     """
     if core is None:
         return z
     if core.dtype != z.dtype:
         core = core.to(z.dtype)
     if adapter_ids is None:
-        return torch.mm(core.t() if transposed else core, z.t()).t()
+        return z * core if core.dim() == 1 else torch.mm(core.t() if transposed else core, z.t()).t()
     M, r = z.shape
     chosen = adapter_ids.clamp(min=0) if gaps else adapter_ids
     parts = []
@@ -156,9 +176,10 @@ def apply_core(
 
 
 def core_gradient(t: Tensor, z: Tensor, core: Tensor, adapter_ids: Tensor | None) -> Tensor:
-    """dC = tᵀ z, or with `adapter_ids` one such sum for every adapter over the rows that used it."""
+    """dC = tᵀ z, or with `adapter_ids` one such sum for every adapter over the rows that used it; of a diagonal core
+    the diagonal."""
     if adapter_ids is None:
-        return torch.mm(t.t(), z)
+        return (t * z).sum(0) if core.dim() == 1 else torch.mm(t.t(), z)
     A, r, _ = core.shape
     total = t.new_zeros(A + 1, r, r)  # the last one takes the rows without an adapter
     slots = torch.where(adapter_ids < 0, A, adapter_ids)
@@ -278,14 +299,16 @@ def backward(
     if need_down:
         ddown = thin_transposed(q, in_rows(x)).to(down.dtype)
     if need_core:
-        dcore = torch.mm(h, up.to(h.dtype)).t() if t is None else core_gradient(t, z, core, adapter_ids)
+        if t is not None:
+            dcore = core_gradient(t, z, core, adapter_ids)
+        elif core.dim() == 1:
+            dcore = (h * up.to(h.dtype).t()).sum(1)
+        else:
+            dcore = torch.mm(h, up.to(h.dtype)).t()
         dcore = mix_gradient(dcore, basis).to(core_dtype)
     if need_up:
-        if one:
-            dup = h if core is None else torch.mm(core.to(h.dtype), h)
-        else:
-            dup = thin_transposed(apply_core(z, core, adapter_ids), dy)
-        dup = dup.t().to(up.dtype).contiguous()
+        dup = apply_core(h.t(), core, None) if one else thin_transposed(apply_core(z, core, adapter_ids), dy).t()
+        dup = dup.to(up.dtype).contiguous()
     if need_bias:
         dbias = dy.sum(0)
     return dx, dweight, ddown, dcore, dup, dbias

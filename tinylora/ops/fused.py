@@ -380,7 +380,7 @@ class Bound:
         key = tuple([(dy.shape, dy.stride(), dy.dtype, dy.device) for dy in dys])
         if key in self.ways or not self._may_learn(z) or any(_walkable(dy) is not dy for dy in dys):
             return
-        if self.core.values is None or self.core.values.dtype != torch.float32 or not z.is_contiguous():
+        if self.core.kind in ("none", "diagonal") or self.core.values.dtype != torch.float32 or not z.is_contiguous():
             return
         weight, down, up, _ = self.operands
         x = dys[0] if len(dys) == 1 else dys
@@ -528,7 +528,10 @@ def _thin_alone(dy: Operand, up: Tensor, theirs: Core) -> Tensor:
 
 def _core_gradient(t: Tensor, z: Tensor, core: Tensor, ours: Core, basis: Tensor | None, dtype: torch.dtype) -> Tensor:
     """dC, or dv, in the core's dtype; `ours` is the core as the kernels take it, `dtype` dY's."""
-    dcore = _core_way(t, z, ours, dtype).run(t, z, ours)
+    if ours.kind == "diagonal":  # few train one, and it is r sums
+        dcore = eager.core_gradient(t, z, core, None)
+    else:
+        dcore = _core_way(t, z, ours, dtype).run(t, z, ours)
     if basis is not ours.basis:
         dcore = eager.mix_gradient(dcore, basis)
     return dcore if dcore.dtype == core.dtype else dcore.to(core.dtype)

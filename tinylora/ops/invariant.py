@@ -64,6 +64,9 @@ def apply_core(z: Tensor, r: int, core: Tensor | None, adapter_ids: Tensor | Non
     if core is None:
         real.copy_(z[:, :r])
         return s
+    if adapter_ids is None and core.dim() == 1:
+        torch.mul(z[:, :r], core, out=real)
+        return s
     if adapter_ids is not None:
         core = core[adapter_ids.clamp(min=0)]  # [M, r, r]
     for i in range(r):

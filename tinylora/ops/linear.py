@@ -32,7 +32,7 @@ def adapted_linear(
     x:           [..., K], the dtype of weight
     weight:      [N, K], frozen or not
     down:        [r, K], any floating dtype
-    core:        [r, r], or None for the identity, or [A, r, r] with adapter_ids
+    core:        [r, r], or [r] for its diagonal, or None for the identity, or [A, r, r] with adapter_ids
     up:          [N, r], any floating dtype
     bias:        [N] or None, the dtype of weight
     adapter_ids: one integer per row of x ([M], or x's leading dimensions): row m uses core[adapter_ids[m]],

@@ -22,6 +22,6 @@ def adapted_linear(
         s = (rows @ z.unsqueeze(-1)).squeeze(-1)
         s = s.masked_fill((adapter_ids.reshape(x.shape[:-1]) < 0).unsqueeze(-1), 0)
     else:
-        s = z if core is None else z @ core.T
+        s = z if core is None else z * core if core.dim() == 1 else z @ core.T
     y = x @ weight.T + s @ up.T
     return y if bias is None else y + bias
