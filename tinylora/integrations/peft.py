@@ -26,6 +26,7 @@ from importlib import import_module
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from tinylora.ops.checks import fits
@@ -61,7 +62,8 @@ def _plain(linear: nn.Module) -> bool:
 # are of one dtype and device; `on_cpu` says that they are plain ones there and weight is frozen. A layer of a small
 # model takes ten microseconds and its code is in no cache when its turn comes: calls of Python's and looks through
 # nn.Module's __getattr__ or a container's __getitem__ would cost more, so `__dict__` and the registries are read
-# directly, and conditions stand where they are asked.
+# directly, and conditions stand where they are asked. FSDP and DataParallel take parameters out of the registry and put
+# their tensors into `__dict__`.
 
 
 def _tinylora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
@@ -73,7 +75,8 @@ def _tinylora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
     if type(dropout) is not nn.Identity and _drops(dropout):
         return _DROPS
     if "_tinylora_v_key" in layer:
-        v = modules["tinylora_v"].__dict__["_modules"][name].__dict__["_parameters"].get(layer["_tinylora_v_key"][name])
+        key, own = layer["_tinylora_v_key"][name], modules["tinylora_v"].__dict__["_modules"][name].__dict__
+        v = own["_parameters"].get(key, own.get(key))
     else:  # PEFT 0.21.0
         v = layer["_tinylora_v_ref"].get(name)
     if v is None:
@@ -119,9 +122,12 @@ def _lora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         or "forward" in b
     ):
         return "lora_A or lora_B is not a plain torch.nn.Linear, or has hooks"
-    down, up, scale = a["_parameters"]["weight"], b["_parameters"]["weight"], layer["scaling"][name]
-    if b["_parameters"]["bias"] is not None:
+    scale = layer["scaling"][name]
+    down, up = a["_parameters"].get("weight", a.get("weight")), b["_parameters"].get("weight", b.get("weight"))
+    if b["_parameters"].get("bias", b.get("bias")) is not None:
         return "lora_bias"
+    if isinstance(scale, Tensor):  # PEFT's hotswap makes it one, whose value changes in place
+        return _operator(x, weight, down, scale.reshape(1).expand(down.shape[0]), up, bias)
     if (
         on_cpu
         and down.is_cpu
@@ -136,7 +142,8 @@ def _lora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
 
 def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
     modules = layer["_modules"]
-    d = modules["vera_lambda_d"].__dict__["_parameters"].get(name)
+    d, b = modules["vera_lambda_d"].__dict__, modules["vera_lambda_b"].__dict__
+    d, b = d["_parameters"].get(name, d.get(name)), b["_parameters"].get(name, b.get(name))
     if d is None:
         return _ABSENT
     if layer["quantization_backend"] is not None:
@@ -144,7 +151,6 @@ def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
     dropout = modules["vera_dropout"].__dict__["_modules"][name]
     if type(dropout) is not nn.Identity and _drops(dropout):
         return _DROPS
-    b = modules["vera_lambda_b"].__dict__["_parameters"][name]
     down = modules["vera_A"].__dict__["_buffers"][name]
     up = modules["vera_B"].__dict__["_buffers"][name]
     (N, K), (r, width) = weight.shape, down.shape
@@ -177,14 +183,15 @@ _VERA = 1 << 14
 
 def _adalora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
     modules = layer["_modules"]
-    down = modules["lora_A"].__dict__["_parameters"].get(name)
+    down, up, E, ranknum = (modules[part].__dict__ for part in ("lora_A", "lora_B", "lora_E", "ranknum"))
+    down, up = down["_parameters"].get(name, down.get(name)), up["_parameters"].get(name, up.get(name))
+    E, ranknum = E["_parameters"].get(name, E.get(name)), ranknum["_parameters"].get(name, ranknum.get(name))
     if down is None:
         return _ABSENT
     dropout = modules["lora_dropout"].__dict__["_modules"][name]
     if type(dropout) is not nn.Identity and _drops(dropout):
         return _DROPS
-    E, up = modules["lora_E"].__dict__["_parameters"][name], modules["lora_B"].__dict__["_parameters"][name]
-    ranknum, scale = modules["ranknum"].__dict__["_parameters"][name], layer["scaling"][name]
+    scale = layer["scaling"][name]
     if (
         on_cpu
         and down.is_cpu
@@ -197,7 +204,7 @@ def _adalora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         and type(E) in _TENSORS
         and E.numel() > 0  # all of a layer's triplets may be pruned
     ):
-        if not (ranknum.requires_grad and _grads()):
+        if not (ranknum.requires_grad and _grads()) and not isinstance(scale, Tensor):
             return linear_on_cpu(x, weight, bias, down, None, up * E.view(-1), scale / (ranknum.item() + 1e-5))
         # on a bf16 base PEFT's cast of the adapter to fp32 leaves ranknum trainable: its gradient is asked for, too
         return linear_on_cpu(x, weight, bias, down, None, up * (E.view(-1) * (scale / (ranknum + 1e-5))))
@@ -243,10 +250,11 @@ def _why_not(layer, x, args, kwargs, cls) -> str:
         return "the base layer is not a plain torch.nn.Linear, or has hooks"
     if not layer.__dict__.get("cast_input_dtype_enabled", True):
         return "casting of the input is off"
-    weight = layer._modules["base_layer"]._parameters["weight"]
+    base = layer._modules["base_layer"]
+    weight = base._parameters.get("weight", base.__dict__.get("weight"))
     if type(x) not in _TENSORS or type(weight) not in _TENSORS:
         return "a tensor subclass"
-    return "something looks at every call (global hooks, a dispatch mode, torch.func, torch.jit.trace)"
+    return "something looks at every call (global hooks, a dispatch mode, torch.func, dual numbers, torch.jit.trace)"
 
 
 def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, gives_dtype_of_x: bool) -> Callable:
@@ -275,12 +283,12 @@ def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, giv
             and not own["_backward_hooks"]
             and not own["_backward_pre_hooks"]
             and "forward" not in own
-            and type(weight := own["_parameters"]["weight"]) in _TENSORS
+            and type(weight := own["_parameters"].get("weight", own.get("weight"))) in _TENSORS
             and type(x) in _TENSORS
             and (compiling or not _watched())
         ):
-            bias = own["_parameters"]["bias"]
-            if _autocasts() and torch.is_autocast_enabled(x.device.type):
+            bias = own["_parameters"].get("bias", own.get("bias"))
+            if _autocasts() and _autocast_of(x.device.type):
                 found = _under_autocast(compute, layer, name, x, weight, bias, compiling or kernels_on_cpu)
                 if gives_dtype_of_x and type(found) is not str:
                     found = found.to(x.dtype)
@@ -304,12 +312,23 @@ def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, giv
     return forward
 
 
+def _autocast_of(device: str) -> bool:
+    """Whether autocast acts on this device; torch's own question is an error where there is none (meta)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 _DIFFER = "x and the base weight differ in dtype or device"
 
 
 def _watched() -> bool:
     """Whether something would see PEFT's own calls and not this one. Dynamo sees both."""
-    return _has_any_global_hook() or _dispatch_modes() > 0 or _transforms() is not None or _traces() is not None
+    return (
+        _has_any_global_hook()
+        or _dispatch_modes() > 0
+        or _transforms() is not None
+        or _traces() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def _under_autocast(compute, layer, name, x, weight, bias, traced) -> Tensor | str:

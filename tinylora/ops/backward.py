@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+_TWICE = b"tinylora: the gradient of a gradient is not implemented (create_graph=True, gradient penalties)"
+
 
 def first_order(gradients: Callable) -> staticmethod:
     """The `backward` of a torch.autograd.Function from its gradients, a function of (ctx, dY, ..).
@@ -12,10 +14,14 @@ def first_order(gradients: Callable) -> staticmethod:
     which spares the usual backward ten microseconds.
     """
 
-    @torch.autograd.function.once_differentiable
     def elsewhere(ctx, *dys):
-        with torch.autocast(dys[0].device.type, enabled=False):
-            return gradients(ctx, *dys)
+        with torch.no_grad(), torch.autocast(dys[0].device.type, enabled=False):
+            found = gradients(ctx, *dys)
+        if not torch.is_grad_enabled():
+            return found
+        # `once_differentiable` asks dY alone: a constant dY would hide that the gradients depend on what was saved.
+        refused = torch._C._functions.DelayedError(_TWICE, len(found))
+        return refused(*(None if g is None else g.detach().requires_grad_() for g in found))
 
     def backward(ctx, *dys):
         if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():

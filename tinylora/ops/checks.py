@@ -84,7 +84,7 @@ def explain(x, weight, down, core, up, bias, adapter_ids, basis) -> None:
                 f"adapter_ids has shape {tuple(adapter_ids.shape)}, expected {tuple(x.shape[:-1])}: one per row of x"
             )
 
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
     named = {"weight": weight, "x": x, "bias": bias, "down": down, "core": core, "up": up, "basis": basis}
     for name, t in named.items():
         if t is None:

@@ -102,7 +102,7 @@ def linear_on_cpu(
     return _forward(x, weight, bias, down, core, up, scale)[0]
 
 
-_ZERO = torch.zeros(())
+_ZERO = torch.zeros((), dtype=torch.float32)
 
 
 def _scaled(up: Tensor, b: Tensor, d: Tensor) -> Tensor:
