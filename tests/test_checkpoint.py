@@ -15,6 +15,7 @@ from models import qwen2, tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import Qwen2ForSequenceClassification
 
 import tinylora
 from tinylora import Linear, LoraXSConfig, TinyLoraConfig
@@ -97,9 +98,51 @@ def test_loads_in_a_fresh_process_to_the_same_outputs(hidden, threads, tmp_path)
 
 
 def test_a_bf16_checkpoint_in_fp32_is_the_same_base(tmp_path):
-    model = trained(dtype=torch.bfloat16)
+    """And the adapter the same one: nearly equal entries of a singular vector must not turn its sign."""
+    g = torch.Generator().manual_seed(0)
+    left, right = torch.randn(48, 8, generator=g), torch.randn(8, 32, generator=g)
+    left[0] = left[1] = 3.0  # two largest entries in every column, apart by less than bf16 rounds
+    left[1] *= -1.0005
+    weight = (left @ right + 1e-3 * torch.randn(48, 32, generator=g)).float()
+
+    def layer(dtype):
+        linear = nn.Linear(32, 48, bias=False)
+        linear.weight.data = weight.to(dtype)
+        return linear
+
+    ours = Linear.from_linear(layer(torch.bfloat16), LoraXSConfig(r=8))
+    nn.init.normal_(ours.adapters["default"].core, generator=g)
+    tinylora.save(ours, tmp_path)
+    wide = tinylora.load(Linear.wrap(layer(torch.float32)), tmp_path)
+    want, got = (m.adapters["default"].factors().delta() for m in (ours, wide))
+    assert torch.dist(got, want) < 1e-2 * want.norm()
+
+
+def test_a_load_activates_and_refuses_a_merged_model(tmp_path):
+    model, ids = trained(), tokens()
+    want = model(ids).logits
     tinylora.save(model, tmp_path)
-    tinylora.load(qwen2(dtype=torch.bfloat16).float(), tmp_path)
+    tinylora.apply(model, LoraXSConfig(r=3), "other")
+    tinylora.load(model, tmp_path)
+    assert torch.equal(model(ids).logits, want)
+    assert all(p.requires_grad for p in tinylora.adapter_parameters(model))
+    assert not any(p.requires_grad for p in tinylora.adapter_parameters(model, "other"))
+    tinylora.merge(model)
+    with pytest.raises(ValueError, match="unmerge"):
+        tinylora.load(model, tmp_path)
+
+
+def test_a_saved_module_of_another_shape(tmp_path):
+    def classifier(labels):
+        torch.manual_seed(0)
+        return Qwen2ForSequenceClassification(qwen2(num_labels=labels).config)
+
+    config = TinyLoraConfig(modules_to_save=["score"])
+    tinylora.save(tinylora.apply(classifier(1), config), tmp_path)
+    model = classifier(2)
+    with pytest.raises(ValueError, match=r"saved.score.weight with shape \(.*\) is on one side only"):
+        tinylora.load(model, tmp_path)
+    assert tinylora.adapter_names(model) == []
 
 
 def rewrite(path, change):
@@ -131,7 +174,7 @@ def test_errors_leave_the_model_as_it_was(tmp_path):
         fails("is truncated or damaged")
     path.write_bytes(whole)
     rewrite(path, lambda h, t: h.update(format=99))
-    fails("has format version 99, expected 1: it was written by tinylora 0.1.0, this is 0.1.0")
+    fails("has format version 99, expected 2: it was written by another tinylora (0.1.0, this is 0.1.0), whose")
     path.write_bytes(whole)
     rewrite(path, lambda h, t: h["config"].update(seed=1))
     fails("its checksum is not that of its contents")

@@ -213,3 +213,51 @@ def test_shards_keep_their_layout(base, tmp_path):
         assert before.keys() == after.keys()
         for name, t in before.items():
             assert torch.equal(t, after[name]) != ("q_proj.weight" in name), name
+
+
+def test_a_head_with_a_bias_an_embedding_and_folders_within(tmp_path, capsys):
+    """What `modules_to_save` names is in files alone while the rest is a skeleton; all of a folder goes along."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=256, num_labels=3
+    )
+    kind = transformers.BertForSequenceClassification
+    base = folder_of(kind(config).eval(), tmp_path / "base", shards=False)
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text("{}")
+    (base / "onnx").mkdir()
+    (base / "onnx" / "model.onnx").write_bytes(b"stale")
+    config = LoraConfig(r=4, target_modules=["query"], modules_to_save=["classifier", "word_embeddings"])
+    model = trained(kind.from_pretrained(base).eval(), config)
+    want = model(tokens()).logits
+    tinylora.save(model, tmp_path / "ours")
+    assert run("merge", "--base", base, "--adapter", tmp_path / "ours", "--out", tmp_path / "merged") == 0
+    close(kind.from_pretrained(tmp_path / "merged").eval()(tokens()).logits, want)
+    assert (tmp_path / "merged" / "1_Pooling" / "config.json").is_file()
+    assert not (tmp_path / "merged" / "onnx" / "model.onnx").exists()
+    for format in ("lora", "tinylora"):
+        out = tmp_path / format
+        assert run("convert", tmp_path / "ours", out, "--format", format, "--base", base) == 0
+        close(tinylora.load(kind.from_pretrained(base).eval(), out)(tokens()).logits, want)
+    capsys.readouterr()
+    tied = folder_of(qwen2(tie_word_embeddings=True), tmp_path / "tied")
+    tinylora.save(trained(model_of(tied), LoraConfig(modules_to_save=["embed_tokens"])), tmp_path / "embedding")
+    assert run("merge", "--base", tied, "--adapter", tmp_path / "embedding", "--out", tmp_path / "out") == 2
+    assert "are one tensor" in capsys.readouterr().err
+
+
+def test_files_that_are_no_weights_and_places_that_take_none(base, tmp_path, capsys):
+    tinylora.save(trained(model_of(base), TinyLoraConfig()), tmp_path / "ours")
+    pointer = folder_of(qwen2(), tmp_path / "pointer", shards=False)
+    (tmp_path / "file").write_text("x")
+    arguments = ["merge", "--adapter", tmp_path / "ours"]
+    for text, message in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "expected a safetensors file"),
+        (b"\xff" * 64, "expected a safetensors file"),
+        (b"\x02" + b"\0" * 7 + b"[]", "expected a safetensors file"),
+    ):
+        (pointer / "model.safetensors").write_bytes(text)
+        assert run(*arguments, "--base", pointer, "--out", tmp_path / "out") == 2
+        assert message in capsys.readouterr().err
+    assert run(*arguments, "--base", base, "--out", tmp_path / "file" / "out") == 2
+    assert "file" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -366,3 +366,83 @@ def test_pretrained_minilm_end_to_end(minilm, tmp_path):
         torch.testing.assert_close(embed(again, tokenizer, anchors), after, rtol=0, atol=1e-5)
         tinylora.merge(again)
         torch.testing.assert_close(embed(again, tokenizer, anchors), after, rtol=0, atol=1e-4)
+
+
+def test_torchs_own_encoder_calls_the_layers_in_eval():
+    """Its fast path would multiply with their weights itself, and pass the adapter over."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    model = trained(nn.TransformerEncoder(layer, 2), TinyLoraConfig(u=2), scale=0.3)
+    x, padding = torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    for mask in (None, padding):
+        training = model.train()(x, src_key_padding_mask=mask)
+        with torch.no_grad():
+            y = model.eval()(x, src_key_padding_mask=mask)
+        real = slice(None) if mask is None else ~mask
+        torch.testing.assert_close(y[real], training[real], rtol=1e-4, atol=1e-5)
+        with tinylora.disabled(model), torch.no_grad():
+            assert torch.dist(model(x, src_key_padding_mask=mask)[real], y[real]) > 1e-2
+
+
+def test_what_trains_is_fp32_whatever_torchs_default():
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        model = tinylora.apply(qwen2(), TinyLoraConfig(u=2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in tinylora.adapter_parameters(model)} == {torch.float32}
+
+
+def test_a_layer_under_two_parents_is_adapted_at_both():
+    class Parent(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x)
+
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleList([Parent(shared), Parent(shared)])
+    holder = nn.Module()
+    holder.blocks = model
+    trained(holder, TinyLoraConfig(u=2), scale=1.0)
+    assert model[0].layer is model[1].layer and isinstance(model[1].layer, tinylora.Linear)
+
+
+def test_models_that_are_wrapped_already_are_refused():
+    with pytest.raises(ValueError, match=r"put the adapter on, then torch\.compile it"):
+        tinylora.apply(torch.compile(qwen2()), TinyLoraConfig())
+    model = tinylora.apply(qwen2(), TinyLoraConfig())
+    with pytest.raises(ValueError, match="expected DistributedDataParallel"):
+        model.model.layers[0].self_attn.q_proj._replicate_for_data_parallel()
+
+
+def test_a_copy_that_ran_in_inference_mode_trains():
+    model, ids = copy.deepcopy(tinylora.apply(qwen2(), TinyLoraConfig())), tokens()
+    with torch.inference_mode():
+        model(ids)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in tinylora.adapter_parameters(model))
+
+
+def test_gates_and_full_names_among_the_targets():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.gate = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    class Tower(nn.Module):
+        def __init__(self, tower=None):
+            super().__init__()
+            self.layers = nn.ModuleList([Block()])
+            if tower is not None:
+                self.tower = tower
+
+    def names(targets):
+        model = tinylora.apply(Tower(Tower()), LoraXSConfig(r=2, target_modules=targets))
+        return [s.name for s in model.tinylora["default"].sites]
+
+    assert names(None) == ["layers.0.fc", "tower.layers.0.fc"]
+    assert names(["layers.0.fc"]) == ["layers.0.fc"]
+    assert names(["fc"]) == ["layers.0.fc", "tower.layers.0.fc"]

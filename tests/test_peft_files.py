@@ -118,13 +118,17 @@ def test_a_bf16_base(tmp_path):
     assert torch.dist(back(input_ids=tokens()).logits.double(), exact) <= 2 * own
 
 
-def test_a_lora_with_a_rank_pattern(tmp_path):
-    """Ranks may differ as long as the scale does not; the zeros that fill them up stay zero in training."""
-    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}}
-    theirs = adapted("LoRA", **patterns)
+@pytest.mark.parametrize("patterns", [{"alpha_pattern": {"q_proj": 3}}, {}, {"alpha_pattern": {"v_proj": 1}}], ids=str)
+def test_a_lora_with_a_rank_pattern(patterns, tmp_path):
+    """Ranks may differ, and scales; the zeros that fill ranks up stay zero in training."""
+    theirs = adapted("LoRA", rank_pattern={"q_proj": 2}, **patterns)
     theirs.save_pretrained(tmp_path)
     ours = tinylora.load(qwen2(), tmp_path)
-    close(base_logits(ours), theirs(input_ids=tokens()).logits)
+    want = theirs(input_ids=tokens()).logits
+    close(base_logits(ours), want)
+    for format in ("tinylora", "peft", "lora"):
+        tinylora.save(ours, tmp_path / format, format=format)
+        close(base_logits(tinylora.load(qwen2(), tmp_path / format)), want)
     ours(tokens(), labels=tokens()).loss.backward()
     adapter = ours.model.layers[0].self_attn.q_proj.adapters["default"]
     assert adapter.down.grad[:2].any() and not adapter.down.grad[2:].any() and not adapter.up.grad[:, 2:].any()
@@ -158,6 +162,23 @@ def test_modules_to_save(tmp_path):
     ours = tinylora.load(qwen2(), tmp_path)
     close(base_logits(ours), theirs(input_ids=tokens()).logits)
     assert ours.lm_head.copies["default"].weight.requires_grad
+
+
+def test_a_classifier_of_pefts(tmp_path):
+    """For such a task PEFT lists every name that heads have."""
+    from transformers import Qwen2ForSequenceClassification
+
+    def base():
+        torch.manual_seed(0)
+        return Qwen2ForSequenceClassification(qwen2(num_labels=3, pad_token_id=0).config).eval()
+
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    shake(theirs)
+    theirs.eval().save_pretrained(tmp_path)
+    assert set(json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]) == {"classifier", "score"}
+    ours = tinylora.load(base(), tmp_path)
+    close(ours(tokens()).logits, theirs(input_ids=tokens()).logits)
+    assert ours.tinylora["default"].config.modules_to_save == ("score",)
 
 
 def test_a_failed_save_leaves_the_previous_folder_whole(tmp_path, monkeypatch):
@@ -287,12 +308,14 @@ def of_another_model(found):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"use_dora": True}, "use_dora is True, expected nothing here computes that"),
+        ({"use_dora": True}, "use_dora is True, expected none: nothing here computes that"),
         ({"bias": "lora_only"}, "bias is 'lora_only', expected 'none'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', expected one that leaves the base"),
         ({"kind": "TinyLoRA", "save_projection": False}, "save_projection is False, expected True"),
         ({"kind": "VeRA", "save_projection": False}, "save_projection is False, expected True"),
-        ({"alpha_pattern": {"q_proj": 1}}, "scale some layers by 0.25 and some by 1.5"),
+        ({"config": {"alpha_pattern": ["q_proj"]}}, "adapter_config.json is damaged"),
+        ({"config": {"alpha_pattern": {"*q": 3}}}, "adapter_config.json is damaged"),
+        ({"config": {"peft_type": ["LORA"]}}, "peft_type is \"['LORA']\", expected one of TINYLORA, LORA"),
         ({"config": {"peft_type": "LOKR"}}, "peft_type is 'LOKR', expected one of TINYLORA, LORA"),
         ({"config": {"r": 3}, "kind": "TinyLoRA"}, "tinylora_A has shape (2, 64), expected (3, 64)"),
         ({"tensors": without_one}, "has no base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"),

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from tinylora.adapters import svd
 from tinylora.adapters.factor_cache import cache_folder, cached_svd, digest
@@ -133,3 +134,14 @@ def test_cache_finds_by_content_and_survives_damage(monkeypatch):
         for a, b in zip(cached_svd(W, 2, "w"), want, strict=True):
             torch.testing.assert_close(a, b)
     assert [p.suffix for p in cache_folder().iterdir()] == [".safetensors"]
+
+
+def test_a_full_disk_is_no_error(monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("tinylora.adapters.factor_cache.save_file", full)
+    W = gaussian(40, 30)
+    for a, b in zip(cached_svd(W, 2, "w"), svd.truncated_svd(W, 2), strict=True):
+        assert torch.equal(a, b)
+    assert list(cache_folder().iterdir()) == []

@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 
 import torch
+from safetensors import SafetensorError
 from tabulate import tabulate
 
 import tinylora
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError, SafetensorError) as error:  # the latter two: disks, folders, networks
         print(f"tinylora: {error}", file=sys.stderr)
         return 2
     return 0

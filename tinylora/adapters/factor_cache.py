@@ -43,7 +43,7 @@ def cached_svd(weight: Tensor, r: int, name: str, weight_digest: str | None = No
             if torch.dist(weight.detach().float() @ Vh.T, U * S) <= 1e-3 * S[0]:  # a file can rot
                 return U, S, Vh
     U, S, Vh = truncated_svd(weight, r, name)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Written beside its place and moved there: a reader never meets half a file.
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as scratch:

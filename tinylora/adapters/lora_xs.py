@@ -33,8 +33,13 @@ SIGMAS = ("left", "right", "split")
 
 
 def svd_factors(site: Site, weight: Tensor, weight_digest: str, r: int, sigma: str) -> dict[str, Tensor]:
-    """down [r, K] and up [N, r] in the weight's dtype, rounded once from fp32."""
-    U, S, Vh = cached_svd(weight, r, site.name, weight_digest)
+    """down [r, K] and up [N, r] in the weight's dtype, rounded once from fp32.
+
+    Of the weight rounded to bf16, which is what a base model's fingerprint stands for: the factors of one checkpoint,
+    loaded in fp32 here and in bf16 there, must be the same. Where two entries of a singular vector are nearly as large,
+    rounding is enough to turn its sign, and with it what trained numbers mean.
+    """
+    U, S, Vh = cached_svd(weight.to(torch.bfloat16), r, site.name, weight_digest)
     left = {"left": S, "right": torch.ones_like(S), "split": S.sqrt()}[sigma]
     right = {"left": torch.ones_like(S), "right": S, "split": S.sqrt()}[sigma]
     dtype = weight.dtype

@@ -26,6 +26,7 @@ from tinylora.nn.targets import find_targets, linear_layers
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".safetensors")
+_FORMATS_IN_FOLDERS = ("*.onnx", "*.onnx_data", "*.pth", "*.pt", "*.gguf", "*.ot", "*.h5", "*.msgpack")
 BLOCK = 32 << 20  # bytes read, changed and written at a time
 
 
@@ -40,6 +41,8 @@ class Shard:
         try:
             with path.open("rb") as file:
                 (size,) = struct.unpack("<Q", file.read(8))
+                if size > path.stat().st_size:  # a git-LFS pointer, say
+                    raise ValueError(f"its first bytes name a header of {size} bytes")
                 header = json.loads(file.read(size))
             self.start = 8 + size
             self.places = {
@@ -47,7 +50,7 @@ class Shard:
                 for n, t in header.items()
                 if n != "__metadata__"
             }
-        except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+        except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} cannot be read, expected a safetensors file: {error!r}") from None
         ends = max((end for *_, end in self.places.values()), default=self.start)
         if path.stat().st_size < ends:
@@ -70,17 +73,18 @@ class ModelFolder:
         if (self.folder / INDEX).is_file():
             try:
                 names = sorted(set(json.loads((self.folder / INDEX).read_text())["weight_map"].values()))
+                paths = [self.folder / n for n in names]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{self.folder / INDEX} cannot be read: {error!r}") from None
         else:
-            names = [ONE]
-        missing = [n for n in names if not (self.folder / n).is_file()]
+            names, paths = [ONE], [self.folder / ONE]
+        missing = [path.name for path in paths if not path.is_file()]
         if missing or not (self.folder / "config.json").is_file():
             raise ValueError(
                 f"{self.folder} has no {missing[0] if missing else 'config.json'}, expected a model folder with "
                 f"config.json and {ONE}, or shards and {INDEX}"
             )
-        self.shards = [Shard(self.folder / n) for n in names]
+        self.shards = [Shard(path) for path in paths]
         self.shard_of = {n: shard for shard in self.shards for n in shard.places}
 
     def find(self, name: str, shape: tuple[int, ...]) -> Shard:
@@ -121,8 +125,8 @@ def load_onto_skeleton(base: ModelFolder, folder: str | os.PathLike, with_base: 
     if peft_files.is_peft_folder(folder):
         names = {s.name for s in peft_files.sites(model, folder)}
         layers = {n: m for n, m in linear_layers(model).items() if n in names}
-        digests = {n: _digests(base, n, layers[n])[1] for n in _bar(layers, "reading weights")} if with_base else None
-        return peft_files.load_peft(model, folder, digests=digests or dict.fromkeys(layers, ("", "")))
+        digests = {n: _digest(base, n, layers[n])[1] for n in _bar(layers, "reading weights")} if with_base else None
+        return peft_files.load_peft(model, folder, digests=digests or dict.fromkeys(layers, ""))
     path = Path(folder) / checkpoint.FILE
     header, tensors = checkpoint.read(path)
     config = config_from_dict(header["config"])
@@ -130,16 +134,15 @@ def load_onto_skeleton(base: ModelFolder, folder: str | os.PathLike, with_base: 
     sites = {s.name: s for s in peft_files.sites_of(layers)}
     digests, frozen = {}, {}
     for name in _bar(layers, "reading weights"):
-        weight, digests[name] = _digests(base, name, layers[name])
+        weight, digests[name] = _digest(base, name, layers[name])
         if not header["factors"]:
-            frozen[name] = config.frozen(sites[name], weight, digests[name][0])
+            frozen[name] = config.frozen(sites[name], weight, digests[name])
     return checkpoint.restore(model, path, header, tensors, "default", digests, frozen or None)
 
 
-def _digests(base: ModelFolder, name: str, layer: nn.Linear) -> tuple[Tensor, tuple[str, str]]:
+def _digest(base: ModelFolder, name: str, layer: nn.Linear) -> tuple[Tensor, str]:
     weight = base.tensor(f"{name}.weight", tuple(layer.weight.shape))
-    exact = digest(weight)
-    return weight, (exact, exact if weight.dtype == torch.bfloat16 else digest(weight.bfloat16()))
+    return weight, digest(weight.to(torch.bfloat16))
 
 
 def convert(adapter: str | os.PathLike, out: str | os.PathLike, format: str, base: str | os.PathLike) -> Path:
@@ -158,8 +161,9 @@ def convert(adapter: str | os.PathLike, out: str | os.PathLike, format: str, bas
 def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.PathLike) -> Path:
     """Write the base model with the adapter in its weights, W + U C D, as a model folder of its own.
 
-    The sum is fp32 and is rounded once to the weight's dtype. Everything else of the folder is copied; file by file
-    and block by block, so that memory holds the adapter and 32 MB of a weight. Returns `out`.
+    The sum is fp32 and is rounded once to the weight's dtype; file by file and block by block, so that memory holds the
+    adapter and 32 MB of a weight. Everything else of the folder is copied, but not weights in other formats, which
+    would be the base's. Returns `out`.
     ValueError if `out` holds anything, for quantised or tied weights that would change, and as `tinylora.load`.
     """
     checkpoint.refuse_existing(out)
@@ -177,6 +181,10 @@ def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.Pat
             name = name.removeprefix("saved.")
             source.find(name, tuple(t.shape))
             whole[name] = t.detach()
+    for name, layer in linear_layers(skeleton(source)).items() if whole else ():
+        tied = [n for n, t in whole.items() if t.shape == layer.weight.shape]
+        if f"{name}.weight" not in source.shard_of and tied:  # a head that is the embedding
+            raise ValueError(f"{tied[0]} and {name}.weight are one tensor in {base}, expected a weight of its own")
     total = sum(shard.path.stat().st_size for shard in source.shards)
     with (
         checkpoint.whole_folder(out) as scratch,
@@ -184,7 +192,9 @@ def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.Pat
     ):
         weights = {shard.path.name for shard in source.shards}
         for path in sorted(source.folder.iterdir()):
-            if path.is_file() and path.name not in weights and path.suffix not in _OTHER_WEIGHTS:
+            if path.is_dir() and not path.name.startswith("."):  # modules of sentence-transformers, say
+                shutil.copytree(path, scratch / path.name, ignore=shutil.ignore_patterns(".*", *_FORMATS_IN_FOLDERS))
+            elif path.is_file() and path.name not in weights and path.suffix not in _OTHER_WEIGHTS:
                 shutil.copyfile(path, scratch / path.name)
         for shard in source.shards:
             _merge_shard(shard, scratch / shard.path.name, factors, whole, bar)

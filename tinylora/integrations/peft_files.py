@@ -16,6 +16,7 @@ exact counterpart on the other side is a ValueError that names it.
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> 
 
     ValueError, with the model left as it was: no file, one that is truncated or changed, another format version,
     another base model, an adapter of that name with another config; settings of PEFT without a counterpart here
-    (DoRA and other variants, trained biases, alpha_pattern, save_projection=False, ...).
+    (DoRA and other variants, trained biases, save_projection=False, ...). Layers of a LoRA that rank_pattern or
+    alpha_pattern scale differently have the quotient in their up.
     """
     if not is_peft_folder(folder):
         return checkpoint.load(model, folder, name)
@@ -305,7 +307,7 @@ def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         text = settings.read_text()
         config = json.loads(text)
-        kind = config["peft_type"]
+        kind = str(config["peft_type"])
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{settings} cannot be read, expected a config of PEFT: {error!r}") from None
     if kind not in _READERS:
@@ -330,7 +332,7 @@ class _Reader:
         self.config, tensors = read(folder)
         for key in _UNKNOWN:
             if self.config.get(key):
-                raise self.refused(key, "nothing here computes that")
+                raise self.refused(key, "none: nothing here computes that")
         if self.config.get("bias", "none") != "none":
             raise self.refused("bias", "'none': trained biases are not part of an adapter here")
         start = self.config.get("init_lora_weights", True)
@@ -365,7 +367,11 @@ class _Reader:
 
     def common(self, dropout: str) -> dict[str, Any]:
         """Settings that all our configs have: the very modules that the file adapts, by short names if these do."""
-        chosen = self.config.get("modules_to_save")
+        # Of a classifier PEFT lists every name that heads have ("classifier", "score") and takes what is there.
+        chosen = self.config.get("modules_to_save") or ()
+        chosen = [chosen] if isinstance(chosen, str) else chosen
+        modules = [n for n, _ in self.model.named_modules()]
+        chosen = [c for c in chosen if any(n == c or n.endswith(f".{c}") for n in modules)]
         asked = self.config.get("target_modules")
         targets: Any = tuple(s.name for s in self.sites)
         if isinstance(asked, list):
@@ -416,18 +422,14 @@ class _Lora(_Reader):
         ranks = {s: len(A) for s, (A, _) in factors.items()}
         rslora = bool(self.config.get("use_rslora"))
         scales = {s: self._alpha(s) / (ranks[s] ** 0.5 if rslora else ranks[s]) for s in self.sites}
-        if len(set(scales.values())) > 1:
-            one, other = sorted(set(scales.values()))[:2]
-            raise ValueError(
-                f"{self.folder / CONFIG}: rank_pattern and alpha_pattern scale some layers by {one:g} and some by "
-                f"{other:g}, expected one scale for all"
-            )
-        r, scale = max(ranks.values()), next(iter(scales.values()))
+        # One scale for all: where rank_pattern or alpha_pattern make another, the quotient goes into up.
+        r, ((scale, _),) = max(ranks.values()), Counter(scales.values()).most_common(1)
         config = LoraConfig(
             r=r, alpha=_tidy(scale * (r**0.5 if rslora else r)), rslora=rslora, **self.common("lora_dropout")
         )
         numbers = {}
         for s, (A, B) in factors.items():  # lower ranks are filled with zeros, which get no gradient and stay zero
+            B = B if scales[s] == scale else B * (scales[s] / scale)
             numbers[f"{s.name}.down"], numbers[f"{s.name}.up"] = _widen(A, r, 0), _widen(B, r, 1)
         return config, {}, {}, numbers
 
@@ -506,14 +508,14 @@ def load_peft(
     model: nn.Module,
     folder: str | os.PathLike,
     name: str = "default",
-    digests: Mapping[str, tuple[str, str]] | None = None,
+    digests: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """`load` of a folder of PEFT's; `digests` for a model whose weights lie elsewhere."""
     kind = read(folder)[0]["peft_type"]
     reader = _READERS[kind](folder, model)
     try:
         config, frozen, common, numbers = reader.parts()
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, re.error) as error:
         raise ValueError(
             f"{reader.folder / CONFIG} is damaged or of a version of PEFT unknown here: {error!r}"
         ) from None

@@ -30,18 +30,21 @@ from torch import Tensor, nn
 import tinylora
 from tinylora.adapters import STACKED, Shared, config_from_dict
 from tinylora.nn.model import (
+    activate,
     adapted_layers,
     adapter_names,
     attach,
     base_digests,
     fingerprint,
     named_numbers,
+    refuse_merged,
     shared_of,
 )
-from tinylora.nn.targets import find_targets, sites_of
+from tinylora.nn.saved_module import SavedModule
+from tinylora.nn.targets import find_modules_to_save, find_targets, sites_of
 
 FILE = "adapter.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # in 1 the frozen factors came from the weights as they were, not rounded to bf16
 
 
 def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, factors: bool = False) -> Path:
@@ -124,7 +127,7 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> 
     these were decomposed before).
 
     ValueError, with the model left as it was: no file, one that is truncated or changed, another format version,
-    another base model, an adapter of that name with another config.
+    another base model, an adapter of that name with another config or merged, tensors of other shapes.
     """
     path = Path(folder) / FILE
     return restore(model, path, *read(path), name)
@@ -136,7 +139,7 @@ def restore(
     header: dict,
     tensors: dict[str, Tensor],
     name: str,
-    digests: Mapping[str, tuple[str, str]] | None = None,
+    digests: Mapping[str, str] | None = None,
     frozen: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> nn.Module:
     """`load` for a file that is read already; with `digests` and `frozen` for a model whose weights lie elsewhere."""
@@ -160,10 +163,14 @@ def restore(
     if base != header["base"]:
         raise ValueError(
             f"{path} was trained on another base model: it was made for weights {header['base'][:12]}, "
-            f"this {type(model).__name__} has {base[:12]}. The numbers mean nothing here"
+            f"this {type(model).__name__} has {base[:12]}. The numbers mean nothing here (float16 weights are another "
+            "base than bfloat16 or float32 ones: they are rounded differently)"
         )
+    if existing:
+        refuse_merged(model)
     trained = {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
-    _check_names(path, trained, config, sites_of(layers))
+    saved = find_modules_to_save(model, config.modules_to_save, layers)
+    _check_names(path, trained, config, sites_of(layers), saved)
     if not existing:
         if header["factors"]:
             frozen = {
@@ -182,6 +189,7 @@ def restore(
     with torch.no_grad():
         for n, p in named_numbers(model, name).items():
             p.copy_(_sharded_as(p, trained[n]))
+    activate(model, name)
     return model
 
 
@@ -189,7 +197,9 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     """(header, tensors) of an adapter file, checked against its checksum. ValueError says what is wrong with it."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist, expected an adapter that tinylora.save wrote")
+        pefts = (path.parent / "adapter_config.json").is_file()
+        hint = " (the folder holds one of PEFT's: tinylora convert)" if pefts else ""
+        raise ValueError(f"{path} does not exist, expected an adapter that tinylora.save wrote{hint}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -206,7 +216,8 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {version}, expected {FORMAT_VERSION}: "
-            f"it was written by tinylora {header.get('tinylora')}, this is {tinylora.__version__}"
+            f"it was written by another tinylora ({header.get('tinylora')}, this is {tinylora.__version__}), whose "
+            "numbers mean something else here"
         )
     if claimed != _checksum(header, tensors):
         raise ValueError(f"{path} is damaged: its checksum is not that of its contents")
@@ -233,9 +244,13 @@ def _rebuilt(shared: Shared) -> dict[str, Tensor]:
     return {n: t for n, t in shared.named_buffers() if n in rebuilt and not n.startswith(STACKED)}
 
 
-def _check_names(path, trained, config, sites) -> None:
+def _check_names(path, trained, config, sites, saved: Mapping[str, nn.Module]) -> None:
     expected = {n: tuple(spec.shape) for n, spec in config.numbers(sites).items() if spec.trains or spec.saved}
-    found = {n: tuple(t.shape) for n, t in trained.items() if not n.startswith("saved.")}
+    for module_name, module in saved.items():
+        original = module.original if isinstance(module, SavedModule) else module
+        tensors = dict(original.named_parameters()) | original.state_dict()
+        expected |= {f"saved.{module_name}.{n}": tuple(t.shape) for n, t in tensors.items()}
+    found = {n: tuple(t.shape) for n, t in trained.items()}
     if found != expected:
         odd = sorted(set(found.items()) ^ set(expected.items()))[0]
         raise ValueError(f"{path} does not fit this model's modules: {odd[0]} with shape {odd[1]} is on one side only")

@@ -43,7 +43,8 @@ def apply(
     the training forward's; what else of the model depends on the batch stays so (attention, the head). Siblings
     then compute alone.
 
-    ValueError: nothing to adapt, a name in use or with a dot, a merged model, weights not loaded yet.
+    ValueError: nothing to adapt, a name in use or with a dot, a merged model, weights not loaded yet, a model that is
+    compiled or sharded already.
     """
     attach(model, find_targets(model, config.target_modules), config, name, siblings=siblings)
     if batch_invariant:
@@ -58,7 +59,7 @@ def attach(
     config: AdapterConfig,
     name: str,
     frozen: Mapping[str, dict[str, Tensor]] | None = None,
-    digests: Mapping[str, tuple[str, str]] | None = None,
+    digests: Mapping[str, str] | None = None,
     siblings: bool = True,
 ) -> Shared:
     """`apply` for layers that are found already, and with `frozen` tensors by layer name that exist already.
@@ -70,6 +71,7 @@ def attach(
     if name in adapter_names(root):
         raise ValueError(f"name is {name!r}, but the model has an adapter of that name: {adapter_names(root)}")
     refuse_merged(root)
+    _refuse_wrapped(root, layers)
     sites = sites_of(layers)
     digests = digests or base_digests(layers)
     saved = find_modules_to_save(root, config.modules_to_save, layers)
@@ -77,7 +79,7 @@ def attach(
     if frozen is None:
         with torch.no_grad():
             frozen = {
-                site.name: config.frozen(site, layers[site.name].weight, digests[site.name][0])
+                site.name: config.frozen(site, layers[site.name].weight, digests[site.name])
                 for site in _progress(sites, f"{config.kind} factors")
             }
 
@@ -87,11 +89,15 @@ def attach(
     root.get_submodule(STORE)[name] = shared.to(device)
     for p in root.parameters():
         p.requires_grad_(False)
+    places: dict[nn.Module, list[str]] = {}  # one layer may hang under several parents
+    for place, module in root.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(place)
     for site in sites:
         layer = layers[site.name]
         if not isinstance(layer, Linear):
-            layer = Linear.wrap(layer)
-            root.set_submodule(site.name, layer)
+            before, layer = layer, Linear.wrap(layer)
+            for place in places[before]:
+                root.set_submodule(place, layer)
         adapter = config.adapter(site, frozen[site.name], shared).to(layer.weight.device)
         layer.add(name, adapter.train(layer.training))
         shared.layers[site.name] = adapter
@@ -102,33 +108,46 @@ def attach(
         module.add(name)
     activate(root, name)
     (group if siblings else ungroup)(root)
+    _call_the_layers(root)
     return shared
 
 
-def base_digests(layers: Mapping[str, nn.Linear]) -> dict[str, tuple[str, str]]:
-    """Two digests of every layer's weight: of its bytes, and of its values rounded to bf16."""
+def _refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    if hasattr(root, "_orig_mod"):
+        raise ValueError("the model is compiled, expected the model itself: put the adapter on, then torch.compile it")
+    for name, layer in layers.items():
+        if hasattr(layer.weight, "full_tensor"):
+            raise ValueError(f"{name} is sharded (FSDP2, tensor parallelism): put the adapter on, then shard the model")
+
+
+def _call_the_layers(root: nn.Module) -> None:
+    """torch's own encoder multiplies with its layers' weights itself in eval(), and would pass an adapter over."""
+    for module in root.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+
+
+def base_digests(layers: Mapping[str, nn.Linear]) -> dict[str, str]:
+    """A digest of every layer's weight rounded to bf16: a bf16 checkpoint loaded in fp32 is the same base."""
     names = list(layers)
     for name in names:
         if layers[name].weight.is_meta:
             raise ValueError(f"{name} is on the meta device and has no data: load the weights first")
 
-    def both(name: str) -> tuple[str, str]:
-        weight = layers[name].weight.detach()
-        exact = digest(weight)
-        return exact, exact if weight.dtype == torch.bfloat16 else digest(weight.bfloat16())
+    def one(name: str) -> str:
+        return digest(layers[name].weight.detach().to(torch.bfloat16))
 
     # SHA-256 reads 2 GB/s a core: 13 GB of a 7B model's weights are 7 seconds on one, and it leaves the GIL alone.
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
-        found = readers.map(both, names)
+        found = readers.map(one, names)
         return dict(zip(_progress(names, "reading weights"), found, strict=True))
 
 
-def fingerprint(digests: Mapping[str, tuple[str, str]]) -> str:
-    """What identifies a base model: SHA-256 over its targets' names and their weights rounded to bf16.
-
-    Rounded, so that a bf16 checkpoint loaded in fp32 is the same base as in bf16.
-    """
-    return hashlib.sha256("".join(f"{n} {rounded}\n" for n, (_, rounded) in digests.items()).encode()).hexdigest()
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """What identifies a base model: SHA-256 over its targets' names and their weights rounded to bf16."""
+    return hashlib.sha256("".join(f"{n} {rounded}\n" for n, rounded in digests.items()).encode()).hexdigest()
 
 
 def _progress(items: list, what: str) -> Iterable:
@@ -185,7 +204,8 @@ def named_numbers(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
-    """What trains of an adapter, each parameter once, in fp32: an optimiser's argument.
+    """What trains of an adapter, each parameter once: an optimiser's argument. Its own numbers are fp32, the copies of
+    `modules_to_save` as their modules were.
 
     The numel() sum to the count that `tinylora params` prints. ValueError if there is no adapter of that name.
     """
@@ -224,7 +244,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def merge(model: nn.Module) -> nn.Module:
     """Add the active adapter to the weights, in place (see `Linear.merge`): for export, not for training.
 
-    The originals are kept in host memory until `unmerge`. ValueError if no adapter is active.
+    The originals are kept in host memory until `unmerge`. Until then state_dict, and so save_pretrained, holds the
+    modules of `modules_to_save` under their own names. ValueError if no adapter is active.
     """
     layers = [layer for layer in adapted_layers(model).values() if layer.active is not None]
     if not layers:
@@ -241,6 +262,8 @@ def merge(model: nn.Module) -> nn.Module:
             )
     for layer in layers:
         layer.merge()
+    for module in saved_modules(model).values():
+        module.merged = True
     return model
 
 
@@ -248,6 +271,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     """Restore the weights from before `merge`, bit for bit. A model that is not merged stays as it is."""
     for layer in adapted_layers(model).values():
         layer.unmerge()
+    for module in saved_modules(model).values():
+        module.merged = False
     return model
 
 

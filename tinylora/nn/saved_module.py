@@ -5,6 +5,16 @@ import copy
 from torch import nn
 
 
+def _plain_names(module, state: dict, prefix: str, metadata: dict) -> None:
+    """Of a merged model the module itself, by the names that it had: what save_pretrained writes is a model."""
+    if module.merged and module.active is not None:
+        own = f"{prefix}copies.{module.active}."
+        plain = {prefix + n.removeprefix(own): t for n, t in state.items() if n.startswith(own)}
+        for n in [n for n in state if n.startswith((f"{prefix}original.", f"{prefix}copies."))]:
+            del state[n]
+        state.update(plain)
+
+
 class SavedModule(nn.Module):
     """A module and its copies by adapter name; the active adapter's copy runs, without one the original.
 
@@ -16,9 +26,14 @@ class SavedModule(nn.Module):
         self.original = original
         self.copies = nn.ModuleDict()
         self.active: str | None = None
+        self.merged = False
+        self._register_state_dict_hook(_plain_names)
 
     def add(self, name: str) -> None:
-        self.copies[name] = copy.deepcopy(self.original)
+        fresh = copy.deepcopy(self.original)
+        if any(t.is_meta for t in fresh.parameters()):  # a skeleton's: the numbers come from a file
+            fresh = fresh.to_empty(device="cpu")
+        self.copies[name] = fresh
 
     @property
     def running(self) -> nn.Module:

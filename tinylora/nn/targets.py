@@ -23,6 +23,11 @@ def in_a_block(model: nn.Module, name: str) -> bool:
     return any(isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(1, len(parts)))
 
 
+def _special(name: str, layer: nn.Linear) -> bool:
+    """A gate of one number, which has no rank to speak of; or one whose parent reads its weight and never calls it."""
+    return min(layer.weight.shape) == 1 or name.endswith(".dt_proj")  # Mamba's
+
+
 def find_targets(model: nn.Module, targets: Sequence[str] | str | None) -> dict[str, nn.Linear]:
     """The layers that `target_modules` names, by name, in depth order; see AdapterConfig.
 
@@ -32,11 +37,13 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str | None) -> dict[
         return {"": model}
     layers = linear_layers(model)
     if targets is None:
-        found = {n: m for n, m in layers.items() if in_a_block(model, n)}
+        found = {n: m for n, m in layers.items() if in_a_block(model, n) and not _special(n, m)}
     elif isinstance(targets, str):
         found = {n: m for n, m in layers.items() if re.fullmatch(targets, n)}
     else:
-        matched = {t: [n for n in layers if n == t or n.endswith("." + t)] for t in targets}
+        ends = {t: [n for n in layers if n == t or n.endswith("." + t)] for t in targets}
+        # A full name is that layer, though another's may end in it.
+        matched = {t: [t] if "." in t and t in layers else names for t, names in ends.items()}
         lost = [t for t, names in matched.items() if not names]
         if lost:
             raise ValueError(f"target_modules names {', '.join(map(repr, lost))}, {_what_there_is(model, layers)}")
