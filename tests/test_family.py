@@ -169,6 +169,11 @@ def test_modules_to_save(tmp_path):
     tinylora.activate(model, "default")
     tinylora.save(model, tmp_path)
     assert torch.equal(tinylora.load(qwen2(), tmp_path)(ids).logits, changed)
+    tinylora.merge(model)  # what save_pretrained writes then is a model by its own names
+    torch.testing.assert_close(model(ids).logits, changed)
+    assert torch.equal(model.state_dict()["lm_head.weight"], model.lm_head.copies["default"].weight)
+    assert not [n for n in model.state_dict() if "copies" in n or "original" in n]
+    assert "lm_head.copies.default.weight" in tinylora.unmerge(model).state_dict()
     for names, message in (
         (["head"], "modules_to_save names 'head', expected a module of"),
         (["mlp"], "gets the adapter"),
@@ -414,3 +419,30 @@ def test_adalora_schedule_scores_and_penalty():
         p.grad = torch.zeros_like(p)
     torch.optim.SGD(parameters, lr=0.0).step()
     assert int(copied.tinylora["default"].steps) == 15 and int(model.tinylora["default"].steps) == 14
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_adalora_under_a_grad_scaler(overflow):
+    """A fused optimizer undoes the loss's scale, and skips a step of inf, itself: the hooks must know both."""
+
+    def run(enabled, fused):
+        torch.manual_seed(0)
+        model = nn.Module()
+        model.blocks = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+        tinylora.apply(model, AdaLoraConfig(total_steps=20, r=4, target_r=1, orthogonality=0.5))
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+        parameters = tinylora.adapter_parameters(model)
+        optimizer = torch.optim.Adam(parameters, lr=1e-2, fused=fused)
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+        for step in range(20):
+            loss = model.blocks[1](torch.tanh(model.blocks[0](x))).square().sum()
+            scaler.scale(loss * 1e38 if overflow and step == 0 else loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return torch.cat([p.detach().flatten() for p in parameters]), model.tinylora["default"].steps.item()
+
+    want, steps = run(overflow, False)
+    got, took = run(True, True)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    assert took == steps == (19 if overflow else 20)

@@ -60,6 +60,8 @@ CPU = [
     Problem(100, 96, 256, 2),
     Problem(200, 77, 100, 3, core="mixed"),
     Problem(100, 96, 256, 20, bf16, core="diagonal", factors=f32),
+    Problem(100, 9, 64, 8),  # rows of W start well, and those of U do not
+    Problem(70, 33, 64, 8, f64),
     Problem(100, 5, 7, 2),  # MKL rounds by place where rows start anywhere
     Problem(70, 3, 915, 2, f64),
     Problem(100, 1000, 33, 2, f64, core="mixed-rows"),

@@ -135,4 +135,27 @@ def test_refusals(tmp_path):
         for batch in (3, 1):  # one sequence of many tokens is what continuous batching packs
             with pytest.raises(ValueError, match="adapter_ids came for 2 sequences"):
                 model(tokens(batch=batch))
+        layer = model.model.layers[0].self_attn.q_proj
+        with pytest.raises(ValueError, match="expected a first dimension of 2"):
+            layer(torch.randn(6, 2, 64))  # [tokens, sequences, K]: six is no multiple of two sequences here
     model(tokens(batch=3))
+
+
+def test_other_things_than_sequences_are_refused():
+    """A layer may see images, or sequences second: a first dimension that two divides proves nothing."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([torch.nn.Linear(16, 16)])
+
+        def forward(self, input_ids, images):
+            return self.blocks[0](images)
+
+    model, _ = stacked(TinyLoraConfig(u=2), 2, Model())
+    with tinylora.adapter_ids(model, [0, 1]):
+        assert model(tokens(batch=2), torch.randn(2, 5, 16)).shape == (2, 5, 16)
+        for images in (4, 6):
+            with pytest.raises(ValueError, match="expected a first dimension of 2"):
+                model(tokens(batch=2), torch.randn(images, 5, 16))
+        assert model(tokens(batch=4), torch.randn(4, 5, 16)).shape == (4, 5, 16)  # two samples of each

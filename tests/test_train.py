@@ -203,6 +203,15 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
     fails("does not exist, expected the folder of a run to resume", resume=True)
     fails("a step takes 16", batch_size=64)
     fails("steps is 0, expected at least 1", steps=0)
+    for command in ("grpo", "sft"):
+        fails(f"{command}.num_train_epochs is -1.0, expected a number above 0", steps=None, epochs=-1, command=command)
+        fails("save_every is 0, expected at least 1", save_every=0, command=command)
+        fails(f"{command}.learning_rate is nan, expected a number above 0", lr="nan", command=command)
+    fails("grpo.num_generations is 1, expected at least 2", group_size=1)
+    fails("sft.max_length is 0, expected at least 1", max_length=0, command="sft")
+    (tmp_path / "file").write_text("x")
+    assert train(tiny, tmp_path / "file" / "run", 1, "grpo") == 2
+    assert "cannot be written to" in capsys.readouterr().err
     fails("expected a multiple of num_generations, 4", batch_size=18, micro_batch_size=6)
     fails("expected a multiple of micro_batch_size, 5", micro_batch_size=5)
     fails("reward is 'kind', expected one of strict, lenient", reward="kind")

@@ -159,6 +159,8 @@ def _eval(options: argparse.Namespace) -> None:
             raise ValueError(f"{name} is {value}, expected at least 1")
     if options.out and Path(options.out).exists():
         raise ValueError(f"{options.out} exists, expected a new file to write to")
+    if options.out:  # said before hours of generating, not after
+        training.writable(Path(options.out).parent)
     problems = load_problems(settings["data"], settings["eval"]["split"])[: options.limit]
     processes.start()
     model, tokenizer = load_model(settings["model"], settings["dtype"])

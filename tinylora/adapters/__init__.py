@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 from tinylora.adapters.ada_lora import AdaLoraConfig
@@ -18,6 +19,10 @@ def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
     kind = values.pop("kind", None)
     if kind not in CONFIGS:
         raise ValueError(f"adapter kind is {kind!r}, expected one of {', '.join(CONFIGS)}")
+    known = [field.name for field in dataclasses.fields(CONFIGS[kind])]
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise ValueError(f"{CONFIGS[kind].__name__} has no {unknown[0]}, expected some of {', '.join(known)}")
     try:
         return CONFIGS[kind](**values)
     except TypeError as error:

@@ -39,7 +39,7 @@ class AdaLora(Adapter):
     @torch.no_grad()
     def add_orthogonality(self, gamma: float) -> None:
         """Add d/dP γ ‖PᵀP - I‖² = 4 γ P (PᵀP - I), and Q's, to the gradients."""
-        eye = torch.eye(self.lam.numel(), device=self.lam.device)
+        eye = torch.eye(self.lam.numel(), dtype=self.lam.dtype, device=self.lam.device)
         if self.up.grad is not None:
             self.up.grad.add_(self.up @ (self.up.T @ self.up - eye), alpha=4 * gamma)
         if self.down.grad is not None:
@@ -72,12 +72,12 @@ class AdaLoraShared(Shared):
         super().__setstate__(state)
         _watch(self)
 
-    def before_step(self, stepping: set[int]) -> None:
+    def before_step(self, stepping: set[int], loss_scale: float) -> None:
         for adapter in self._of(stepping):
-            adapter.add_orthogonality(self.config.orthogonality)
+            adapter.add_orthogonality(self.config.orthogonality * loss_scale)
 
     @torch.no_grad()
-    def after_step(self, stepping: set[int]) -> None:
+    def after_step(self, stepping: set[int], loss_scale: float) -> None:
         """Score, and on the schedule keep the budget's most important λ of the whole model and zero the rest."""
         adapters = self._of(stepping)
         if not adapters:
@@ -183,6 +183,10 @@ def _watch(shared: AdaLoraShared) -> None:
 
 def _each(what: str, optimizer: torch.optim.Optimizer) -> None:
     if _watched:
+        # torch.amp.GradScaler leaves both to a fused optimizer: to undo the loss's scale, and to skip a step of inf.
+        skipped, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        if skipped is not None and skipped.item():
+            return
         stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for shared in list(_watched):
-            getattr(shared, what)(stepping)
+            getattr(shared, what)(stepping, 1.0 if scale is None else scale.item())

@@ -88,26 +88,34 @@ class Numbers(NamedTuple):
     saved: bool = False
 
     def make(self) -> Tensor:
-        return self.start(*self.shape) if callable(self.start) else torch.full(self.shape, float(self.start))
+        if callable(self.start):
+            return self.start(*self.shape)
+        return torch.full(self.shape, float(self.start), dtype=torch.float32)
 
 
 class Rows:
-    """Which adapter each sequence of a batch uses: ids [B], -1 for none."""
+    """Which adapter each sequence of a batch uses: ids [B], -1 for none.
+
+    batch: how many sequences the model itself was called with, while it runs; None between two calls.
+    """
 
     def __init__(self, ids: Tensor):
         self.ids = ids
+        self.batch: int | None = None
 
     def of(self, x: Tensor) -> Tensor:
         """One id per row of x ([B', ..., K]), flattened: [M].
 
-        B' may be a multiple of B: generate() repeats every prompt for its beams or samples, side by side. A layer
-        that sees its rows flattened or packed ([1, tokens, K], [tokens, K]) has lost which sequence they belong to.
+        B' is B, or a multiple where the model itself was called with so many: generate() repeats every prompt for its
+        beams or samples, side by side. A layer that sees its rows flattened or packed ([1, tokens, K], [tokens, K]),
+        sequences second ([tokens, B, K]) or something else (images) has lost which sequence they belong to.
         """
         B, first = len(self.ids), x.shape[0]
-        if first % B if x.dim() > 2 else first != B:
+        expected = B if x.dim() <= 2 or self.batch is None or self.batch % B else self.batch
+        if first != expected:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}, expected a first dimension of {B} (with more than two: a multiple): "
-                f"adapter_ids came for {B} sequences, and packed or flattened rows do not say whose they are"
+                f"x has shape {tuple(x.shape)}, expected a first dimension of {expected}: adapter_ids came for {B} "
+                "sequences, and rows that are packed, flattened or in another order do not say whose they are"
             )
         each = math.prod(x.shape[:-1]) // B
         return self.ids if each == 1 else self.ids.unsqueeze(1).expand(B, each).reshape(-1)
@@ -238,7 +246,7 @@ class AdapterConfig:
         return sum(math.prod(spec.shape) for spec in self.numbers(sites).values() if spec.trains)
 
     def frozen(self, site: Site, weight: Tensor, weight_digest: str) -> dict[str, Tensor]:
-        """The tensors of one layer that come from its weight (or are found by `weight_digest`), by name."""
+        """The tensors of one layer that come from its weight, by name; `weight_digest` is of it rounded to bf16."""
         return {}
 
     def adapter(self, site: Site, frozen: Mapping[str, Tensor], shared: Shared) -> Adapter:

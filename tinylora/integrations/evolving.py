@@ -13,6 +13,7 @@ writes the folder.
 
 import dataclasses
 import json
+import math
 import os
 import random
 import shutil
@@ -61,6 +62,7 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
     odd = sorted(es.keys() ^ set(KEYS))
     if odd:
         raise ValueError(f"es.{odd[0]} is {'missing' if odd[0] in KEYS else 'unknown'}, expected {', '.join(KEYS)}")
+    training.check_counts("es", settings)
     if settings["reward"] not in gsm8k.SCORERS:
         raise ValueError(f"reward is {settings['reward']!r}, expected one of {', '.join(gsm8k.SCORERS)}")
     if processes.count() > 1 and es["population"] < processes.count():
@@ -78,6 +80,7 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
     seen = data.digest(problems)
     if resume and stored["data_digest"] != seen:
         raise ValueError(f"{settings['data']} has other problems than when {out} was started, expected the same")
+    training.writable(out)
     processes.start()
     model, tokenizer = load_model(settings["model"], settings["dtype"])
     with processes.one_first():  # it decomposes the weights, and the others find that on the disk
@@ -103,7 +106,7 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
         kept = [json.dumps(entry) + "\n" for entry in training.read_log(out / LOG) if entry["step"] <= start]
         checkpoint.write_whole(out / LOG, lambda path: Path(path).write_text("".join(kept), encoding="utf-8"))
     an_epoch = len(problems) // es["prompts"]
-    steps = settings.get("steps") or round(es["num_train_epochs"] * an_epoch)
+    steps = settings.get("steps") or math.ceil(es["num_train_epochs"] * an_epoch)
     whence = f", resumed from checkpoint-{start}" if start else ", from the beginning" if resume else ""
     if writes:
         several = f", {processes.count()} processes" if processes.count() > 1 else ""

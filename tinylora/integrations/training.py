@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Sequence
 from importlib import metadata
@@ -79,6 +80,7 @@ def run(command: str, settings: dict[str, Any], out: str | os.PathLike, resume: 
     if resume and stored["data_digest"] != seen:
         raise ValueError(f"{settings['data']} has other problems than when {out} was started, expected the same")
     config = config_from_dict(adapter_settings(command, settings, len(problems)))
+    writable(out)
     arguments(command, settings, out)  # whatever is wrong with the settings is said before a model is loaded
     start = last_checkpoint(out) if resume else None
     model, tokenizer = load_model(settings["model"], settings["dtype"])
@@ -133,11 +135,14 @@ def read_run(out: str | os.PathLike) -> dict[str, Any]:
     """What a run's folder says of it. ValueError if there is no run."""
     path = Path(out) / RUN
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist, expected the folder of a run to resume") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict) or not {"command", "settings", "data_digest"} <= found.keys():
+        raise ValueError(f"{path} is not what a run writes, expected its command, settings and data_digest")
+    return found
 
 
 def same_processes(stored: dict[str, Any], out: Path) -> None:
@@ -159,8 +164,7 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def check(command: str, settings: dict[str, Any], problems: int) -> None:
     """ValueError unless batch, groups, data and the number of processes fit each other."""
-    if settings.get("steps") is not None and settings["steps"] < 1:
-        raise ValueError(f"steps is {settings['steps']}, expected at least 1")
+    check_counts(command, settings)
     batch, share, several = settings["batch_size"], processes.count(), processes.count() > 1
     if batch < 1 or batch % share:
         raise ValueError(
@@ -183,6 +187,33 @@ def check(command: str, settings: dict[str, Any], problems: int) -> None:
             f"{settings['data']} has {problems} problems, and a step takes {_problems_a_step(command, settings)} "
             f"(batch_size {batch}): expected a smaller batch, or more problems"
         )
+
+
+def check_counts(command: str, settings: dict[str, Any]) -> None:
+    """ValueError for a number that no run can have."""
+    own = settings[command]
+    whole = {"steps": settings.get("steps"), "save_every": settings["save_every"]}
+    names = ("num_generations", "max_completion_length", "max_length", "population", "prompts")
+    whole |= {f"{command}.{n}": own.get(n) for n in names}
+    for name, value in whole.items():
+        least = 2 if name == "grpo.num_generations" else 1
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}, expected at least {least}")
+    for name in ("num_train_epochs", "learning_rate"):
+        if not 0 < own[name] < math.inf:
+            raise ValueError(f"{command}.{name} is {own[name]}, expected a number above 0")
+
+
+def writable(folder: Path) -> None:
+    """ValueError where no such folder can be made, or nothing written to it. It is not made."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to: {error.strerror}") from None
 
 
 def total_steps(command: str, settings: dict[str, Any], problems: int) -> int:

@@ -81,4 +81,7 @@ def prompt_ids(tokenizer, text: str) -> list[int]:
     if not isinstance(turn, str):
         text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     # a chat template writes its own special tokens
-    return tokenizer(text, add_special_tokens=isinstance(turn, str))["input_ids"]
+    found = tokenizer(text, add_special_tokens=isinstance(turn, str))["input_ids"]
+    if not found:
+        raise ValueError(f"{type(tokenizer).__name__} makes no token of {text[:40]!r}, expected the model's tokenizer")
+    return found

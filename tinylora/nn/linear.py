@@ -49,6 +49,12 @@ class Linear(nn.Linear):
         self._kept: dict[str, Kept | None] = {}  # by adapter
         self._moved = 0  # how often what was kept no longer stood
 
+    def _replicate_for_data_parallel(self):
+        raise ValueError(
+            "nn.DataParallel copies a model for every GPU in every step, expected DistributedDataParallel: start with "
+            "torchrun or accelerate, or show the process one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
     @classmethod
     def wrap(cls, linear: nn.Linear) -> "Linear":
         """This layer around `linear`'s own parameters: no copy, no adapter yet. Hooks on `linear` come along.
@@ -149,6 +155,8 @@ class Linear(nn.Linear):
         """
         if self.active is None or self.merged is not None:
             return
+        if hasattr(self.weight, "full_tensor"):
+            raise ValueError("the weight is sharded (FSDP2, tensor parallelism), expected a whole one to merge into")
         delta = self.adapters[self.active].factors().delta()
         self._unmerged_weight = self.weight.detach().to("cpu", copy=True)
         wider = torch.promote_types(delta.dtype, self.weight.dtype)  # an fp64 base keeps its digits

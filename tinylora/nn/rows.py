@@ -73,11 +73,31 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
         raise ValueError(f"adapter_ids is {ids.tolist()[:8]}, expected -1 (no adapter) to {len(stacked) - 1}")
     if shared.config.dropout and model.training:
         raise ValueError(f"dropout is {shared.config.dropout} and the model trains: expected model.eval()")
-    before, shared.rows = shared.rows, Rows(ids)
+    before, shared.rows = shared.rows, (rows := Rows(ids))
+
+    def enter(model, args, kwargs):
+        rows.batch = _sequences(args, kwargs)
+
+    def leave(*_):
+        rows.batch = None
+
+    hooks = (
+        model.register_forward_pre_hook(enter, with_kwargs=True),
+        model.register_forward_hook(leave, always_call=True),
+    )
     try:
         yield model
     finally:
         shared.rows = before
+        for hook in hooks:
+            hook.remove()
+
+
+def _sequences(args: Sequence, kwargs: Mapping) -> int | None:
+    """How many sequences a model is called with."""
+    named = (kwargs.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"))
+    first = next((t for t in (*named, *args) if isinstance(t, Tensor) and t.dim() > 0), None)
+    return None if first is None else first.shape[0]
 
 
 def _as_json(value):

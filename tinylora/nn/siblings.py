@@ -113,12 +113,15 @@ class Siblings:
     def _leave(self, parent: nn.Module, inputs: tuple, output: object) -> None:
         self.running, self.shares = False, None
 
-    @torch.no_grad()
     def share(self) -> None:
         """Move the weights into one storage, and make the group's factors; again after every `.to`.
 
         Nothing happens while the layers are on their way (some moved, some not yet).
         """
+        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could not train later
+            self._share()
+
+    def _share(self) -> None:
         self.wide, self.places, self.ready = {}, [], None
         weights = [layer.weight for layer in self.layers]
         biases = [layer.bias for layer in self.layers if layer.bias is not None]

@@ -93,7 +93,7 @@ def product(
     M, (K, N), r = x.shape[0], w.shape, down.shape[1]
     dtype = eager.rank_dtype(x, down)
     inner, outer, width = K, N, up_to(r)
-    if not lies_aligned(w):
+    if not lies_aligned(w) or N % ALIGNED:  # else up's rows would start anywhere
         inner, outer = up_to(K), up_to(N)
         bias = None if bias is None else F.pad(bias, (0, outer - N))
     w, down, up = padded(w, inner, outer), padded(down.to(dtype), inner, width), padded(up.to(x.dtype), width, outer)
