@@ -85,7 +85,7 @@ def test_p_is_normal_and_depends_on_seed_and_name_alone():
         (lambda: LoraXSConfig(target_modules=[]), "LoraXSConfig: target_modules is"),
         (lambda: LoraXSConfig(target_modules=[1]), "target_modules is"),
         (lambda: config_from_dict({"kind": "dora"}), "adapter kind is 'dora', expected one of tinylora, lora-xs"),
-        (lambda: config_from_dict({"kind": "tinylora", "rank": 3}), "TinyLoraConfig has no rank, expected some of seed"),
+        (lambda: config_from_dict({"kind": "tinylora", "rank": 3}), "TinyLoraConfig has no rank, expected some"),
     ],
 )
 def test_errors(config, message):

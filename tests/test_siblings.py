@@ -496,6 +496,16 @@ def test_frozen_factors_that_somebody_changes_or_replaces():
         torch.testing.assert_close(model(tokens()).logits, alone(tokens()).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_sibling_that_loses_its_bias():
+    model, ids = tinylora.apply(qwen2(), TinyLoraConfig(u=2)), tokens()
+    apart = tinylora.apply(qwen2(), TinyLoraConfig(u=2), siblings=False)
+    for m in (model, apart):
+        m(ids)
+        torch.nn.init.constant_(m.model.layers[0].self_attn.k_proj.bias, 1.0)
+        m.model.layers[0].self_attn.q_proj.bias = None
+    torch.testing.assert_close(model(ids).logits, apart(ids).logits)
+
+
 def test_the_weights_are_moved_and_not_doubled():
     model = adapted(layers=1)
     layers = [m for m in model.modules() if isinstance(m, tinylora.Linear)]

@@ -157,6 +157,7 @@ class Shared(Owner):
         self.config, self.sites, self.fingerprint = config, tuple(sites), fingerprint
         self.foreign = False  # whether frozen numbers came from elsewhere, so that no config and no seed gives them
         self.__dict__["layers"] = {}  # site name -> Adapter, not registered: the layers own them
+        self.sample: tuple[str, str] | None = None  # a layer and its weight's digest, of when the adapter was put on
         self.rows: Rows | None = None  # which of the stacked numbers each row of the batch uses
         self.own(config.shared(sites))
 

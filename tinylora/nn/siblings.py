@@ -226,7 +226,7 @@ class Siblings:
             if bias is not None:
                 biases.append(bias)
         weight = weights[0]
-        if x.shape[-1:] != weight.shape[1:] or x.device != weight.device:
+        if x.shape[-1:] != weight.shape[1:] or x.device != weight.device or len(biases) not in (0, len(weights)):
             return None
         rows = adapter.shared.rows
         ids = None
