@@ -251,7 +251,8 @@ def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int,
         m = 16 if M <= 16 else 64 if width <= 64 else 32
         # A masked step of 128 fits the registers beside 16 rows only.
         whole = K % 128 == 0 or (M <= 16 and K % 8 == 0)
-        k = 128 if width <= 32 and whole else 32 if width > 64 and K % 8 else 64
+        # 64 ranks of an fp32 factor spill there, but not on 9.0.
+        k = 128 if whole and width <= (64 if chip.flat else 32) else 32 if width > 64 and K % 8 else 64
     split = max(1, min(2 * chip.sms // max(1, -(-M // m)), K // (4 * k), 32))
     bounded = dtype == torch.float32 or m == 16 or (width > 32 and not chip.flat)
     return Thin(m, k, split, width, stages=3, registers=ALL_REGISTERS if bounded else None)
@@ -437,18 +438,22 @@ def core_gradient_tile(
 
 
 @remembered
-def factor_gradient_tile(M: int, C: int, r: int, dtype: torch.dtype, small: bool = False) -> FactorGradient:
-    """64 columns a program, and enough slices of the rows to fill a card: one choice for all cards."""
+def factor_gradient_tile(
+    M: int, C: int, r: int, dtype: torch.dtype, capability: tuple[int, int] | None
+) -> FactorGradient:
+    """64 columns a program, and enough slices of the rows to fill a card."""
     width = pad(r)
-    if small:
+    if capability is None:
         return FactorGradient(16, 32, 32, width)
     slices = max(1, min(264 // -(-C // 64), -(-M // 256), 32))
     rows = pad(-(-M // slices), 64)
-    if width > 32:
-        return FactorGradient(32, 64, rows, width, 8, registers=ALL_REGISTERS)
+    chip = card(capability)
+    if width > 64 or (width > 32 and not chip.flat):
+        return FactorGradient(32, 64, rows, width, 8, registers=None if chip.flat else ALL_REGISTERS)
     if dtype == torch.float32:
         return FactorGradient(32, 64, rows, width, registers=ALL_REGISTERS)
-    return FactorGradient(64, 64, rows, width)
+    parks = chip.bulk_copies and not chip.flat  # a few words on 10.0, for an occupancy
+    return FactorGradient(64, 64, rows, width, registers=ALL_REGISTERS if parks else None)
 
 
 def _small(tile: Decode | Gemm) -> Decode | Gemm:

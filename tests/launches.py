@@ -18,6 +18,8 @@ CASES = [
     (8192, 3584, 3584, 16, {"core": "none", "factors": f32, **ALL}),  # LoRA with fp32 factors
     (8192, 3584, 3584, 64, {"core": "diagonal", "factors": f32, **ALL}),  # and scaled
     (8192, 3584, 3584, 128, {"core": "diagonal", **ALL}),
+    (8192, 3584, 3584, 16, {"core": "diagonal", **ALL}),
+    (8192, 3584, 3584, 32, {"core": "diagonal", "factors": f32, **ALL}),
     (16, 3584, 3584, 8, {"core": "diagonal", "factors": f32}),
     (8192, 3584, 3584, 64, {"need": ("x", "core")}),  # the widest rank that waits in registers
     (8192, 3584, 3584, 128, ALL),  # ranks in several dots

@@ -183,7 +183,8 @@ _VERA = 1 << 14
 
 def _adalora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
     modules = layer["_modules"]
-    down, up, E, ranknum = (modules[part].__dict__ for part in ("lora_A", "lora_B", "lora_E", "ranknum"))
+    down, up = modules["lora_A"].__dict__, modules["lora_B"].__dict__
+    E, ranknum = modules["lora_E"].__dict__, modules["ranknum"].__dict__
     down, up = down["_parameters"].get(name, down.get(name)), up["_parameters"].get(name, up.get(name))
     E, ranknum = E["_parameters"].get(name, E.get(name)), ranknum["_parameters"].get(name, ranknum.get(name))
     if down is None:

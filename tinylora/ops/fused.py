@@ -553,7 +553,7 @@ def _factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor) -> None:
     key = ("factor", _kind_of_core(core), _kind(x), _kind(out), torch.get_float32_matmul_precision())
     way = tiles.ways.get(key)
     if way is None:
-        tile = tiles.factor_gradient_tile(*x.shape, z.shape[1], x.dtype, x.is_cpu and interpreting())
+        tile = tiles.factor_gradient_tile(*x.shape, z.shape[1], x.dtype, _capability(x.device))
         way = _remembered(key, x.device, lambda: plan_factor_gradient(z, core, x, out, tile, _precision()))
     way(z, core, x, out)
 
