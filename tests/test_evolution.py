@@ -192,7 +192,6 @@ def test_the_command_trains_logs_and_a_killed_run_goes_on(gsm8k, tmp_path, capsy
         (("--population", 0), "es.population is 0, expected at least 1"),
         (("--steps", -3), "steps is -3, expected at least 1"),
         (("--steps", 0), "steps is 0, expected at least 1"),
-        (("--epochs", -1), "es.num_train_epochs is -1.0, expected a number above 0"),
         (("--save-every", 0), "save_every is 0, expected at least 1"),
         (("--reward", "luck"), "reward is 'luck', expected one of strict, lenient"),
         (("--resume",), "run.json does not exist"),

@@ -77,7 +77,7 @@ class AdaLoraShared(Shared):
             adapter.add_orthogonality(self.config.orthogonality * loss_scale)
 
     @torch.no_grad()
-    def after_step(self, stepping: set[int], loss_scale: float) -> None:
+    def after_step(self, stepping: set[int]) -> None:
         """Score, and on the schedule keep the budget's most important λ of the whole model and zero the rest."""
         adapters = self._of(stepping)
         if not adapters:
@@ -177,16 +177,30 @@ _hooks: list = []
 def _watch(shared: AdaLoraShared) -> None:
     _watched.add(shared)
     if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(lambda o, *_: _each("before_step", o)))
-        _hooks.append(register_optimizer_step_post_hook(lambda o, *_: _each("after_step", o)))
+        _hooks.append(register_optimizer_step_pre_hook(lambda o, *_: _before(o)))
+        _hooks.append(register_optimizer_step_post_hook(lambda o, *_: _after(o)))
 
 
-def _each(what: str, optimizer: torch.optim.Optimizer) -> None:
-    if _watched:
-        # torch.amp.GradScaler leaves both to a fused optimizer: to undo the loss's scale, and to skip a step of inf.
-        skipped, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-        if skipped is not None and skipped.item():
-            return
-        stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for shared in list(_watched):
-            getattr(shared, what)(stepping, 1.0 if scale is None else scale.item())
+# torch.amp.GradScaler leaves both to a fused optimizer: to undo the loss's scale, in the gradients as well, and to skip
+# a step of inf.
+
+
+def _before(optimizer: torch.optim.Optimizer) -> None:
+    scale = getattr(optimizer, "grad_scale", None)
+    for shared in _stepping(optimizer):
+        shared.before_step(_parameters(optimizer), 1.0 if scale is None else scale.item())
+
+
+def _after(optimizer: torch.optim.Optimizer) -> None:
+    for shared in _stepping(optimizer):
+        shared.after_step(_parameters(optimizer))
+
+
+def _stepping(optimizer: torch.optim.Optimizer) -> list[AdaLoraShared]:
+    """The allocators, unless the step is skipped."""
+    skipped = getattr(optimizer, "found_inf", None) if _watched else None
+    return [] if skipped is not None and skipped.item() else list(_watched)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -96,7 +96,7 @@ class Numbers(NamedTuple):
 class Rows:
     """Which adapter each sequence of a batch uses: ids [B], -1 for none.
 
-    batch: how many sequences the model itself was called with, while it runs; None between two calls.
+    batch: how many sequences the model itself was called with, while it runs; None where that is not known.
     """
 
     def __init__(self, ids: Tensor):
@@ -106,13 +106,15 @@ class Rows:
     def of(self, x: Tensor) -> Tensor:
         """One id per row of x ([B', ..., K]), flattened: [M].
 
-        B' is B, or a multiple where the model itself was called with so many: generate() repeats every prompt for its
-        beams or samples, side by side. A layer that sees its rows flattened or packed ([1, tokens, K], [tokens, K]),
-        sequences second ([tokens, B, K]) or something else (images) has lost which sequence they belong to.
+        B' may be a multiple of B: generate() repeats every prompt for its beams or samples, side by side. Where it is
+        known how many sequences the model was called with, it is as many: a layer that sees its rows flattened or
+        packed ([1, tokens, K], [tokens, K]), sequences second ([tokens, B, K]) or something else (images) has lost
+        whose they are.
         """
         B, first = len(self.ids), x.shape[0]
-        expected = B if x.dim() <= 2 or self.batch is None or self.batch % B else self.batch
-        if first != expected:
+        several = x.dim() > 2
+        if (several and self.batch is not None and first != self.batch) or (first % B if several else first != B):
+            expected = B if self.batch is None or not several else self.batch
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, expected a first dimension of {expected}: adapter_ids came for {B} "
                 "sequences, and rows that are packed, flattened or in another order do not say whose they are"
@@ -157,7 +159,6 @@ class Shared(Owner):
         self.config, self.sites, self.fingerprint = config, tuple(sites), fingerprint
         self.foreign = False  # whether frozen numbers came from elsewhere, so that no config and no seed gives them
         self.__dict__["layers"] = {}  # site name -> Adapter, not registered: the layers own them
-        self.sample: tuple[str, str] | None = None  # a layer and its weight's digest, of when the adapter was put on
         self.rows: Rows | None = None  # which of the stacked numbers each row of the batch uses
         self.own(config.shared(sites))
 

@@ -26,7 +26,6 @@ from tinylora.nn.targets import find_targets, linear_layers
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".safetensors")
-_FORMATS_IN_FOLDERS = ("*.onnx", "*.onnx_data", "*.pth", "*.pt", "*.gguf", "*.ot", "*.h5", "*.msgpack")
 BLOCK = 32 << 20  # bytes read, changed and written at a time
 
 
@@ -162,8 +161,8 @@ def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.Pat
     """Write the base model with the adapter in its weights, W + U C D, as a model folder of its own.
 
     The sum is fp32 and is rounded once to the weight's dtype; file by file and block by block, so that memory holds the
-    adapter and 32 MB of a weight. Everything else of the folder is copied, but not weights in other formats, which
-    would be the base's. Returns `out`.
+    adapter and 32 MB of a weight. The folder's other files are copied, and the folders of sentence-transformers'
+    modules, but not weights in other formats, which would be the base's. Returns `out`.
     ValueError if `out` holds anything, for quantised or tied weights that would change, and as `tinylora.load`.
     """
     checkpoint.refuse_existing(out)
@@ -190,15 +189,24 @@ def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.Pat
         checkpoint.whole_folder(out) as scratch,
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=None) as bar,
     ):
-        weights = {shard.path.name for shard in source.shards}
+        weights, modules = {shard.path.name for shard in source.shards}, _modules(source.folder)
         for path in sorted(source.folder.iterdir()):
-            if path.is_dir() and not path.name.startswith("."):  # modules of sentence-transformers, say
-                shutil.copytree(path, scratch / path.name, ignore=shutil.ignore_patterns(".*", *_FORMATS_IN_FOLDERS))
+            if path.is_dir() and path.name in modules:
+                shutil.copytree(path, scratch / path.name)
             elif path.is_file() and path.name not in weights and path.suffix not in _OTHER_WEIGHTS:
                 shutil.copyfile(path, scratch / path.name)
         for shard in source.shards:
             _merge_shard(shard, scratch / shard.path.name, factors, whole, bar)
     return Path(out)
+
+
+def _modules(folder: Path) -> set[str]:
+    """The folders that modules.json names: pooling and the like, of sentence-transformers."""
+    listed = folder / "modules.json"
+    try:
+        return {m["path"] for m in json.loads(listed.read_text())} - {""} if listed.is_file() else set()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{listed} cannot be read, expected a list of modules: {error!r}") from None
 
 
 def _merge_shard(shard: Shard, out: Path, factors, whole, bar) -> None:

@@ -423,7 +423,8 @@ class _Lora(_Reader):
         rslora = bool(self.config.get("use_rslora"))
         scales = {s: self._alpha(s) / (ranks[s] ** 0.5 if rslora else ranks[s]) for s in self.sites}
         # One scale for all: where rank_pattern or alpha_pattern make another, the quotient goes into up.
-        r, ((scale, _),) = max(ranks.values()), Counter(scales.values()).most_common(1)
+        r = max(ranks.values())
+        scale = max(Counter(scales.values()).items(), key=lambda found: (found[0] != 0, found[1]))[0]
         config = LoraConfig(
             r=r, alpha=_tidy(scale * (r**0.5 if rslora else r)), rslora=rslora, **self.common("lora_dropout")
         )

@@ -199,9 +199,10 @@ def check_counts(command: str, settings: dict[str, Any]) -> None:
         least = 2 if name == "grpo.num_generations" else 1
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}, expected at least {least}")
-    for name in ("num_train_epochs", "learning_rate"):
-        if not 0 < own[name] < math.inf:
-            raise ValueError(f"{command}.{name} is {own[name]}, expected a number above 0")
+    for name in ("learning_rate",) if settings.get("steps") else ("num_train_epochs", "learning_rate"):
+        value = own.get(name)
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            raise ValueError(f"{command}.{name} is {value}, expected a number above 0")
 
 
 def writable(folder: Path) -> None:

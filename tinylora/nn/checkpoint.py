@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -35,7 +34,6 @@ from tinylora.nn.model import (
     adapted_layers,
     adapter_names,
     attach,
-    base_changed,
     base_digests,
     fingerprint,
     named_numbers,
@@ -52,8 +50,7 @@ FORMAT_VERSION = 2  # in 1 the frozen factors came from the weights as they were
 def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, factors: bool = False) -> Path:
     """Write the adapter `name` to `folder`/adapter.safetensors, and return that path.
 
-    factors: also write the frozen factors, (N + K) · r numbers a layer, for whoever must not recompute them. They are
-    written in any case, with a warning, where the base's weights are others than when the adapter was put on.
+    factors: also write the frozen factors, (N + K) · r numbers a layer, for whoever must not recompute them.
     The file is written beside its place and moved there whole: an interruption leaves the previous one. Merged or
     not, active or not, the adapter is the same. Of a model that FSDP2 has sharded every process must call it, as its
     processes put the numbers together. ValueError if the model has no adapter of that name.
@@ -61,14 +58,6 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
     shared = shared_of(model, name)
     tensors = {n: _whole(p.detach()).cpu().contiguous() for n, p in named_numbers(model, name).items()}
     layers = {n: layer for n, layer in adapted_layers(model).items() if name in layer.adapters}
-    base = shared.fingerprint
-    if base_changed(shared, layers):
-        warnings.warn(
-            f"the base's weights are others than when adapter {name!r} was put on: its frozen factors are of the old "
-            "ones, and are written along. Load a base's weights before tinylora.apply",
-            stacklevel=2,
-        )
-        factors, base = True, fingerprint(base_digests(layers))
     factors = factors or shared.foreign
     if shared.foreign:
         for n, t in _rebuilt(shared).items():
@@ -83,7 +72,7 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
         "tinylora": tinylora.__version__,
         "config": shared.config.to_dict(),
         "modules": len(shared.sites),
-        "base": base,
+        "base": shared.fingerprint,
         "factors": factors,
     } | ({"foreign": True} if shared.foreign else {})
     header["checksum"] = _checksum(header, tensors)
@@ -200,7 +189,8 @@ def restore(
     with torch.no_grad():
         for n, p in named_numbers(model, name).items():
             p.copy_(_sharded_as(p, trained[n]))
-    activate(model, name)
+    if not any(layer.active == name for layer in adapted_layers(model).values()):  # else it trains what it did
+        activate(model, name)
     return model
 
 

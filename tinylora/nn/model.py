@@ -76,8 +76,6 @@ def attach(
     digests = digests or base_digests(layers)
     saved = find_modules_to_save(root, config.modules_to_save, layers)
     shared = config.shared_class(config, sites, fingerprint(digests))
-    smallest = min(sites, key=lambda site: site.N * site.K).name
-    shared.sample = smallest, digests[smallest]
     if frozen is None:
         with torch.no_grad():
             frozen = {
@@ -145,17 +143,6 @@ def base_digests(layers: Mapping[str, nn.Linear]) -> dict[str, str]:
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
         found = readers.map(one, names)
         return dict(zip(_progress(names, "reading weights"), found, strict=True))
-
-
-def base_changed(shared: Shared, layers: Mapping[str, Linear]) -> bool:
-    """Whether a sample of the base's weights is not what it was when the adapter was put on: loaded afterwards, say."""
-    name, before = shared.sample
-    layer = layers[name]
-    weight = layer.weight
-    skeleton = weight.is_meta or weight.untyped_storage().nbytes() < weight.nbytes
-    if layer.merged is not None or hasattr(weight, "full_tensor") or skeleton:
-        return False
-    return base_digests({name: layer})[name] != before
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:
@@ -265,9 +252,10 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} has no active adapter to merge: tinylora.apply or activate first")
     merging = {id(layer.weight) for layer in layers}
     owners: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if id(p) in merging:
-            owners.setdefault(id(p), []).append(name)
+    for name, module in model.named_modules():  # each once: a layer under two parents is one owner
+        for own, p in module._parameters.items():
+            if id(p) in merging:
+                owners.setdefault(id(p), []).append(f"{name}.{own}")
     for names in owners.values():
         if len(names) > 1:  # a language model's head tied to its embedding: merging would change both
             raise ValueError(

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -75,15 +76,9 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
         raise ValueError(f"dropout is {shared.config.dropout} and the model trains: expected model.eval()")
     before, shared.rows = shared.rows, (rows := Rows(ids))
 
-    def enter(model, args, kwargs):
-        rows.batch = _sequences(args, kwargs)
-
-    def leave(*_):
-        rows.batch = None
-
     hooks = (
-        model.register_forward_pre_hook(enter, with_kwargs=True),
-        model.register_forward_hook(leave, always_call=True),
+        model.register_forward_pre_hook(partial(_enter, rows), with_kwargs=True),
+        model.register_forward_hook(partial(_leave, rows), always_call=True),
     )
     try:
         yield model
@@ -93,10 +88,19 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
             hook.remove()
 
 
+def _enter(rows: Rows, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    rows.batch = _sequences(args, kwargs)
+
+
+def _leave(rows: Rows, *_) -> None:
+    rows.batch = None
+
+
 def _sequences(args: Sequence, kwargs: Mapping) -> int | None:
-    """How many sequences a model is called with."""
+    """How many sequences a model is called with, where its arguments say so: token ids, or what is named as theirs."""
     named = (kwargs.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"))
-    first = next((t for t in (*named, *args) if isinstance(t, Tensor) and t.dim() > 0), None)
+    tokens = (t for t in args if isinstance(t, Tensor) and not t.is_floating_point())
+    first = next((t for t in (*named, *tokens) if isinstance(t, Tensor) and t.dim() > 0), None)
     return None if first is None else first.shape[0]
 
 

@@ -7,8 +7,8 @@ from torch import nn
 
 def _plain_names(module, state: dict, prefix: str, metadata: dict) -> None:
     """Of a merged model the module itself, by the names that it had: what save_pretrained writes is a model."""
-    if module.merged and module.active is not None:
-        own = f"{prefix}copies.{module.active}."
+    if module.merged:
+        own = f"{prefix}original." if module.active is None else f"{prefix}copies.{module.active}."
         plain = {prefix + n.removeprefix(own): t for n, t in state.items() if n.startswith(own)}
         for n in [n for n in state if n.startswith((f"{prefix}original.", f"{prefix}copies."))]:
             del state[n]

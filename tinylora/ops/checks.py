@@ -71,7 +71,8 @@ def explain(x, weight, down, core, up, bias, adapter_ids, basis) -> None:
         one, why = (basis.shape[0],), f"basis is {tuple(basis.shape)} (u, r, r)"
     if adapter_ids is None:
         if core is not None and (basis is not None or core.shape != (r,)):  # [r] is the diagonal of one
-            wants("core", core, one, f"{why}; a core per row, {('A', *one)}, needs adapter_ids")
+            diagonal = "" if basis is not None else f"; {(r,)} is a diagonal one"
+            wants("core", core, one, f"{why}{diagonal}; a core per row, {('A', *one)}, needs adapter_ids")
     else:
         if core is None:
             raise ValueError(f"adapter_ids came without a core, expected core of shape {('A', *one)}")

@@ -93,10 +93,11 @@ def product(
     M, (K, N), r = x.shape[0], w.shape, down.shape[1]
     dtype = eager.rank_dtype(x, down)
     inner, outer, width = K, N, up_to(r)
-    if not lies_aligned(w) or N % ALIGNED:  # else up's rows would start anywhere
+    if not lies_aligned(w):
         inner, outer = up_to(K), up_to(N)
         bias = None if bias is None else F.pad(bias, (0, outer - N))
-    w, down, up = padded(w, inner, outer), padded(down.to(dtype), inner, width), padded(up.to(x.dtype), width, outer)
+    w, down = padded(w, inner, outer), padded(down.to(dtype), inner, width)
+    up = padded(up.to(x.dtype), width, up_to(outer))
     y, z = x.new_empty(M, N), x.new_empty(M, r, dtype=dtype)
     for start in range(0, M, ROWS):
         count = min(ROWS, M - start)
@@ -106,7 +107,11 @@ def product(
             ids = F.pad(adapter_ids[rows], (0, ROWS - count), value=-1)
         own_z = torch.mm(block.to(dtype), down)
         own = torch.mm(block, w) if bias is None else torch.addmm(bias, block, w)
-        own.addmm_(apply_core(own_z, r, core, ids, transposed).to(y.dtype), up)
+        s = apply_core(own_z, r, core, ids, transposed).to(y.dtype)
+        if up.shape[1] == outer:
+            own.addmm_(s, up)
+        else:  # U's own rows would start anywhere
+            own += torch.mm(s, up)[:, :outer]
         y[rows], z[rows] = own[:count, :N], own_z[:count, :r]
     return eager.like_rows(y, given), z
 
