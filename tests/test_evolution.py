@@ -56,7 +56,9 @@ def test_a_generation_in_one_batch_is_its_adapters_one_by_one(config):
                 p.copy_(value.view(p.shape))
         for j, prompt in enumerate(PROMPTS):
             ids = torch.tensor([prompt])
-            out = own.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+            ends = {"eos_token_id": CHARS.eos_token_id, "pad_token_id": CHARS.pad_token_id}  # as in eval
+            mask = torch.ones_like(ids)
+            out = own.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False, **ends)
             text = CHARS.decode(out[0, len(prompt) :], skip_special_tokens=True)
             assert texts[4 * i + j] == text
             assert together[i, j] == pytest.approx(digits([text], [ANSWERS[j]])[0])

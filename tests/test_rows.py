@@ -141,6 +141,18 @@ def test_refusals(tmp_path):
     model(tokens(batch=3))
 
 
+def test_an_adapter_that_does_not_run_is_refused():
+    model, _ = stacked(CONFIGS[0], 2)
+    tinylora.apply(model, TinyLoraConfig(seed=5), "other")
+    for runs in ("other", None):
+        tinylora.activate(model, runs)
+        with pytest.raises(ValueError, match=r"adapter 'default' is not active .*expected tinylora\.activate"):
+            tinylora.adapter_ids(model, [0, 1]).__enter__()
+    tinylora.activate(model, "default")
+    with tinylora.adapter_ids(model, [0, 1]):
+        model(tokens())
+
+
 def test_other_things_than_sequences_are_refused():
     """A layer may see images, or sequences second: a first dimension that two divides proves nothing."""
 

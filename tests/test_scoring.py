@@ -176,3 +176,16 @@ def test_a_recipe_of_ones_own(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         recipes.load(path)
+
+
+@pytest.mark.parametrize("answer", ["1/2", "10:30", "2 1/2", "1e3", "1 000", "1,00", "3.5.1"])
+def test_a_reference_that_is_no_plain_number_is_refused(answer):
+    with pytest.raises(ValueError, match="expected a line"):
+        gsm8k.problem({"question": "q", "answer": f"so\n#### {answer}"}, "here")
+
+
+def test_a_typographic_minus():
+    assert gsm8k.lenient("It is \u22125.", "-5") and not gsm8k.lenient("It is \u22125.", "5")
+    assert gsm8k.strict("#### \u22125", "-5")
+    for answer, final in (("\u22127", "-7"), ("1,000", "1000"), ("$72 a day", "72")):
+        assert gsm8k.problem({"question": "q", "answer": f"#### {answer}"}, "here").final == final

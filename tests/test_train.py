@@ -208,6 +208,8 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
         fails("save_every is 0, expected at least 1", save_every=0, command=command)
         fails(f"{command}.learning_rate is nan, expected a number above 0", lr="nan", command=command)
     fails("grpo.num_generations is 1, expected at least 2", group_size=1)
+    fails("save_every is 2, expected a multiple of grpo.num_iterations, 3", recipe=write_recipe(tmp_path, lambda r: r[
+        "grpo"]["num_iterations"].update(value=3)))  # fmt: skip
     fails("sft.max_length is 0, expected at least 1", max_length=0, command="sft")
     (tmp_path / "file").write_text("x")
     assert train(tiny, tmp_path / "file" / "run", 1, "grpo") == 2

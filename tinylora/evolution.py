@@ -35,6 +35,18 @@ class Generation:
     completions: int
 
 
+def ends_of_text(model: nn.Module, tokenizer) -> set[int]:
+    """The tokens that end a text: the tokenizer's, and those of the model's generation settings, as in TRL."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return {end for end in (tokenizer.eos_token_id, *ends) if end is not None}
+
+
+def until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """What comes before the first of `ends`."""
+    return tokens[: next((k for k, t in enumerate(tokens) if t in ends), len(tokens))]
+
+
 class Evolution:
     """Evolution strategies on a model with a TinyLoRA or LoRA-XS adapter; each `step` is one generation.
 
@@ -92,7 +104,9 @@ class Evolution:
         self.population, self.sigma, self.lr, self.seed, self.number = population, sigma, lr, seed, number
         # Of the model's own generation settings only its ends of text act: Qwen2.5's would penalise repetition.
         self.generation = {"max_new_tokens": max_new_tokens, "num_beams": 1, "repetition_penalty": 1.0}
+        self.ends = ends_of_text(model, tokenizer)
         self.generation |= {"pad_token_id": tokenizer.pad_token_id, "do_sample": temperature > 0}
+        self.generation |= {"eos_token_id": sorted(self.ends)} if self.ends else {}
         if temperature > 0:
             self.generation |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
 
@@ -140,7 +154,8 @@ class Evolution:
                     )
         finally:
             self.model.train(training)
-        texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        rows = [until_end(tokens, self.ends) for tokens in out[:, width:].tolist()]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         found = torch.tensor([float(r) for r in self.reward(texts, list(answers) * count)])
         if len(found) != len(texts) or not found.isfinite().all():
             raise ValueError(

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from tinylora.evolution import ends_of_text, until_end
 from tinylora.integrations import processes
 from tinylora.integrations.transformers import prompt_ids
 from tinylora.tasks import gsm8k
@@ -18,12 +19,12 @@ from tinylora.tasks.intervals import wilson
 def complete(model: nn.Module, tokenizer, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[str]:
     """The model's greedy completion of every prompt, in their order: one `generate` a batch, longest prompts first.
 
-    Each prompt is a user's turn of the chat template where there is one. Nothing of the model's own generation
-    settings acts but its end-of-text tokens: Qwen2.5's would penalise repetition, even in a greedy search.
+    Each prompt is a user's turn of the chat template where there is one. Of the model's own generation settings neither
+    beams nor sampling nor the repetition penalty act, which Qwen2.5 has even in a greedy search; its end-of-text tokens
+    do, and tokens that it forbids.
     """
     ids = [prompt_ids(tokenizer, text) for text in prompts]
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}
+    ends = ends_of_text(model, tokenizer)
     completions = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(ids[i]))
     was_training = model.training
@@ -39,11 +40,10 @@ def complete(model: nn.Module, tokenizer, prompts: Sequence[str], *, max_new_tok
             out = model.generate(
                 input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device),
                 max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-                eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
             for i, tokens in zip(batch, out[:, width:].tolist(), strict=True):
-                end = next((k for k, t in enumerate(tokens) if t in ends), len(tokens))
-                completions[i] = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+                completions[i] = tokenizer.decode(until_end(tokens, ends), skip_special_tokens=True)
             bar.update(len(batch))
     model.train(was_training)
     return completions

@@ -74,6 +74,8 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
         training.same_processes(stored, out)
     elif (out / RUN).exists():
         raise ValueError(f"{out} holds a run already ({RUN}), expected another folder, or --resume to go on with it")
+    elif _checkpoints(out):  # somebody's, which would be taken for this run's and removed
+        raise ValueError(f"{out} holds {_checkpoints(out)[0][1].name} and no {RUN}, expected another folder")
     problems = data.load_problems(settings["data"], settings["split"])
     if not 0 < es["prompts"] <= len(problems):
         raise ValueError(f"es.prompts is {es['prompts']}, expected 1 to {len(problems)}, the problems that there are")

@@ -182,6 +182,12 @@ def check(command: str, settings: dict[str, Any], problems: int) -> None:
             f"batch_size is {batch} sequences, expected a multiple of num_generations, "
             f"{settings['grpo']['num_generations']}: groups are whole"
         )
+    cycle = settings["grpo"].get("num_iterations") or 1 if command == "grpo" else 1
+    if settings["save_every"] % cycle:
+        raise ValueError(
+            f"save_every is {settings['save_every']}, expected a multiple of grpo.num_iterations, {cycle}: TRL keeps "
+            "what it sampled for so many steps in memory alone, and a run resumed between them would be another"
+        )
     if problems < _problems_a_step(command, settings):
         raise ValueError(
             f"{settings['data']} has {problems} problems, and a step takes {_problems_a_step(command, settings)} "

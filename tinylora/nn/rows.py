@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinylora.adapters import STACKED, Rows
 from tinylora.nn.checkpoint import FILE, read
-from tinylora.nn.model import named_numbers, refuse_merged, shared_of
+from tinylora.nn.model import adapted_layers, named_numbers, refuse_merged, shared_of
 
 
 def stack(
@@ -57,11 +57,15 @@ def stack(
 def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "default") -> Iterator[nn.Module]:
     """`tinylora.adapter_ids` (integrations/continuous_batching.py) without its part for continuous batching.
 
-    ValueError: no stack, ids out of range, a merged model, dropout while training; in the forward, a layer that
-    sees packed or flattened rows, which do not say whose they are.
+    ValueError: no stack, ids out of range, a merged model, an adapter that is not active, dropout while training; in
+    the forward, a layer that sees packed or flattened rows, which do not say whose they are.
     """
     shared = shared_of(model, name)
     refuse_merged(model)
+    runs = {layer.active for layer in adapted_layers(model).values() if name in layer.adapters}
+    if runs != {name}:
+        others = ", ".join(sorted(map(repr, runs)))
+        raise ValueError(f"adapter {name!r} is not active ({others} is), expected tinylora.activate(model, {name!r})")
     stacked = next((b for m in (shared, *shared.layers.values()) for n, b in m.named_buffers() if STACKED in n), None)
     if stacked is None:
         raise ValueError(

@@ -20,6 +20,7 @@ MARK = "####"
 # A minus behind a digit is a subtraction's, and commas count where they separate thousands.
 _NUMBER = r"(?:(?<![0-9])-)?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 _MARKED = re.compile(rf"{MARK}\s*({_NUMBER})")
+_GOES_ON = re.compile(r"\s*[/:][0-9]|[.,]?[0-9]|[eE][-+]?[0-9]|[ \u00a0\u202f][0-9]")
 _ANY = re.compile(_NUMBER)
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 
@@ -42,10 +43,11 @@ def problem(record: dict, where: str) -> Problem:
     question, solution = (record.get(k) if isinstance(record, dict) else None for k in ("question", "answer"))
     if not isinstance(question, str) or not isinstance(solution, str):
         raise ValueError(f'{where} is {str(record)[:80]!r}, expected a record with the texts "question" and "answer"')
-    found = _MARKED.findall(solution)
-    if not found:
+    *_, last = (None, *_MARKED.finditer(_plain_minus(solution)))
+    # A completion may say "5/2 apples"; of a reference 5 would be the wrong number to reward.
+    if last is None or _GOES_ON.match(last.string, last.end()):
         raise ValueError(f'{where}: the answer ends in {solution[-40:]!r}, expected a line "{MARK} <number>"')
-    return Problem(question, solution, _canonical(found[-1]))
+    return Problem(question, solution, _canonical(last[1]))
 
 
 def read_jsonl(path: str | os.PathLike) -> list[Problem]:
@@ -73,9 +75,14 @@ def prompt(question: str, instruction: str) -> str:
     return instruction.replace("{question}", question.strip())
 
 
+def _plain_minus(text: str) -> str:
+    """With ASCII's minus for the typographic one, which models write, too."""
+    return text.replace("\u2212", "-")
+
+
 def strict_answer(completion: str) -> str | None:
     """The number behind the last "####" that has one, None if none has."""
-    found = _MARKED.findall(completion)
+    found = _MARKED.findall(_plain_minus(completion))
     return _canonical(found[-1]) if found else None
 
 
@@ -84,7 +91,7 @@ def lenient_answer(completion: str) -> str | None:
     marked = strict_answer(completion)
     if marked is not None:
         return marked
-    found = _ANY.findall(completion)
+    found = _ANY.findall(_plain_minus(completion))
     return _canonical(found[-1]) if found else None
 
 
