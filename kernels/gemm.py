@@ -283,6 +283,7 @@ def plan_gemm(
     k_major = expand or w.stride(1) == 1
     boxes: tuple[tuple, ...] = ()
     strides: tuple[int, ...] = (0,) * 6
+    few = min(tile.rank, 32)
     if tile.descriptors:
         rows = w if k_major else w.T
         boxes = (
@@ -311,7 +312,7 @@ def plan_gemm(
             "WIDTH": width,
             "PERIOD": period(y.dtype, r),
             # 64 ranks of an fp32 U at once take more shared memory than 9.0 has left (Triton 3.6).
-            "BLOCK_R": width if width <= (tile.rank if up.element_size() == 2 else 32) else min(tile.rank, 32),
+            "BLOCK_R": width if width <= (tile.rank if up.element_size() == 2 else few) else few,
             "HAS_BIAS": bias is not None,
             "EXPAND": expand,
             "DESCRIPTORS": tile.descriptors,
