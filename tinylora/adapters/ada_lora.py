@@ -181,26 +181,20 @@ def _watch(shared: AdaLoraShared) -> None:
         _hooks.append(register_optimizer_step_post_hook(lambda o, *_: _after(o)))
 
 
-# torch.amp.GradScaler leaves both to a fused optimizer: to undo the loss's scale, in the gradients as well, and to skip
-# a step of inf.
-
-
 def _before(optimizer: torch.optim.Optimizer) -> None:
-    scale = getattr(optimizer, "grad_scale", None)
-    for shared in _stepping(optimizer):
-        shared.before_step(_parameters(optimizer), 1.0 if scale is None else scale.item())
+    scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under torch.amp.GradScaler undoes it in its step
+    _each(optimizer, lambda shared, own: shared.before_step(own, 1.0 if scale is None else scale.item()))
 
 
 def _after(optimizer: torch.optim.Optimizer) -> None:
-    for shared in _stepping(optimizer):
-        shared.after_step(_parameters(optimizer))
+    _each(optimizer, lambda shared, own: shared.after_step(own))
 
 
-def _stepping(optimizer: torch.optim.Optimizer) -> list[AdaLoraShared]:
-    """The allocators, unless the step is skipped."""
+def _each(optimizer: torch.optim.Optimizer, call) -> None:
+    """`call` with every allocator and the ids of what steps; with none where a fused optimizer skips a step of inf."""
     skipped = getattr(optimizer, "found_inf", None) if _watched else None
-    return [] if skipped is not None and skipped.item() else list(_watched)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not _watched or (skipped is not None and skipped.item()):
+        return
+    stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for shared in list(_watched):
+        call(shared, stepping)

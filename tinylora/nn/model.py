@@ -255,7 +255,7 @@ def merge(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():  # each once: a layer under two parents is one owner
         for own, p in module._parameters.items():
             if id(p) in merging:
-                owners.setdefault(id(p), []).append(f"{name}.{own}")
+                owners.setdefault(id(p), []).append(f"{name}.{own}".lstrip("."))
     for names in owners.values():
         if len(names) > 1:  # a language model's head tied to its embedding: merging would change both
             raise ValueError(
