@@ -350,12 +350,9 @@ def default(
     if capability is None:
         main = gemm_tile(M, N, chip if descriptors else CARDS[8, 0], descriptors, thin.width)
         return Choice(_small(main), thin, None, "Triton's interpreter: the fused matmul in small tiles")
-    expand, before = Gemm(64, 64, 16, 4, 1), replace(thin, pdl=chip.pdl)
+    before, expand = added(M, K, r, dtype, capability)
     if dtype == torch.float32:
-        # ieee dots multiply outside the tensor cores, all operands in registers
-        expand = Gemm(32, 64, 16, 4, 1, rank=16, registers=ALL_REGISTERS, pdl=chip.pdl)
         return Choice(None, before, expand, "fp32: the library's matmul is the faster one, the low-rank part is added")
-    expand = replace(expand, pdl=chip.pdl)
     saved = chip.expand_cost / K
     lost = POINTER_SLACK if chip.bulk_copies and not bulk else chip.slack
     main = gemm_tile(M, N, chip, bulk, thin.width, descriptors)
@@ -371,6 +368,18 @@ def default(
         return Choice(None, before, expand, f"{compared}: the library multiplies")
     thin = thin_beside(M, K, r, chip) if bulk and chip.pdl else thin
     return Choice(main, thin, None, f"{compared}: fused")
+
+
+@remembered
+def added(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> tuple[Thin, Gemm]:
+    """The thin pass and the pass over Y that add the low-rank part to what a library has multiplied."""
+    thin = thin_tile(M, K, r, dtype, capability)
+    if capability is None:
+        return thin, _small(Gemm(64, 64, 16, 4, 1))
+    pdl = card(capability).pdl
+    if dtype == torch.float32:  # ieee dots multiply outside the tensor cores, all operands in registers
+        return replace(thin, pdl=pdl), Gemm(32, 64, 16, 4, 1, rank=16, registers=ALL_REGISTERS, pdl=pdl)
+    return replace(thin, pdl=pdl), Gemm(64, 64, 16, 4, 1, pdl=pdl)
 
 
 # What `pinned` is made for: rows enough that the thin pass has several blocks, few enough that K is cut for the rest.

@@ -44,6 +44,9 @@ CASES = [
     (128, 3584, 3584, 2, {}),
     (16, 3584, 3584, 64, {}),  # decode in two launches
     (5, 77, 72, 2, ALL),  # nothing is divisible
+    (1, 3584, 3584, 2, {"added": True}),  # to what bitsandbytes has multiplied
+    (16, 3584, 3584, 16, {"added": True, "core": "diagonal", "factors": f32}),
+    (64, 3584, 18944, 64, {"added": True, "core": "none", "factors": f32}),
     (16, 3584, 3584, 2, {"dtype": f32}),
 ]
 # What `batch_invariant=True` runs, with operands that bulk copies take and refuse.
@@ -97,9 +100,11 @@ def covering(capability) -> list[tuple]:
 
 
 def run(
-    M, N, K, r, dtype=bf16, factors=None, core="dense", u=0, adapters=3, x_stride=None, need=("x",), pin=False, parts=()
-):
-    """Forward and backward of one layer on the meta device; parts: of siblings, whose gradients come side by side."""
+    M, N, K, r, dtype=bf16, factors=None, core="dense", u=0, adapters=3, x_stride=None, need=("x",), pin=False,
+    parts=(), added=False,
+):  # fmt: skip
+    """Forward and backward of one layer on the meta device; parts: of siblings, whose gradients come side by side;
+    added: the low-rank part alone, to a Y that is there."""
     factors = factors or dtype
 
     def empty(*shape, dtype=dtype):
@@ -113,6 +118,9 @@ def run(
     basis = empty(*blocks, dtype=f32) if u else None
     x = empty(M, x_stride or K)[:, :K]
     weight, down, up, bias = empty(N, K), empty(r, K, dtype=factors), empty(N, r, dtype=factors), empty(N)
+    if added:
+        fused.add_low_rank(empty(M, N), x, down, c, up, ids, basis)
+        return
     y, z = fused.forward(x, weight, down, c, up, bias, ids, basis, pin=pin)
     if parts:
         dys = [empty(M, n) for n in parts]

@@ -121,6 +121,31 @@ def test_numbers(problem):
     hold(problem)
 
 
+@pytest.mark.parametrize("layout", [lambda t: t, surround], ids=["plain", "surround"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(0, 72, 104, 2),
+        Problem(1, 77, 105, 3, bf16, core="mixed"),
+        Problem(37, 72, 104, 16, bf16, factors=f32, core="none"),
+        Problem(37, 72, 104, 8, core="rows"),
+        Problem(64, 77, 105, 70, f16, core="diagonal"),
+        Problem(64, 40, 72, 13, bf16),
+    ],
+    ids=lambda p: p.id,
+)
+def test_added_to_what_something_else_has_multiplied(problem, layout):
+    """What runs beside bitsandbytes' product (`ops/four_bit.py`)."""
+    operands, ids, basis = problem.operands()
+    x, weight, down, core, up, bias = operands
+    dy = torch.zeros(problem.M, problem.N)
+    y = F.linear(x, weight, bias)
+    z = fused.add_low_rank(y, layout(x), layout(down), layout(core), layout(up), ids, layout(basis))
+    assert_as_good_as_torch("y", y, exact(operands, ids, basis, dy)["y"], torch_own(operands, ids, basis, dy)["y"])
+    assert_as_good_as_torch("z", z, x.double() @ down.double().T, x @ down.to(x.dtype).T)
+    assert z.dtype == f32 and z.shape == (problem.M, problem.r)
+
+
 @pytest.mark.parametrize("layout", [surround, pad_rows], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     "problem",

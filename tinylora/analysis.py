@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tinylora.nn.four_bit import dense_weight
 from tinylora.nn.linear import Linear
 from tinylora.nn.saved_module import SavedModule
 
@@ -51,7 +52,7 @@ def effective_weights(model: nn.Module) -> dict[str, Tensor]:
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear) or ".copies." in f".{name}.":
                 continue
-            weight = module.weight.detach().float()
+            weight = dense_weight(module).float()
             if isinstance(module, Linear) and module.active is not None and module.merged is None:
                 weight = weight + module.adapters[module.active].factors().delta()
             found[name.replace(".original", "")] = weight

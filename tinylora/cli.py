@@ -20,6 +20,7 @@ from tinylora.integrations.transformers import meta_model
 from tinylora.nn.checkpoint import FILE, read
 from tinylora.nn.targets import find_targets, sites_of
 from tinylora.ops import dispatch
+from tinylora.ops.four_bit import FEW
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,12 +176,17 @@ def _machine_rows() -> list[tuple[str, object]]:
     return [
         ("tinylora", tinylora.__version__),
         ("python", platform.python_version()),
-        *((p, version(p)) for p in ("torch", "triton", "transformers", "peft")),
+        *((p, version(p)) for p in ("torch", "triton", "transformers", "peft", "bitsandbytes")),
         ("CPU", f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         ("GPU", ", ".join(torch.cuda.get_device_name(d) for d in gpus) or "none"),
         *((f"bf16 on {d}", path(d, bf16)) for d in (torch.device("cpu"), *gpus)),
         *((f"fp64 on {d}", path(d, torch.float64)) for d in gpus),
         *((f"batch_invariant on {d}", _invariant(d, path(d, bf16))) for d in (torch.device("cpu"), *gpus)),
+        (
+            "4-bit bases",
+            f"up to {FEW} rows on a GPU by bitsandbytes' kernels, the correction added; else W is made in x's dtype "
+            "for as long as a matmul reads it",
+        ),
         ("patch_peft", f"covers {', '.join(covered())}" if version("peft") != "not installed" else "needs peft"),
         ("", "tinylora.integrations.peft.counts() says in your process which calls were covered, and why others not"),
         ("factor cache", cache_folder()),

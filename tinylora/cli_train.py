@@ -22,7 +22,7 @@ _COMMON = {
     "data": (str, "data", "GSM8K: a folder, a .jsonl file, or a name on the Hub"),
     "steps": (int, "steps", "optimiser steps"),
     "seed": (int, "seed", "of the adapter, the order of the data and the sampling"),
-    "dtype": (str, "dtype", "of the frozen base: bfloat16, float16 or float32; v is fp32"),
+    "dtype": (str, "dtype", "of the frozen base: bfloat16, float16, float32 or nf4; v is fp32"),
     "batch-size": (int, "batch_size", "sequences in a step, of all processes: for GRPO prompts times group size"),
     "micro-batch-size": (int, "micro_batch_size", "sequences in one forward and backward of a process, at most"),
     "save-every": (int, "save_every", "steps between checkpoints"),
@@ -142,7 +142,7 @@ def _add_eval(commands) -> None:
     parser.add_argument("--limit", type=int, help="the first so many problems alone")
     parser.add_argument("--batch-size", type=int, help=f"problems at once ({values['eval']['batch_size']})")
     parser.add_argument("--max-completion-length", type=int, help=f"({values['eval']['max_completion_length']})")
-    parser.add_argument("--dtype", help=f"of the base: bfloat16, float16 or float32 ({values['dtype']})")
+    parser.add_argument("--dtype", help=f"of the base: bfloat16, float16, float32 or nf4 ({values['dtype']})")
     parser.add_argument("--recipe", default=recipes.DEFAULT, help="where the prompt and the defaults are from")
     parser.add_argument("--out", help="a JSON file for the scores, the settings and every completion")
     parser.set_defaults(run=_eval)

@@ -1,10 +1,11 @@
 """PEFT, live: `patch_peft()` makes PEFT's TinyLoRA, LoRA, VeRA and AdaLoRA linear layers run the fused operator.
 
-The forward of four classes is replaced, so that layers made later (add_adapter, load_adapter) are covered as well.
+The forward of these classes is replaced, so that layers made later (add_adapter, load_adapter) are covered as well.
 Each call decides from Python attributes alone, never from a tensor's values, whether it is the common case: one
-active adapter on a plain torch.nn.Linear, not merged, no dropout acting. Everything else goes to PEFT's own forward,
-unchanged, and is counted with its reason (`counts`). Nothing is cached from one call to the next but constants: the
-factors are read from the layer every time, whatever an optimiser, a load or `.data =` did to them.
+active adapter on a plain torch.nn.Linear or a Linear4bit of bitsandbytes', not merged, no dropout acting. Everything
+else goes to PEFT's own forward, unchanged, and is counted with its reason (`counts`). Nothing is cached from one call
+to the next but constants: the factors are read from the layer every time, whatever an optimiser, a load or `.data =`
+did to them.
 
     PEFT's layer     down      core                    up
     TinyLoRA         A         Σ v_i P_i               B
@@ -20,6 +21,7 @@ are, where PEFT rounds them, and everything at rank r, to autocast's dtype. The 
 on this path.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from importlib import import_module
@@ -29,9 +31,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from tinylora.nn.four_bit import is_four_bit, packed_weight
 from tinylora.ops.checks import fits
 from tinylora.ops.cpu import linear_on_cpu
 from tinylora.ops.dispatch import interpreting
+from tinylora.ops.four_bit import FourBit
 from tinylora.ops.linear import unchecked
 
 # Asked in every call, in which a look at a module of torch's is one more.
@@ -47,9 +51,9 @@ _CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts
 
 
 def _plain(linear: nn.Module) -> bool:
-    """Whether calling `linear` is F.linear on its parameters and nothing else."""
+    """Whether calling `linear` is F.linear on its parameters, or bitsandbytes' product, and nothing else."""
     return (
-        type(linear) is nn.Linear
+        (type(linear) is nn.Linear or is_four_bit(linear))
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
         and not linear._backward_hooks
@@ -146,7 +150,7 @@ def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
     d, b = d["_parameters"].get(name, d.get(name)), b["_parameters"].get(name, b.get(name))
     if d is None:
         return _ABSENT
-    if layer["quantization_backend"] is not None:
+    if layer["quantization_backend"] is not None and type(weight) is not FourBit:
         return "a quantised base layer"
     dropout = modules["vera_dropout"].__dict__["_modules"][name]
     if type(dropout) is not nn.Identity and _drops(dropout):
@@ -227,6 +231,8 @@ _COVERED: dict[str, tuple[str, str, Callable, bool]] = {
     "LoRA": ("peft.tuners.lora.layer", "Linear", _lora, False),
     "VeRA": ("peft.tuners.vera.layer", "Linear", _vera, True),
     "AdaLoRA": ("peft.tuners.adalora.layer", "SVDLinear", _adalora, False),
+    "LoRA, 4 bits": ("peft.tuners.lora.bnb", "Linear4bit", _lora, True),
+    "AdaLoRA, 4 bits": ("peft.tuners.adalora.bnb", "SVDLinear4bit", _adalora, True),
 }
 
 FAST = "fast"
@@ -235,7 +241,7 @@ _originals: dict[type, tuple[Callable, Callable]] = {}  # class -> (PEFT's forwa
 
 
 def _why_not(layer, x, args, kwargs, cls) -> str:
-    """Which of `_forward_of`'s conditions fails."""
+    """Which of `_forward_of`'s conditions fails; "" where the base layer has four bits a number and none does."""
     if type(layer) is not cls:
         return "a subclass of PEFT's layer"
     if args or kwargs:
@@ -247,14 +253,19 @@ def _why_not(layer, x, args, kwargs, cls) -> str:
     names = layer.active_adapters
     if len(names) != 1:
         return "several active adapters" if names else "no active adapter"
-    if not _plain(layer._modules["base_layer"]):
+    base = layer._modules["base_layer"]
+    if not _plain(base):
         return "the base layer is not a plain torch.nn.Linear, or has hooks"
     if not layer.__dict__.get("cast_input_dtype_enabled", True):
         return "casting of the input is off"
-    base = layer._modules["base_layer"]
     weight = base._parameters.get("weight", base.__dict__.get("weight"))
-    if type(x) not in _TENSORS or type(weight) not in _TENSORS:
+    four_bit = is_four_bit(base)
+    if type(x) not in _TENSORS or (type(weight) not in _TENSORS and not four_bit):
         return "a tensor subclass"
+    if four_bit and _is_compiling():
+        return "4 bits in a compiled graph"
+    if four_bit and not _watched():
+        return ""
     return "something looks at every call (global hooks, a dispatch mode, torch.func, dual numbers, torch.jit.trace)"
 
 
@@ -300,6 +311,8 @@ def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, giv
                 found = compute(layer, name, x, weight, bias, on_cpu)
             else:
                 found = compute(layer, name, x, weight, bias, False) if x.device == weight.device else _DIFFER
+        elif is_four_bit(base):
+            found = _why_not(self, x, args, kwargs, cls) or _on_four_bits(compute, layer, name, x)
         else:
             found = _why_not(self, x, args, kwargs, cls)
         if type(found) is not str:
@@ -344,9 +357,25 @@ def _under_autocast(compute, layer, name, x, weight, bias, traced) -> Tensor | s
         return compute(layer, name, *cast, device == "cpu" and not (traced or trains))
 
 
+def _on_four_bits(compute, layer, name, x) -> Tensor | str:
+    """`compute` around bitsandbytes' Linear4bit, in its compute_dtype; the result has x's dtype, as its own has."""
+    base = layer["_modules"]["base_layer"]
+    if x.is_cpu and not base.training:
+        return "4 bits on a CPU in eval(): bitsandbytes packs them for it"
+    if getattr(base.weight.quant_state, "packing_format_for_cpu", False):
+        return "4 bits that bitsandbytes has packed for this CPU"
+    dtype, autocast = base.compute_dtype or x.dtype, _autocast_of(x.device.type)
+    if dtype.itemsize < x.dtype.itemsize and not autocast:
+        return "4 bits computed in less than x's dtype: PEFT adds the correction in that"
+    with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        bias = None if base.bias is None else base.bias.to(dtype)
+        found = compute(layer, name, x.to(dtype), packed_weight(base), bias, False)
+    return found if type(found) is str else found.to(x.dtype)
+
+
 def _operator(x, weight, down, core, up, bias, basis=None) -> Tensor | str:
     """The fused operator with what PEFT's layer holds, or the reason why it does not take that."""
-    if not fits(x, weight, down, core, up, bias, None, basis):
+    if not fits(x, weight.like(x) if type(weight) is FourBit else weight, down, core, up, bias, None, basis):
         return "operands that do not fit (dtype, device, rank 0, not loaded)"
     return unchecked(x, weight, down, core, up, bias, None, basis)
 
@@ -371,7 +400,8 @@ def patch_peft() -> None:
 
     Existing models and those made later; nothing else in PEFT changes. Calling it again is harmless. What is not
     covered (merged, disabled, several active adapters, mixed batches, dropout in training, DoRA and other variants,
-    quantised or hooked base layers, convolutions, embeddings, ...) runs PEFT's own forward; `counts()` says how often.
+    base layers that are hooked or quantised otherwise, convolutions, embeddings, ...) runs PEFT's own forward;
+    `counts()` says how often.
     Models compiled before keep the graphs they have. ImportError without peft.
     """
     for kind, (cls, *how) in _classes().items():
@@ -422,4 +452,5 @@ def _classes() -> dict[str, tuple[type, Callable, bool]]:
         import peft  # noqa: F401
     except ImportError as error:
         raise ImportError("patch_peft needs peft: pip install tinylora[peft]") from error
-    return {kind: (getattr(import_module(m), name), *how) for kind, (m, name, *how) in _COVERED.items()}
+    found = {kind: (getattr(import_module(m), name, None), *how) for kind, (m, name, *how) in _COVERED.items()}
+    return {kind: how for kind, how in found.items() if how[0] is not None}  # without bitsandbytes there are no 4 bits

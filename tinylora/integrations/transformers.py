@@ -1,6 +1,7 @@
 """Models from Hugging Face configs, without their weights."""
 
 import os
+from importlib.util import find_spec
 
 from torch import nn
 
@@ -41,8 +42,10 @@ def meta_model(config: str | os.PathLike) -> nn.Module:
 def load_model(name: str | os.PathLike, dtype: str):
     """(model, tokenizer) of a causal language model from a folder or the Hub, on the process's GPU where there is one.
 
-    dtype: of the weights, "bfloat16", "float16" or "float32". ValueError if there is no such model or it has no
-    tokenizer, ImportError without transformers.
+    dtype: of the weights, "bfloat16", "float16" or "float32", or "nf4": the linear layers of the blocks in four bits a
+    number, quantised twice, and all else in bfloat16 (QLoRA, arXiv 2305.14314).
+    ValueError if there is no such model or it has no tokenizer, ImportError without transformers, or bitsandbytes for
+    nf4.
     """
     import torch
 
@@ -51,13 +54,25 @@ def load_model(name: str | os.PathLike, dtype: str):
     except ImportError as error:
         raise ImportError("loading a model needs transformers: pip install tinylora[transformers]") from error
 
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype is {dtype!r}, expected bfloat16, float16 or float32")
+    if dtype not in ("bfloat16", "float16", "float32", "nf4"):
+        raise ValueError(f"dtype is {dtype!r}, expected bfloat16, float16, float32 or nf4")
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    how = {"dtype": torch.bfloat16 if dtype == "nf4" else getattr(torch, dtype)}
+    if dtype == "nf4":
+        if find_spec("bitsandbytes") is None:
+            raise ImportError("nf4 needs bitsandbytes: pip install tinylora[qlora]")
+        how["device_map"] = {"": device}
+        how["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
     if processes.rank() > 0:
         transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -67,7 +82,7 @@ def load_model(name: str | os.PathLike, dtype: str):
         raise ValueError(f"model {str(name)!r} has a tokenizer without an end of text, expected an eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model if dtype == "nf4" else model.to(device), tokenizer
 
 
 def as_prompt(tokenizer, text: str):

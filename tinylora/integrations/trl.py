@@ -9,17 +9,20 @@
     use_vllm      refused: TRL would send vLLM the base's weights, and a v that no layer there knows
     sync_ref      (sync_ref_model) refused: there is no second model to synchronise
     fsdp          refused, and deepspeed, too: their checkpoints are of the whole model
+    4 bits        taken: transformers' Trainer refuses a quantised model on which it sees no adapter of PEFT's
     use_reentrant refused in several processes where layers share what trains: DDP would stop in the first backward
 
 Rollouts run the adapted layers, unmerged, in `model.generate`: the base's weights are never written.
 A model that PEFT adapted passes through: TRL knows those, and only the data order is ours.
 """
 
+import contextlib
 import functools
 import json
 import os
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -58,7 +61,8 @@ def adapter_trainer(trainer: type) -> type:
             if beta:
                 config.beta = 0.0  # while it builds, for with another one it loads the base model a second time
             try:
-                super().__init__(model, *args, **kwargs)
+                with _known_to_be_adapted(model) if ours else contextlib.nullcontext():
+                    super().__init__(model, *args, **kwargs)
             finally:
                 if beta:
                     config.beta = beta
@@ -91,6 +95,22 @@ def adapter_trainer(trainer: type) -> type:
     AdapterTrainer.__name__ = AdapterTrainer.__qualname__ = trainer.__name__
     AdapterTrainer.__doc__ = trainer.__doc__
     return AdapterTrainer
+
+
+@contextlib.contextmanager
+def _known_to_be_adapted(model: nn.Module) -> Iterator[None]:
+    """transformers' Trainer refuses a quantised model (4 bits) unless it knows of an adapter, and knows PEFT's alone.
+
+    While it is built only: the mark would make save_pretrained look for PEFT's adapter.
+    """
+    marked = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
+    if marked:
+        model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if marked:
+            del model._hf_peft_config_loaded
 
 
 def _has_reference(trainer: type) -> bool:

@@ -76,13 +76,15 @@ class Linear(nn.Linear):
         """A layer with `linear`'s parameters and a new adapter, by itself and not as a part of a model.
 
         `tinylora.adapter_parameters(layer)`, `save`, `load`, `merge` and the others take it as they take a model.
-        The base is frozen. ValueError if `linear` is not a torch.nn.Linear, or the config does not fit it.
+        The base is frozen. ValueError if `linear` is neither a torch.nn.Linear nor a bitsandbytes.nn.Linear4bit, or the
+        config does not fit it.
         """
+        from tinylora.nn.four_bit import is_four_bit, wrapped
         from tinylora.nn.model import attach
 
-        if type(linear) is not nn.Linear:
+        if type(linear) is not nn.Linear and not is_four_bit(linear):
             raise ValueError(f"linear is a {type(linear).__name__}, expected a torch.nn.Linear")
-        layer = cls.wrap(linear)
+        layer = wrapped(linear)
         attach(layer, {"": layer}, config, "default")
         return layer
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from tinylora.adapters import AdapterConfig, Shared
 from tinylora.adapters.factor_cache import digest
+from tinylora.nn.four_bit import dense_weight, wrapped
 from tinylora.nn.linear import Linear
 from tinylora.nn.saved_module import SavedModule
 from tinylora.nn.siblings import group, ungroup
@@ -79,7 +80,7 @@ def attach(
     if frozen is None:
         with torch.no_grad():
             frozen = {
-                site.name: config.frozen(site, layers[site.name].weight, digests[site.name])
+                site.name: config.frozen(site, dense_weight(layers[site.name]), digests[site.name])
                 for site in _progress(sites, f"{config.kind} factors")
             }
 
@@ -95,7 +96,7 @@ def attach(
     for site in sites:
         layer = layers[site.name]
         if not isinstance(layer, Linear):
-            before, layer = layer, Linear.wrap(layer)
+            before, layer = layer, wrapped(layer)
             for place in places[before]:
                 root.set_submodule(place, layer)
         adapter = config.adapter(site, frozen[site.name], shared).to(layer.weight.device)
@@ -137,7 +138,7 @@ def base_digests(layers: Mapping[str, nn.Linear]) -> dict[str, str]:
             raise ValueError(f"{name} is on the meta device and has no data: load the weights first")
 
     def one(name: str) -> str:
-        return digest(layers[name].weight.detach().to(torch.bfloat16))
+        return digest(dense_weight(layers[name]).to(torch.bfloat16))
 
     # SHA-256 reads 2 GB/s a core: 13 GB of a 7B model's weights are 7 seconds on one, and it leaves the GIL alone.
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:

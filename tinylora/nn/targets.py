@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from tinylora.adapters import Site
+from tinylora.nn.four_bit import is_four_bit
 from tinylora.nn.linear import Linear
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every torch.nn.Linear (or layer of ours) below the model, by name, in depth order, each module once.
+    """Every torch.nn.Linear, bitsandbytes.nn.Linear4bit or layer of ours below the model, by name, in depth order, each
+    module once.
 
-    Subclasses of torch.nn.Linear by others are passed over: their forward is theirs (quantised layers, PEFT's).
+    Other subclasses of torch.nn.Linear are passed over: their forward is theirs (8 bits, GPTQ, PEFT's).
     """
-    return {n: m for n, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Linear)}
+    return {n: m for n, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Linear) or is_four_bit(m)}
 
 
 def in_a_block(model: nn.Module, name: str) -> bool:
@@ -25,7 +27,7 @@ def in_a_block(model: nn.Module, name: str) -> bool:
 
 def _special(name: str, layer: nn.Linear) -> bool:
     """A gate of one number, which has no rank to speak of; or one whose parent reads its weight and never calls it."""
-    return min(layer.weight.shape) == 1 or name.endswith(".dt_proj")  # Mamba's
+    return min(layer.out_features, layer.in_features) == 1 or name.endswith(".dt_proj")  # Mamba's
 
 
 def find_targets(model: nn.Module, targets: Sequence[str] | str | None) -> dict[str, nn.Linear]:

@@ -251,13 +251,27 @@ def forward(
     basis: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(Y, z), Y [..., N] for x of [..., K] and z [M, r]."""
-    gaps = adapter_ids is not None and (not adapter_ids.is_cpu or check_ids(adapter_ids, core.shape[0]))
-    core = mix(core, basis)
     rows = in_rows(x)
     y = F.linear(rows, weight, bias)
-    z = thin(rows, down)
-    add_product(y, apply_core(z, core, adapter_ids, gaps=gaps), up.t())
+    z = add_low_rank(y, rows, down, core, up, adapter_ids, basis)
     return like_rows(y, x), z
+
+
+def add_low_rank(
+    y: Tensor,
+    x: Tensor,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    adapter_ids: Tensor | None,
+    basis: Tensor | None,
+) -> Tensor:
+    """Y += ((X Dᵀ) Cᵀ) Uᵀ in place, for y [M, N] and x [M, K]. Returns z [M, r]."""
+    gaps = adapter_ids is not None and (not adapter_ids.is_cpu or check_ids(adapter_ids, core.shape[0]))
+    core = mix(core, basis)
+    z = thin(x, down)
+    add_product(y, apply_core(z, core, adapter_ids, gaps=gaps), up.t())
+    return z
 
 
 def backward(

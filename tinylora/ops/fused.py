@@ -336,6 +336,39 @@ def forward(
     return _linear(x, weight, down, Core(core, basis, adapter_ids), up, bias, choice, pin, want_z)
 
 
+def add_low_rank(
+    y: Tensor,
+    x: Tensor,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    adapter_ids: Tensor | None,
+    basis: Tensor | None,
+) -> Tensor:
+    """Y += ((X Dᵀ) Cᵀ) Uᵀ in place, for y [M, N] that something else has multiplied, and x [M, K]. Returns z [M, r]."""
+    if _elsewhere(x):
+        with torch.cuda.device(x.device):
+            return add_low_rank(y, x, down, core, up, adapter_ids, basis)
+    core = Core(*_mixed_inside(core, basis), adapter_ids)
+    if len(x) == 0:
+        return torch.empty(0, len(down), dtype=torch.float32, device=x.device)
+    precision = torch.get_float32_matmul_precision()
+    key = ("add", _kind(y), _kind(x), x.data_ptr() % 16, _kind(down), _kind(up), _kind_of_core(core), precision)
+    way = tiles.ways.get(key)
+    if way is None:
+
+        def make() -> tuple[Plan, Plan]:
+            thin, expand = tiles.added(*x.shape, len(down), x.dtype, _capability(x.device))
+            reduce = plan_thin(x, down, core, thin, _precision(), want_s=True)
+            return reduce, plan_gemm(None, None, y, thin.width, up, None, expand, _precision())
+
+        way = _remembered(key, x.device, make)
+    reduce, finish = way
+    z, s = reduce.run(x, down, core, True)
+    finish.run(None, None, y, s, up, None)
+    return z
+
+
 class Bound:
     """`forward` and `backward_of_parts` around operands that stay, for x and dY of kinds that were seen before.
 

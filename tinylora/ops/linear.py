@@ -13,11 +13,12 @@ from tinylora.ops import eager, invariant
 from tinylora.ops.backward import first_order
 from tinylora.ops.checks import check
 from tinylora.ops.dispatch import TORCH, interpreting, route_of
+from tinylora.ops.four_bit import Around, FourBit
 
 
 def adapted_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FourBit,
     down: Tensor,
     core: Tensor | None,
     up: Tensor,
@@ -30,7 +31,7 @@ def adapted_linear(
     """Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ, without forming the adapted weight W + U C D.
 
     x:           [..., K], the dtype of weight
-    weight:      [N, K], frozen or not
+    weight:      [N, K], frozen or not; or a `FourBit`, which is frozen and has x's dtype wherever weight's is asked for
     down:        [r, K], any floating dtype
     core:        [r, r], or [r] for its diagonal, or None for the identity, or [A, r, r] with adapter_ids
     up:          [N, r], any floating dtype
@@ -54,13 +55,16 @@ def adapted_linear(
     The operator is the common form of LoRA (arXiv 2106.09685), LoRA-XS (2405.17604) and TinyLoRA
     (2602.04118, section 4): each is a choice of (down, core, up).
     """
-    check(x, weight, down, core, up, bias, adapter_ids, basis)
+    like = weight.like(x) if isinstance(weight, FourBit) else weight
+    check(x, like, down, core, up, bias, adapter_ids, basis)
     return unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant)
 
 
 def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant=False) -> Tensor:
     """`adapted_linear` for operands that are known to fit: a layer's own. Every microsecond here is paid per layer."""
     ids = None if adapter_ids is None else adapter_ids.reshape(-1)
+    if type(weight) is FourBit:
+        return _on_four_bits(x, weight, down, core, up, bias, ids, basis, batch_invariant)
     if _seen_from_outside(x, weight, down, core, up):
         x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         y, _ = torch.ops.tinylora.adapted_linear(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
@@ -76,6 +80,16 @@ def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invaria
     ):
         return _AdaptedLinear.apply(x, weight, down, core, up, bias, ids, basis, module)
     return _run(module, x, weight, down, core, up, bias, ids, basis, False)[0]
+
+
+def _on_four_bits(x, weight: FourBit, down, core, up, bias, ids, basis, batch_invariant) -> Tensor:
+    if _seen_from_outside(x, x, down, core, up):  # which then sees W, and autograd keeps it
+        return unchecked(x, weight.dense(x.dtype), down, core, up, bias, ids, basis, batch_invariant)
+    module = Around(_computes(x, x, down, core, up, batch_invariant), weight, batch_invariant)
+    operands = x, None, down, core, up, bias, ids, basis
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands[:6]):
+        return _AdaptedLinear.apply(*operands, module)
+    return module.forward(*operands)[0]
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: bool) -> Tensor:

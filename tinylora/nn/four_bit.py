@@ -1,0 +1,118 @@
+"""The drop-in layer around bitsandbytes' Linear4bit: adapters on a base of four bits a number (QLoRA).
+
+bitsandbytes is not imported here: whoever has such a layer has it loaded.
+"""
+
+import contextlib
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinylora.nn.linear import Linear, low_rank
+from tinylora.ops.four_bit import FourBit
+from tinylora.ops.linear import adapted_linear, plain, unchecked
+
+
+def is_four_bit(module: nn.Module) -> bool:
+    """Whether it is a Linear4bit of bitsandbytes', with its own forward."""
+    for cls in type(module).__mro__:
+        if cls.__module__ == "bitsandbytes.nn.modules" and cls.__name__ == "Linear4bit":
+            return type(module).forward is cls.forward
+    return False
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight that adapters are made for, [N, K]; of four bits, in the dtype that is computed in."""
+    if isinstance(layer, FourBitLinear) or is_four_bit(layer):
+        packed = packed_weight(layer)
+        return packed.dense(layer.compute_dtype or layer.weight.quant_state.dtype)
+    return layer.weight.detach()
+
+
+def packed_weight(layer: nn.Module) -> FourBit:
+    """The weight of a Linear4bit, or of ours. ValueError where it has not been quantised yet."""
+    weight = layer.weight
+    if getattr(weight, "quant_state", None) is None and getattr(layer, "quant_state", None) is not None:
+        weight.quant_state = layer.quant_state  # lost by whoever made the parameter anew
+    return FourBit.of(weight)
+
+
+def wrapped(layer: nn.Linear) -> Linear:
+    """A layer of ours around this one's own parameters."""
+    return (FourBitLinear if is_four_bit(layer) else Linear).wrap(layer)
+
+
+class FourBitLinear(Linear):
+    """`Linear` on a weight of four bits a number: `tinylora.apply` makes it of a bitsandbytes.nn.Linear4bit.
+
+    Y has x's dtype, and is computed in the layer's compute_dtype, as bitsandbytes' is. What is saved of the base, and
+    under which names, is bitsandbytes' as well. It has no `merge`: four bits cannot hold an update.
+    On a CPU the weight is dequantised in every call, in eval() too, where bitsandbytes would change its layout.
+    """
+
+    foreign: type[nn.Module]  # bitsandbytes' class
+
+    @classmethod
+    def wrap(cls, linear: nn.Module) -> "FourBitLinear":
+        packed_weight(linear)
+        layer = super(FourBitLinear, around(type(linear))).wrap(linear)
+        layer.support_avx512bf16_for_cpu = False
+        layer.weight.module = layer  # where .to() leaves a new quant_state
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        name = self.active
+        if name is None:
+            return self.foreign.forward(self, x)
+        adapter = self._modules["adapters"]._modules[name]
+        down, core, up, basis = adapter.factors()
+        rows, invariant = adapter.shared.rows, self.batch_invariant
+        dropped = adapter.dropout > 0 and self.training
+        if dropped and invariant:
+            raise ValueError(
+                f"dropout is {adapter.dropout} and the layer trains: what is dropped from a row depends on the "
+                "others, expected no dropout with batch_invariant, or eval()"
+            )
+        dtype = self.compute_dtype or x.dtype
+        autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
+            inner = x.to(dtype)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            if rows is not None:
+                ids, core = rows.of(x), adapter.row_core()
+                y = adapted_linear(
+                    inner, packed_weight(self), down, core, up, bias, ids, basis=basis, batch_invariant=invariant
+                )
+            elif dropped or not (plain(inner) or invariant):
+                # The graph of whoever looks at the call from outside must not keep W: bitsandbytes' own node does not.
+                if dropped:
+                    inner = F.dropout(inner, adapter.dropout)
+                y = self.foreign.forward(self, x).to(dtype) + low_rank(inner, down, core, up, basis)
+            elif inner.shape[-1:] == (self.in_features,) and inner.device == down.device:
+                y = unchecked(inner, packed_weight(self), down, core, up, bias, None, basis, invariant)
+            else:
+                y = adapted_linear(inner, packed_weight(self), down, core, up, bias, basis=basis)
+        return y.to(x.dtype)
+
+    def merge(self) -> None:
+        if self.active is not None:
+            raise ValueError(
+                "the weight has four bits a number, which cannot hold what an adapter adds: expected to save the "
+                'adapter (format="peft" or "lora") and to load and merge it on the model before quantisation'
+            )
+
+    def __reduce_ex__(self, protocol):
+        return _new, (self.foreign,), self.__getstate__()
+
+
+@cache
+def around(foreign: type[nn.Module]) -> type[FourBitLinear]:
+    """`FourBitLinear` that is one of `foreign` as well, so that it saves, loads and moves like it."""
+    return type(foreign.__name__, (FourBitLinear, foreign), {"foreign": foreign, "__module__": __name__})
+
+
+def _new(foreign: type[nn.Module]) -> FourBitLinear:
+    cls = around(foreign)
+    return cls.__new__(cls)
