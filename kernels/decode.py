@@ -75,7 +75,8 @@ def decode_kernel(
     SPLIT_K: the partial sums meet in planes [slices, M, N] and z_planes [slices, M, R]; the last program of a
     column block adds them from first to last.
     PDL: the launch before may still run. INLINE, nothing is read or written until it ends; otherwise it is the thin
-    pass, which started when all but s was there, and only s is waited for. The one after is never asked to come before
+    pass, which started when all but s was there: its end is waited for before s is read or anything written, by every
+    slice, as its planes and counters are this launch's as well. The one after is never asked to come before
     this one's programs are gone: its own would take their places as they fall free, many on one multiprocessor and
     none on the next, and stay there (a chain of different layers takes 6 % longer).
     """
@@ -111,6 +112,8 @@ def decode_kernel(
             d_at += BLOCK_K * stride_dk
         x_at += BLOCK_K * stride_xk
         w_at += BLOCK_K * stride_wk
+    if PDL and not INLINE:
+        gdc_wait()
     z_mask = rows & (ranks[None, :] < R)
     z_at = m[:, None] * R + ranks[None, :]
     if INLINE:
@@ -125,8 +128,6 @@ def decode_kernel(
             else:
                 tl.store(z + z_at, z_tile, mask=z_mask)
     elif tl.program_id(1) == 0:
-        if PDL:
-            gdc_wait()
         for rank in range(0, WIDTH, BLOCK_R):
             s_tile = load_s(s, m, rank, M, WIDTH, BLOCK_R)  # [BLOCK_M, BLOCK_R]
             u_tile = load_up(up, n, rank, N, stride_un, stride_ur, R, PERIOD, BLOCK_R, s.dtype.element_ty)

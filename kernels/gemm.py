@@ -246,11 +246,12 @@ def fits_descriptors(x: Tensor | Sequence[Tensor], w: Tensor) -> bool:
     a contiguous last dimension, and a base and a row stride in whole 16 bytes. x may lie in column blocks."""
 
     def aligned(t: Tensor) -> bool:
-        return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+        step = t.stride(0) * t.element_size()
+        return t.stride(1) == 1 and step > 0 and step % 16 == 0 and t.data_ptr() % 16 == 0
 
     N = w.shape[0]
     xs = ColumnBlocks.of(x).tensors
-    if not all(aligned(t) and t.stride(0) > 0 for t in xs):
+    if not all(map(aligned, xs)):
         return False
     return (aligned(w) or aligned(w.T)) and N * w.element_size() % 16 == 0
 

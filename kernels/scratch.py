@@ -77,6 +77,8 @@ def counters(n: int, device: torch.device) -> Tensor:
                 "the graph's counters must be zeroed outside the graph"
             )
         buffer, used = _captured[device]
+        if n > len(buffer):
+            raise RuntimeError(f"a captured launch wants {n} counters, expected at most {len(buffer)}: fewer adapters")
         start = used if used + n <= len(buffer) else 0
         _captured[device] = buffer, start + n
         return buffer[start : start + n]

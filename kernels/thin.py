@@ -183,10 +183,10 @@ def plan_thin(x: Tensor | Sequence[Tensor], down: Tensor, core: Core, tile: Thin
     r = down.shape[0]
     first = blocks.tensors[0]
     row_blocks = -(-M // tile.m)
-    split = tile.split > 1
+    split = tile.split > 1 and M > 0
     planned = Launch(
         thin_kernel,
-        (row_blocks, tile.split),
+        (row_blocks, tile.split if split else 1),
         (M, core.adapters, K, *blocks.ends, *blocks.row_strides, first.stride(1), *down.stride()),
         {
             "BLOCKS": len(blocks.tensors),

@@ -440,7 +440,7 @@ def core_gradient_tile(
     """512 rows a program; with many adapters fewer slices, since each adapter has programs of its own."""
     side = min(pad(r), 32)
     if capability is None:
-        return CoreGradient(16, 16, 32, "ieee")
+        return CoreGradient(16, side, 32, "ieee")
     rows = 512 if adapters <= 64 else max(512, pad(-(-M // 4)))
     precision = "ieee" if side == 16 or dtype == torch.float32 else "tf32x3"
     return CoreGradient(64, side, rows, precision, pdl=card(capability).pdl)

@@ -14,9 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import NAMES, Problem, assert_as_good_as_torch, exact, grads, torch_own
+from triton.runtime.interpreter import InterpreterBuilder
 
+import tinylora.kernels.decode as decode_module
+import tinylora.kernels.thin as thin_module
 from tinylora.kernels import tiles
 from tinylora.kernels.core import Core
+from tinylora.kernels.gemm import fits_descriptors
 from tinylora.kernels.thin import thin
 from tinylora.ops import adapted_linear, eager, fused
 from tinylora.ops.siblings import adapted_linears
@@ -437,3 +441,65 @@ def test_the_environment_variable_alone_is_enough():
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "ran", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("inline", [True, False], ids=["inline", "beside"])
+@pytest.mark.parametrize("split", [1, 3])
+def test_nothing_is_written_before_the_launch_before_is_waited_for(split, inline, monkeypatch):
+    """Launches of one stream share planes and counters: a program of decode that starts early must touch neither."""
+    events = []
+    for module in (decode_module, thin_module):
+        for name in ("gdc_wait", "gdc_launch_dependents"):
+            monkeypatch.setattr(module, name, lambda *a, name=name, **k: events.append(name), raising=False)
+    for name in ("create_masked_store", "create_store", "create_atomic_rmw"):
+        before = getattr(InterpreterBuilder, name)
+        monkeypatch.setattr(
+            InterpreterBuilder, name, lambda *a, before=before, **k: (events.append("writes"), before(*a, **k))[1]
+        )
+    before = InterpreterBuilder.set_grid_idx
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", lambda *a: (events.append("program"), before(*a))[1])
+    thin_tile = None if inline else tiles.Thin(16, 32, 2, 16, 4, 1, pdl=True)
+    choice = tiles.Choice(tiles.Decode(16, 32, 32, split, 4, 1, pdl=True), thin_tile, None, "test")
+    (x, w, d, c, u, b), _, _ = Problem(9, 72, 200, 2).operands()
+    fused.forward(x, w, d, c, u, b, None, None, choice)
+    programs = " ".join(events).split("program")[1:]
+    decode = [p.split() for p in programs if "gdc_launch_dependents" not in p]
+    assert len(decode) == -(-72 // 32) * split
+    for program in decode:
+        assert program[0] == "gdc_wait" and "writes" in program
+
+
+@pytest.mark.parametrize("wanted", ["core", "down", "up"])
+@pytest.mark.parametrize("core", ["dense", "mixed", "rows"])
+def test_no_rows_and_an_x_without_a_gradient(core, wanted):
+    operands, ids, basis = Problem(0, 72, 256, 2, core=core).operands()
+    operands[NAMES.index(wanted)].requires_grad_()
+    adapted_linear(*operands, ids, basis=basis).sum().backward()
+    assert operands[NAMES.index(wanted)].grad.abs().sum() == 0
+
+
+def test_a_v_of_many_ranks():
+    """dC of up to 32 ranks stays in one tile where v is made of it."""
+    hold(Problem(20, 40, 72, 24, core="mixed", u=3))
+
+
+@pytest.mark.parametrize("of", ["x", "dy"])
+def test_the_library_s_y_has_the_dimensions_of_x(of, monkeypatch):
+    """Where leading dimensions do not fold into one, on the way that the interpreter never chooses."""
+    (x, w, d, c, u, b), _, _ = Problem(48, 72, 104, 2).operands()
+    thin_tile, expand = tiles.added(48, 104, 2, f32, None)
+    monkeypatch.setattr(tiles, "choose", lambda *a, **k: tiles.Choice(None, thin_tile, expand, "test"))
+    shape = (2, 24, 104)
+    x = x.view(24, 2, 104).transpose(0, 1) if of == "x" else x.view(shape)
+    x = x.detach().requires_grad_()
+    y = adapted_linear(x, w, d, c, u, b)
+    assert y.shape == (2, 24, 72)
+    torch.testing.assert_close(y, F.linear(x, w + u @ c @ d, b), rtol=1e-4, atol=1e-4)
+    dy = torch.randn(24, 2, 72).transpose(0, 1) if of == "dy" else torch.randn(2, 24, 72)
+    y.backward(dy)
+    torch.testing.assert_close(x.grad, dy @ (w + u @ c @ d), rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_of_one_row_seen_as_many_takes_no_bulk_copies():
+    w = torch.randn(1, 104).expand(72, 104)
+    assert not fits_descriptors(torch.randn(130, 104), w) and not fits_descriptors(torch.randn(130, 72), w.T)

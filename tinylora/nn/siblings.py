@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from tinylora.adapters import Adapter, Factors
 from tinylora.nn.kept import Kept, Operands
@@ -205,7 +206,7 @@ class Siblings:
         first = self.layers[0]
         name = first.active
         wide = self.wide.get(name)
-        if wide is None:
+        if wide is None or forward_ad._current_level >= 0:
             return None
         weights, biases, cores = [], [], []
         graded = torch.is_grad_enabled()

@@ -8,8 +8,9 @@ the custom op `tinylora::adapted_linear`, with the same two functions as its bod
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from tinylora.ops import eager, invariant
+from tinylora.ops import eager, invariant, reference
 from tinylora.ops.backward import first_order
 from tinylora.ops.checks import check
 from tinylora.ops.dispatch import TORCH, interpreting, route_of
@@ -66,6 +67,8 @@ def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invaria
     if type(weight) is FourBit:
         return _on_four_bits(x, weight, down, core, up, bias, ids, basis, batch_invariant)
     if _seen_from_outside(x, weight, down, core, up):
+        if forward_ad._current_level >= 0:  # the custom op has no forward-mode rule: tangents would be zero
+            return _by_formula(x, weight, down, core, up, bias, ids, basis)
         x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         y, _ = torch.ops.tinylora.adapted_linear(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
@@ -80,6 +83,14 @@ def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invaria
     ):
         return _AdaptedLinear.apply(x, weight, down, core, up, bias, ids, basis, module)
     return _run(module, x, weight, down, core, up, bias, ids, basis, False)[0]
+
+
+def _by_formula(x, weight, down, core, up, bias, ids, basis) -> Tensor:
+    """Y by plain torch, which differentiates it in every mode."""
+    dtype = eager.rank_dtype(x, down, up, core)
+    wide = (None if t is None else t.to(dtype) for t in (x, weight, down, core, up, bias))
+    basis = None if basis is None else basis.to(dtype)
+    return reference.adapted_linear(*wide, ids, basis).to(x.dtype)
 
 
 def _on_four_bits(x, weight: FourBit, down, core, up, bias, ids, basis, batch_invariant) -> Tensor:
@@ -109,6 +120,7 @@ def plain(x: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._is_any_autocast_enabled()
+        and forward_ad._current_level < 0
     )
 
 
