@@ -318,9 +318,99 @@ for kind in ("ddp", "fsdp per layer", "fsdp root"):
     with torch.no_grad():
         sharded, plain = run(ids).logits, tinylora.load(model(), folder)(ids).logits
     torch.testing.assert_close(sharded, plain)
+    # That forward had no backward: FSDP2 leaves the root's numbers whole, and frees them when it shards them again.
+    tinylora.save(m, folder + " after")
+    tinylora.load(m, folder + " after")
+    step = torch.optim.SGD(tinylora.adapter_parameters(m), lr=1.0)
+    before = [v.full_tensor() if hasattr(v, "full_tensor") else v.clone() for v in tinylora.adapter_parameters(m)]
+    run(ids, labels=ids).loss.backward()
+    step.step()
+    after = [v.full_tensor() if hasattr(v, "full_tensor") else v for v in tinylora.adapter_parameters(m)]
+    assert all((a - b).abs().max() > 0 for a, b in zip(after, before, strict=True))
+    if kind != "ddp":
+        try:
+            tinylora.save(m, folder + " peft", format="lora")
+            raise AssertionError("a sharded model was written as a LoRA")
+        except ValueError as error:
+            assert "the model is sharded (FSDP2)" in str(error)
     print(kind, "comes back", flush=True)
 dist.destroy_process_group()
 """
+
+
+def test_accelerate_writes_every_tensor_of_siblings(tmp_path):
+    """Siblings' weights, and their v, lie in one storage, by which accelerate and safetensors tell tensors apart."""
+    from accelerate import Accelerator
+    from safetensors.torch import load_file
+
+    model = tinylora.apply(qwen2(), tinylora.TinyLoraConfig(r=2, u=3))
+    for v in tinylora.adapter_parameters(model):
+        nn.init.normal_(v)
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(model)
+    want = model(tokens()).logits
+    accelerator.save_state(tmp_path / "state")
+    accelerator.save_model(model, tmp_path / "model")
+    for file in ("state", "model"):
+        found = load_file(tmp_path / file / "model.safetensors")
+        assert (
+            found.keys() == model.state_dict().keys() - {"lm_head.weight"} or found.keys() == model.state_dict().keys()
+        )
+    state = model.state_dict()
+    pointers = {n: p.data_ptr() for n, p in model.named_parameters()}
+    assert all(t.data_ptr() == pointers.get(n, t.data_ptr()) for n, t in state.items()), "no copies"
+    assert all(model.state_dict(keep_vars=True)[n] is p for n, p in model.named_parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    accelerator.load_state(tmp_path / "state")
+    assert torch.equal(model(tokens()).logits, want)
+
+
+def test_what_a_mixture_and_mamba_leave_out(recwarn):
+    from transformers import MambaConfig, MambaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 256}
+    mamba = MambaForCausalLM(MambaConfig(**sizes, state_size=8))
+    tinylora.apply(mamba, tinylora.LoraXSConfig(r=2))
+    assert {n.rpartition(".")[2] for n in tinylora.nn.model.adapted_layers(mamba)} == {"in_proj"}
+    assert not [w for w in recwarn if "experts" in str(w.message)]
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mixer\.out_proj, whose weight Mamba's kernels multiply by themselves"
+    ):
+        tinylora.apply(MambaForCausalLM(mamba.config), tinylora.LoraXSConfig(r=2, target_modules=["out_proj"]))
+    config = Qwen3MoeConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, moe_intermediate_size=32
+    )
+    with pytest.warns(
+        UserWarning, match=r"experts\.gate_up_proj and 3 more are the weights of all experts in one tensor"
+    ):
+        tinylora.apply(Qwen3MoeForCausalLM(config), tinylora.TinyLoraConfig())
+
+
+def test_pefts_own_layers_are_no_targets():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(qwen2(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"q_proj\.base_layer is a part of one of PEFT's adapters"):
+        tinylora.apply(model, tinylora.TinyLoraConfig())
+    assert [n for n, p in model.named_parameters() if p.requires_grad], "and PEFT's still trains"
+    tinylora.apply(model, tinylora.LoraConfig(r=2, target_modules=["k_proj"]))
+
+
+def test_compiled_blocks_have_the_names_of_others(tmp_path):
+    model = tinylora.apply(qwen2(), tinylora.LoraConfig(r=2))
+    for p in tinylora.adapter_parameters(model):
+        nn.init.normal_(p)
+    for i, block in enumerate(model.model.layers):
+        model.model.layers[i] = torch.compile(block, backend="eager")
+    want = model(tokens()).logits
+    tinylora.save(model, tmp_path)
+    torch.testing.assert_close(tinylora.load(qwen2(), tmp_path)(tokens()).logits, want)
+    for p in tinylora.adapter_parameters(model):
+        nn.init.zeros_(p)
+    torch.testing.assert_close(tinylora.load(model, tmp_path)(tokens()).logits, want)
+    with pytest.raises(ValueError, match="the model is compiled"):
+        tinylora.apply(model, tinylora.LoraConfig(r=2), "other")
 
 
 @pytest.fixture(scope="module")

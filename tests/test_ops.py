@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import NAMES, Problem, assert_as_good_as_torch, exact, grads, torch_own
+from torch.autograd import forward_ad
 
-from tinylora.ops import adapted_linear, eager
+from tinylora.ops import adapted_linear, eager, reference
 from tinylora.ops.linear import _op, _op_backward
 
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -349,3 +350,22 @@ def test_ids_without_a_gap_and_more_rows_than_a_block(monkeypatch):
         got = eager.apply_core(z, core, some)
         torch.testing.assert_close(got, want * (some >= 0).unsqueeze(-1))
     assert eager.check_ids(some, 4) and not eager.check_ids(ids, 4)
+
+
+@pytest.mark.parametrize("core", ["dense", "mixed", "diagonal"])
+def test_forward_mode(core):
+    """Dual numbers and torch.func.jvp: the tangents of plain torch, where a custom op would give zeros."""
+    (x, weight, down, c, up, bias), _, basis = Problem(5, 24, 40, 3, core=core).operands()
+    dx, dc = torch.randn_like(x), torch.randn_like(c)
+
+    def want(x, c):
+        return reference.adapted_linear(x, weight, down, c, up, bias, basis=basis)
+
+    def ours(x, c):
+        return adapted_linear(x, weight, down, c, up, bias, basis=basis)
+
+    for a, b in zip(torch.func.jvp(ours, (x, c), (dx, dc)), torch.func.jvp(want, (x, c), (dx, dc)), strict=True):
+        torch.testing.assert_close(a, b)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, dx), c)).tangent
+        torch.testing.assert_close(found, forward_ad.unpack_dual(want(forward_ad.make_dual(x, dx), c)).tangent)

@@ -397,3 +397,22 @@ def test_shaken_is_shaken():
     before = model(input_ids=tokens()).logits
     shake(model, seed=9)
     assert not torch.equal(model(input_ids=tokens()).logits, before)
+
+
+def test_what_peft_would_take_for_fused_experts_is_said(tmp_path):
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=256, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        n_group=1, topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+    )  # fmt: skip
+    named = tinylora.LoraConfig(r=2, target_modules=["o_proj", "mlp.up_proj"])
+    model = tinylora.apply(DeepseekV3ForCausalLM(config), named)
+    with pytest.raises(ValueError, match=r"PEFT takes model\.layers\.0\.mlp\.up_proj for the fused experts"):
+        tinylora.save(model, tmp_path / "peft", format="peft")
+    assert not (tmp_path / "peft").exists()
+    with pytest.warns(UserWarning, match="would load another adapter"):
+        tinylora.save(model, tmp_path / "lora", format="lora")
+    attention = tinylora.apply(DeepseekV3ForCausalLM(config), tinylora.LoraConfig(r=2, target_modules=["o_proj"]))
+    tinylora.save(attention, tmp_path / "peft", format="peft")

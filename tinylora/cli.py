@@ -18,7 +18,7 @@ from tinylora.integrations import folders
 from tinylora.integrations.peft import covered
 from tinylora.integrations.transformers import meta_model
 from tinylora.nn.checkpoint import FILE, read
-from tinylora.nn.targets import find_targets, sites_of
+from tinylora.nn.targets import find_targets, fused_experts, sites_of
 from tinylora.ops import dispatch
 from tinylora.ops.four_bit import FEW
 
@@ -116,7 +116,9 @@ def _params(options: argparse.Namespace) -> None:
     rows += [(name, what, config.count(sites)) for name, what, config in others]
     rows += [("full fine-tuning", "", total)]
     types = ", ".join(dict.fromkeys(site.name.rpartition(".")[2] for site in sites))
-    print(f"{type(model).__name__}: {total:,} parameters, {len(sites)} modules to adapt ({types})\n")
+    experts = fused_experts(model) if options.target_modules is None else []
+    left = f"; none in {len(experts)} tensors of fused experts" if experts else ""
+    print(f"{type(model).__name__}: {total:,} parameters, {len(sites)} modules to adapt ({types}){left}\n")
     table = [(name, what, f"{n:,}", _bytes(2 * n), f"{100 * n / total:.3g} %") for name, what, n in rows]
     headers = ("adapter", "settings", "trainable", "in bf16", "of the model")
     print(tabulate(table, headers, colalign=("left", "left", "right", "right", "right")))

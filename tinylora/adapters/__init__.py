@@ -2,7 +2,17 @@ import dataclasses
 from typing import Any
 
 from tinylora.adapters.ada_lora import AdaLoraConfig
-from tinylora.adapters.base import STACKED, Adapter, AdapterConfig, Factors, PackedRows, Rows, Shared, Site
+from tinylora.adapters.base import (
+    STACKED,
+    Adapter,
+    AdapterConfig,
+    Factors,
+    PackedRows,
+    Rows,
+    Shared,
+    Site,
+    own_storages,
+)
 from tinylora.adapters.lora import LoraConfig
 from tinylora.adapters.lora_xs import LoraXSConfig, TinyLoraConfig
 from tinylora.adapters.tied_lora import TiedLoraConfig
@@ -46,4 +56,5 @@ __all__ = [
     "TinyLoraConfig",
     "VeraConfig",
     "config_from_dict",
+    "own_storages",
 ]

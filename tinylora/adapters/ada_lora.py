@@ -74,6 +74,8 @@ class AdaLoraShared(Shared):
 
     def before_step(self, stepping: set[int], loss_scale: float) -> None:
         for adapter in self._of(stepping):
+            if hasattr(adapter.lam, "full_tensor"):
+                raise ValueError("AdaLoRA ranks the triplets of whole layers, expected no sharding (FSDP2): DDP works")
             adapter.add_orthogonality(self.config.orthogonality * loss_scale)
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -136,8 +136,23 @@ class PackedRows(Rows):
         return self.ids
 
 
+def own_storages(state: dict, prefix: str, names: Iterable[str]) -> None:
+    """Give tensors of a state_dict that are parts of one storage (siblings' weights, their v) a storage each, uncopied.
+
+    accelerate and safetensors know a tensor by its storage, and of several in one they write the first.
+    """
+    for name in names:
+        t = state.get(prefix + name)
+        if type(t) is Tensor and not t.is_meta and t.untyped_storage().nbytes() != t.nbytes and t.is_contiguous():
+            state[prefix + name] = torch.from_dlpack(t)
+
+
 class Owner(KeepsFp32):
     """A module that owns numbers."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        own_storages(destination, prefix, self._parameters)
 
     def own(self, numbers: Mapping[str, Numbers]) -> None:
         for name, spec in numbers.items():

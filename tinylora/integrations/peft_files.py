@@ -16,6 +16,7 @@ exact counterpart on the other side is a ValueError that names it.
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,9 +84,15 @@ def save(
     shared = shared_of(model, name)
     if shared.sites[0].name == "":
         raise ValueError("a single Linear has no name that PEFT could find it by, expected a model")
-    layers = {site: layer.adapters[name] for site, layer in adapted_layers(model).items() if name in layer.adapters}
-    config, tensors = (_plain_lora if format == "lora" else _as_peft)(shared, layers)
     numbers = named_numbers(model, name)
+    if any(hasattr(t, "full_tensor") for t in numbers.values()):
+        raise ValueError(
+            f"format is {format!r}, but the model is sharded (FSDP2): expected the default, which every process saves, "
+            "and then `tinylora convert`"
+        )
+    layers = {site: layer.adapters[name] for site, layer in adapted_layers(model).items() if name in layer.adapters}
+    _refuse_what_peft_takes_for_experts(model, shared.sites, format)
+    config, tensors = (_plain_lora if format == "lora" else _as_peft)(shared, layers)
     saved = {n.removeprefix("saved."): t for n, t in numbers.items() if n.startswith("saved.")}
     tensors = {n: t.detach().to("cpu", torch.float32).contiguous() for n, t in tensors.items()}
     tensors |= {_PREFIX + n: t.detach().cpu().contiguous() for n, t in saved.items()}
@@ -187,6 +194,25 @@ def _names_for_peft(model: nn.Module, sites: tuple[Site, ...]) -> list[str]:
     short = sorted({name.rpartition(".")[2] for name in full})
     matched = {n for n, m in model.named_modules() if n.rpartition(".")[2] in short and m is not model}
     return short if matched == full else [site.name for site in sites]
+
+
+def _refuse_what_peft_takes_for_experts(model: nn.Module, sites: tuple[Site, ...], format: str) -> None:
+    """PEFT takes names that transformers' older mixtures of experts had (gate_proj, w1) for the fused experts of today,
+    whatever module has the name now: it would load another adapter, without a word."""
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:
+        return
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    pattern = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind)
+    names = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(pattern, {})
+    taken = [site.name for site in sites if site.name.rpartition(".")[2] in names]
+    if not taken:
+        return
+    what = f"PEFT takes {taken[0]} for the fused experts of a {kind} and would load another adapter"
+    if format == "peft":
+        raise ValueError(f"format is 'peft', but {what}: expected an adapter without such layers, or another format")
+    warnings.warn(f"format='lora': {what}. Others that read the folder (vLLM, tinylora.load) do not", stacklevel=3)
 
 
 def _plain_lora(shared, layers) -> tuple[dict[str, Any], dict[str, Tensor]]:

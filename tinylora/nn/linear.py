@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylora.adapters import Adapter, AdapterConfig
+from tinylora.adapters import Adapter, AdapterConfig, own_storages
 from tinylora.nn.kept import Kept, Operands
 from tinylora.ops import adapted_linear
 from tinylora.ops.linear import frozen_linear, plain, unchecked
@@ -183,6 +183,10 @@ class Linear(nn.Linear):
         if self.siblings is not None:
             self.siblings.share()  # .to gave every layer a storage of its own
         return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        own_storages(destination, prefix, self._parameters)
 
     def __getstate__(self):
         return {**self.__dict__, "siblings": None, "_kept": {}}  # a copied parent gives its copies a group of their own

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +17,7 @@ from tinylora.nn.four_bit import dense_weight, wrapped
 from tinylora.nn.linear import Linear
 from tinylora.nn.saved_module import SavedModule
 from tinylora.nn.siblings import group, ungroup
-from tinylora.nn.targets import find_modules_to_save, find_targets, sites_of
+from tinylora.nn.targets import find_modules_to_save, find_targets, fused_experts, sites_of, uncompiled
 
 READERS = 8  # threads
 STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
@@ -47,7 +48,15 @@ def apply(
     ValueError: nothing to adapt, a name in use or with a dot, a merged model, weights not loaded yet, a model that is
     compiled or sharded already.
     """
-    attach(model, find_targets(model, config.target_modules), config, name, siblings=siblings)
+    targets = find_targets(model, config.target_modules)
+    left = fused_experts(model) if config.target_modules is None else []
+    if left:
+        warnings.warn(
+            f"{left[0]} and {len(left) - 1} more are the weights of all experts in one tensor, not linear layers: no "
+            f"adapter goes there. Adapted: {', '.join(sorted({n.rpartition('.')[2] for n in targets}))}",
+            stacklevel=2,
+        )
+    attach(model, targets, config, name, siblings=siblings)
     if batch_invariant:
         for layer in adapted_layers(model).values():
             layer.batch_invariant = True
@@ -114,9 +123,15 @@ def attach(
 
 
 def _refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
-    if hasattr(root, "_orig_mod"):
+    if any(hasattr(module, "_orig_mod") for module in root.modules()):
         raise ValueError("the model is compiled, expected the model itself: put the adapter on, then torch.compile it")
     for name, layer in layers.items():
+        parts = name.split(".")
+        above = [root.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+        if any(type(m).__module__.startswith("peft.tuners.") and hasattr(m, "base_layer") for m in above):
+            raise ValueError(
+                f"{name} is a part of one of PEFT's adapters, expected a model without: unload it, or put ours on first"
+            )
         if hasattr(layer.weight, "full_tensor"):
             raise ValueError(f"{name} is sharded (FSDP2, tensor parallelism): put the adapter on, then shard the model")
 
@@ -159,12 +174,12 @@ def _progress(items: list, what: str) -> Iterable:
 
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:
     """The model's `tinylora.Linear` layers, by name; the model itself, as "", if it is one."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
+    return {uncompiled(n): m for n, m in model.named_modules() if isinstance(m, Linear)}
 
 
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
     """The model's modules that are trained whole beside an adapter, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, SavedModule)}
+    return {uncompiled(n): m for n, m in model.named_modules() if isinstance(m, SavedModule)}
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -177,9 +192,15 @@ def shared_of(model: nn.Module, name: str) -> Shared:
     if name not in adapter_names(model):
         raise ValueError(
             f"name is {name!r}, but {type(model).__name__} has "
-            + (f"the adapters {adapter_names(model)}" if adapter_names(model) else "no adapter: tinylora.apply first")
+            + (f"the adapters {adapter_names(model)}" if adapter_names(model) else f"no adapter: {_what_to_do(model)}")
         )
     return model.get_submodule(STORE)[name]
+
+
+def _what_to_do(model: nn.Module) -> str:
+    inner = getattr(model, "module", None)
+    wrapped = isinstance(inner, nn.Module) and STORE in inner._modules
+    return "expected model.module, which it wraps" if wrapped else "tinylora.apply first"
 
 
 def named_numbers(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -189,8 +210,9 @@ def named_numbers(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """
 
     def owned(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-        tensors = dict(module.named_parameters())
+        # First: under FSDP2 it shards what a forward left whole, and the parameters are then others.
         lasting = module.state_dict(keep_vars=True)
+        tensors = dict(module.named_parameters())
         tensors |= {n: lasting[n] for n in lasting if n not in tensors}
         return {f"{prefix}{n}": t for n, t in tensors.items()}
 

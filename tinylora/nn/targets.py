@@ -16,7 +16,13 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
     Other subclasses of torch.nn.Linear are passed over: their forward is theirs (8 bits, GPTQ, PEFT's).
     """
-    return {n: m for n, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Linear) or is_four_bit(m)}
+    modules = ((uncompiled(n), m) for n, m in model.named_modules())
+    return {n: m for n, m in modules if type(m) is nn.Linear or isinstance(m, Linear) or is_four_bit(m)}
+
+
+def uncompiled(name: str) -> str:
+    """A module's name as it is where no block on its way is compiled (accelerate compiles the blocks)."""
+    return name.replace("_orig_mod.", "")
 
 
 def in_a_block(model: nn.Module, name: str) -> bool:
@@ -25,9 +31,26 @@ def in_a_block(model: nn.Module, name: str) -> bool:
     return any(isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(1, len(parts)))
 
 
-def _special(name: str, layer: nn.Linear) -> bool:
-    """A gate of one number, which has no rank to speak of; or one whose parent reads its weight and never calls it."""
-    return min(layer.out_features, layer.in_features) == 1 or name.endswith(".dt_proj")  # Mamba's
+def fused_experts(model: nn.Module) -> list[str]:
+    """Parameters in blocks that hold a matrix for each expert of a mixture, [experts, .., ..], by name."""
+    return [
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd) and in_a_block(model, f"{name}.")
+        for own, p in module._parameters.items()
+        if p is not None and p.dim() == 3 and min(p.shape) > 1
+    ]
+
+
+def _read_by_its_parent(model: nn.Module, name: str) -> bool:
+    """Whether the parent multiplies by this layer's weight itself, at least in training: Mamba's kernels do."""
+    parent, _, own = name.rpartition(".")
+    return own in ("dt_proj", "x_proj", "out_proj") and hasattr(model.get_submodule(parent), "A_log")
+
+
+def _special(model: nn.Module, name: str, layer: nn.Linear) -> bool:
+    """A gate of one number, which has no rank to speak of; or one whose parent passes it over."""
+    return min(layer.out_features, layer.in_features) == 1 or _read_by_its_parent(model, name)
 
 
 def find_targets(model: nn.Module, targets: Sequence[str] | str | None) -> dict[str, nn.Linear]:
@@ -39,7 +62,7 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str | None) -> dict[
         return {"": model}
     layers = linear_layers(model)
     if targets is None:
-        found = {n: m for n, m in layers.items() if in_a_block(model, n) and not _special(n, m)}
+        found = {n: m for n, m in layers.items() if in_a_block(model, n) and not _special(model, n, m)}
     elif isinstance(targets, str):
         found = {n: m for n, m in layers.items() if re.fullmatch(targets, n)}
     else:
@@ -51,6 +74,12 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str | None) -> dict[
             raise ValueError(f"target_modules names {', '.join(map(repr, lost))}, {_what_there_is(model, layers)}")
         chosen = {n for names in matched.values() for n in names}
         found = {n: m for n, m in layers.items() if n in chosen}
+    passed_over = [n for n in found if _read_by_its_parent(model, n)]
+    if passed_over:
+        raise ValueError(
+            f"target_modules {targets!r} names {passed_over[0]}, whose weight Mamba's kernels multiply by themselves: "
+            "an adapter there would not train, expected in_proj or other layers"
+        )
     if not found:
         asked = (
             "no target_modules (every linear layer in a block)" if targets is None else f"target_modules {targets!r}"
