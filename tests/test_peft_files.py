@@ -416,3 +416,17 @@ def test_what_peft_would_take_for_fused_experts_is_said(tmp_path):
         tinylora.save(model, tmp_path / "lora", format="lora")
     attention = tinylora.apply(DeepseekV3ForCausalLM(config), tinylora.LoraConfig(r=2, target_modules=["o_proj"]))
     tinylora.save(attention, tmp_path / "peft", format="peft")
+
+
+def test_an_adapted_head_comes_with_its_weight(tmp_path):
+    """PEFT writes lm_head's weight beside the adapter that is on it."""
+    model = adapted("LoRA", target_modules=["q_proj", "lm_head"])
+    model.save_pretrained(tmp_path / "head")
+    held = load_file(tmp_path / "head" / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.base_layer.weight" in held
+    ours = tinylora.load(qwen2(), tmp_path / "head")
+    torch.testing.assert_close(ours(tokens()).logits, model(tokens()).logits)
+    held["base_model.model.lm_head.base_layer.weight"] = held["base_model.model.lm_head.base_layer.weight"] + 1
+    save_file(held, tmp_path / "head" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="holds another weight for lm_head than this Qwen2ForCausalLM has"):
+        tinylora.load(qwen2(), tmp_path / "head")

@@ -35,6 +35,7 @@ from tinylora.adapters import (
     TinyLoraConfig,
     VeraConfig,
 )
+from tinylora.adapters.factor_cache import digest
 from tinylora.nn import checkpoint
 from tinylora.nn.model import adapted_layers, adapter_names, attach, base_digests, named_numbers, shared_of
 from tinylora.nn.targets import find_modules_to_save, find_targets, linear_layers, sites_of
@@ -552,6 +553,14 @@ def load_peft(
             numbers[f"saved.{path}.{n}"] = reader.take(f"{_PREFIX}{path}.{n}", *p.shape)
         for n, _ in module.named_buffers():
             reader.left.pop(f"{_PREFIX}{path}.{n}", None)
+    digests = digests or base_digests(reader.layers)
+    for site in reader.layers:
+        base = reader.left.pop(f"{_PREFIX}{site}.base_layer.weight", None)  # PEFT writes an adapted lm_head's along
+        if base is not None and digest(base.to(torch.bfloat16)) != digests[site]:
+            raise ValueError(
+                f"{reader.folder / TENSORS} holds another weight for {site} than this {type(model).__name__} has, "
+                "expected the base that it was saved with"
+            )
     if reader.left:
         odd = sorted(reader.left)[0]
         raise ValueError(f"{reader.folder / TENSORS} holds {odd}, which nothing here can take, expected {kind} alone")
@@ -561,7 +570,7 @@ def load_peft(
         site: {n: t.to(layer.weight.device) for n, t in frozen.get(site, {}).items()}
         for site, layer in reader.layers.items()
     }
-    shared = attach(model, reader.layers, config, name, frozen, digests or base_digests(reader.layers))
+    shared = attach(model, reader.layers, config, name, frozen, digests)
     shared.foreign = any(frozen.values()) or bool(common)
     with torch.no_grad():
         for n, t in common.items():
