@@ -96,6 +96,17 @@ def torch_own(operands, ids, basis, dy):
     return grads(reference.adapted_linear, operands, ids, with_zeros(basis), dy)
 
 
+def packed(weight, nested=True, kind="nf4", block=64):
+    """The weight in four bits: as the operator takes it, and what it means, as bitsandbytes says."""
+    import bitsandbytes as bnb
+
+    from tinylora.ops.four_bit import FourBit
+
+    codes, state = bnb.functional.quantize_4bit(weight, blocksize=block, compress_statistics=nested, quant_type=kind)
+    parameter = bnb.nn.Params4bit(codes, quant_state=state, bnb_quantized=True, blocksize=block, quant_type=kind)
+    return FourBit.of(parameter), bnb.functional.dequantize_4bit(codes, state)
+
+
 def assert_as_good_as_torch(name, ours, exact, torch_own, factor=2.0):
     """Our error against the exact answer may be at most `factor` times PyTorch's own in the same dtype."""
     if exact.numel() == 0:

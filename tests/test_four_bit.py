@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from models import qwen2, tokens
-from problems import NAMES, Problem, assert_as_good_as_torch, exact, grads, torch_own
+from problems import NAMES, Problem, assert_as_good_as_torch, exact, grads, packed, torch_own
 from tiny_gsm8k import write_model, write_problems
 
 import tinylora
@@ -31,13 +31,6 @@ CONFIGS = {
     "VeRA": tinylora.VeraConfig(r=4),
     "Tied-LoRA": tinylora.TiedLoraConfig(r=2),
 }
-
-
-def packed(weight, nested=True, kind="nf4", block=64):
-    """The weight in four bits: as the operator takes it, and what it means, as bitsandbytes says."""
-    codes, state = bnb.functional.quantize_4bit(weight, blocksize=block, compress_statistics=nested, quant_type=kind)
-    parameter = bnb.nn.Params4bit(codes, quant_state=state, bnb_quantized=True, blocksize=block, quant_type=kind)
-    return FourBit.of(parameter), bnb.functional.dequantize_4bit(codes, state)
 
 
 def held(problem, weight, dense, ids, operands, basis):

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import Problem, assert_as_good_as_torch, exact, grads, torch_own
+from problems import Problem, assert_as_good_as_torch, exact, grads, packed, torch_own
 
 import tinylora
 from tinylora.ops import adapted_linear
@@ -67,6 +67,38 @@ def test_numbers(problem, poison_empty):
         own["y"] = want["y"] + base
     for name, value in ours.items():
         assert_as_good_as_torch(name, value, want[name], own[name])
+
+
+@pytest.mark.parametrize("M", [1, 16, 64, 65, 1000])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("r, core, factors", [(2, "mixed", bf16), (16, "diagonal", f32), (3, "mixed-rows", bf16)])
+def test_four_bits(M, nested, r, core, factors):
+    """Up to 64 rows by bitsandbytes' kernels, beyond on the dequantised weight."""
+    pytest.importorskip("bitsandbytes")
+    problem = Problem(M, 1024, 3584, r, bf16, core=core, factors=factors)
+    (x, weight, *rest), ids, basis = problem.operands(device="cuda")
+    four, dense = packed(weight, nested)
+    operands = x, dense, *rest
+    dy = torch.randn(M, 1024, generator=torch.Generator().manual_seed(1)).to("cuda", bf16)
+    ours = grads(lambda x, _, *rest, **more: adapted_linear(x, four, *rest, **more), operands, ids, basis, dy)
+    want, own = exact(operands, ids, basis, dy), torch_own(operands, ids, basis, dy)
+    assert ours.pop("weight") is None
+    for name, value in ours.items():
+        assert_as_good_as_torch(name, value, want[name], own[name])
+
+
+@pytest.mark.parametrize("M", [16, 64, 128, 512])
+def test_leading_dimensions_that_do_not_fold(M):
+    """A transposed batch, and a transposed gradient, on whatever way these sizes take."""
+    (x, weight, down, core, up, bias), _, _ = Problem(M, 512, 3584, 2, bf16).operands(device="cuda")
+    want = adapted_linear(x, weight, down, core, up, bias)
+    turned = x.view(M // 2, 2, -1).transpose(0, 1).requires_grad_()
+    y = adapted_linear(turned, weight, down, core, up, bias)
+    torch.testing.assert_close(y.transpose(0, 1).reshape(M, -1), want, rtol=2e-2, atol=2e-2)
+    y.backward(torch.ones(512, device="cuda", dtype=bf16).expand(2, M // 2, 512))
+    dy = torch.randn(M // 2, 2, 512, device="cuda", dtype=bf16).transpose(0, 1)
+    adapted_linear(turned, weight, down, core, up, bias).backward(dy)
+    assert turned.grad.shape == turned.shape
 
 
 @pytest.mark.parametrize("problem", PROBLEMS[1:19], ids=lambda p: p.id)
