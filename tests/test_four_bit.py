@@ -271,6 +271,11 @@ def test_what_cannot_be_done_is_said(folder, tmp_path):
     with pytest.raises(ValueError, match="four bits a number, which cannot hold what an adapter adds"):
         tinylora.merge(model)
     assert torch.equal(model(tokens()).logits, before)
+    mixed = torch.nn.Sequential(torch.nn.Linear(8, 8), bnb.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu"))
+    tinylora.apply(mixed, tinylora.LoraConfig(r=2, target_modules=["0", "1"]))
+    with pytest.raises(ValueError, match="four bits a number"):
+        tinylora.merge(mixed)
+    assert mixed[0].merged is None
     with pytest.raises(ValueError, match="trained on another base model"):
         tinylora.save(model, tmp_path)
         tinylora.load(qwen2(), tmp_path)
@@ -287,6 +292,20 @@ def test_what_cannot_be_done_is_said(folder, tmp_path):
     eight = torch.nn.ModuleList([bnb.nn.Linear8bitLt(64, 32)])
     with pytest.raises(ValueError, match=r"no torch\.nn\.Linear at all, only Linear8bitLt"):
         tinylora.apply(eight, CONFIGS["LoRA"])
+
+
+def test_trained_on_four_bits_and_merged_into_sixteen(folder, tmp_path):
+    """By way of a plain LoRA, which says nothing of a base."""
+    model = quantised(folder)
+    tinylora.apply(model, CONFIGS["TinyLoRA"])
+    shake(model)
+    tinylora.save(model, tmp_path / "lora", format="lora")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    before = {n: layer.weight.clone() for n, layer in whole.named_modules() if isinstance(layer, torch.nn.Linear)}
+    tinylora.merge(tinylora.load(whole, tmp_path / "lora"))
+    for name, layer in tinylora.nn.model.adapted_layers(model).items():
+        delta = layer.adapters["default"].factors().delta()
+        torch.testing.assert_close(whole.get_submodule(name).weight, before[name] + delta)
 
 
 def test_one_layer_by_itself():

@@ -96,12 +96,11 @@ class FourBitLinear(Linear):
                 y = adapted_linear(inner, packed_weight(self), down, core, up, bias, basis=basis)
         return y.to(x.dtype)
 
-    def merge(self) -> None:
-        if self.active is not None:
-            raise ValueError(
-                "the weight has four bits a number, which cannot hold what an adapter adds: expected to save the "
-                'adapter (format="peft" or "lora") and to load and merge it on the model before quantisation'
-            )
+    def refuse_merge(self) -> None:
+        raise ValueError(
+            "the weight has four bits a number, which cannot hold what an adapter adds: expected to save the adapter "
+            '(format="peft" or "lora") and to load and merge it on the model before quantisation'
+        )
 
     def __reduce_ex__(self, protocol):
         return _new, (self.foreign,), self.__getstate__()

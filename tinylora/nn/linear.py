@@ -157,13 +157,17 @@ class Linear(nn.Linear):
         """
         if self.active is None or self.merged is not None:
             return
-        if hasattr(self.weight, "full_tensor"):
-            raise ValueError("the weight is sharded (FSDP2, tensor parallelism), expected a whole one to merge into")
+        self.refuse_merge()
         delta = self.adapters[self.active].factors().delta()
         self._unmerged_weight = self.weight.detach().to("cpu", copy=True)
         wider = torch.promote_types(delta.dtype, self.weight.dtype)  # an fp64 base keeps its digits
         self.weight.copy_(delta.to(wider).add_(self.weight))
         self.merged = self.active
+
+    def refuse_merge(self) -> None:
+        """ValueError if `merge` is impossible here."""
+        if hasattr(self.weight, "full_tensor"):
+            raise ValueError("the weight is sharded (FSDP2, tensor parallelism), expected a whole one to merge into")
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -273,6 +273,8 @@ def merge(model: nn.Module) -> nn.Module:
     layers = [layer for layer in adapted_layers(model).values() if layer.active is not None]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no active adapter to merge: tinylora.apply or activate first")
+    for layer in layers:
+        layer.refuse_merge()
     merging = {id(layer.weight) for layer in layers}
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():  # each once: a layer under two parents is one owner
