@@ -4,6 +4,7 @@ import os
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -18,6 +19,7 @@ except ImportError:  # not on Windows; there a busy machine only widens the spre
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 400
 SHORT = 5e-3  # seconds
+UNEVEN = 0.5  # shares of calls left alone that lie further apart are worth a warning
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,22 @@ def alternate(
                     seconds[name].append(elapsed)
                     if _preemptions() == before:
                         quiet[name].append(elapsed)
-    # A call during which the kernel gave one of our cores to somebody else measures that somebody (two threads then
-    # wait for each other for whole scheduler ticks); without it, unless hardly any call was left alone.
-    chosen = {name: q if len(q) >= MIN_ROUNDS else seconds[name] for name, q in quiet.items()}
-    return {name: Times.of([s / each for s in found], seconds[name]) for name, found in chosen.items()}
+    found = _counted(seconds, quiet)
+    return {name: Times.of([s / each for s in counted], seconds[name]) for name, counted in found.items()}
+
+
+def _counted(seconds: dict[str, list[float]], quiet: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The calls that count: of everybody those that were left alone, or of everybody all.
+
+    A call during which the kernel gave one of our cores to somebody else measures that somebody (two threads then wait
+    for each other for whole scheduler ticks). Where one provider has hardly any other call, though, its were all slow,
+    and the others' quick ones would be no comparison.
+    """
+    shares = {name: len(quiet[name]) / len(calls) for name, calls in seconds.items()}
+    if shares and max(shares.values()) - min(shares.values()) > UNEVEN:
+        said = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        warnings.warn(f"a busy machine, unevenly: calls that nobody interrupted: {said}", stacklevel=3)
+    return quiet if all(len(left) >= MIN_ROUNDS for left in quiet.values()) else seconds
 
 
 def _preemptions() -> int:

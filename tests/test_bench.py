@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib.util
 import time
+import warnings
 from functools import partial
 
 import pytest
@@ -236,6 +237,17 @@ def test_providers_come_in_another_order_each_round_and_are_prepared_outside_the
     found = {"".join(order[i : i + 3]) for i in range(0, len(order), 3)}
     assert len(found) > 2 and all(sorted(turn) == ["a", "b", "c"] for turn in found)
     assert len(prepared) == len(order) + 6 and len({t.rounds for t in times.values()}) == 1
+
+
+def test_quiet_calls_count_for_everybody_or_for_nobody():
+    """One whose every call was interrupted may not stand beside the quiet calls of another."""
+    every = {"a": [1.0] * 9 + [5.0], "b": [5.0] * 10}
+    with pytest.warns(UserWarning, match="a 90%, b 10%"):
+        assert timing._counted(every, {"a": [1.0] * 9, "b": [5.0]}) == every
+    few = {"a": [1.0] * 9, "b": [5.0] * timing.MIN_ROUNDS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert timing._counted(every, few) == few
 
 
 def test_the_summary_says_ours_and_pefts_and_hides_no_loss():
