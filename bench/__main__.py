@@ -253,13 +253,12 @@ def main(argv: list[str] | None = None) -> int:
         _set_threads(args.threads)
     started = time.perf_counter()
     ops = (args.what,) if args.what else ("svd", "model", "linear")
-    ops += ("ceilings",) * (args.what in ("layer", "parts"))
     if args.what == "layer":
         cpu = device.type == "cpu"
         args.models = args.models or (layer.CPU_MODELS if cpu else layer.CUDA_MODELS)
         args.M = args.M or (layer.CPU_ROWS if cpu else layer.CUDA_ROWS)
     missed: list[str] = []
-    with rows.Results(args.out, ops, device, _replaced(args)) as results:
+    with rows.Results(args.out, device) as results:
         if "svd" in ops:
             svd.run(results, device, **({"model": args.model} if args.what else {"budget": args.budget / 2}))
         if "peft" in ops:
@@ -310,16 +309,6 @@ def _tune(args) -> int:
     seconds = 0.0 if args.dry_run else args.seconds
     tune.run(args.out, device, args.models, args.dtypes, args.r, args.M, args.minutes, seconds, args.dry_run)
     return 0
-
-
-def _replaced(args):
-    """Which rows of its ops a command replaces: those of the models, Ms and questions that it measures."""
-    if args.what == "rollout":
-        passes = {rollout.AGREEMENT: "log p", rollout.OPERATIONS: "bits"}
-        passes |= {rollout.SPEED: rollout.GENERATE, rollout.MANY: rollout.MANY}
-        return lambda row: row.pass_ in [passes[question] for question in args.questions]
-    models, Ms = getattr(args, "models", None), getattr(args, "M", None)
-    return lambda row: (not models or row.model in (*models, "")) and (not Ms or row.M in (*Ms, None))
 
 
 def _parts(results, device, args) -> None:

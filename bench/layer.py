@@ -7,6 +7,7 @@ are measured in the same run, and every row carries the least time that they all
 measured in the first dtype alone.
 """
 
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -107,8 +108,8 @@ def _cell(plan, case, weights64, present, cell, modes, budget, ceilings, results
             good[name] = provider
         except Exception as error:  # a provider that fails must not take the others' rows with it
             why = f"wrong: {error}" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}: {error}"
-            for pass_ in PASSES:
-                results.add(_row(plan, cell, name, pass_, "", note=" ".join(why.split())[:200]))
+            for pass_, mode in itertools.product(PASSES, modes):
+                results.add(_row(plan, cell, name, pass_, mode, note=" ".join(why.split())[:200]))
     del gate
     work, size = roofline.groups(model), DTYPES[dtype].itemsize
     budget = max(0.0, budget - (time.perf_counter() - start))

@@ -17,6 +17,7 @@ from bench.linear import DTYPES, FORWARD
 from bench.rows import Results, Row
 
 MODEL = "all-MiniLM-L6-v2"
+PASSES = (FORWARD, "training step")
 TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 SENTENCES = (
     "Learning to reason in thirteen parameters.",
@@ -126,7 +127,7 @@ def run(
                 results.add(row)
 
             if time.perf_counter() > latest_start:
-                row("", "all", note="not measured: the time for it was over")
+                row("", "", note="not measured: the time for it was over")
                 continue
             own: dict[str, float] = {}
             adapted = {}
@@ -141,12 +142,13 @@ def run(
                     own = _gate(name, _errors(candidate, inputs), own, DTYPES[dtype])
                 except Exception as error:  # one that fails must not take the others' rows with it
                     why = "wrong" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}"
-                    row(name, "all", note=f"{why}: {' '.join(str(error).split())}"[:200])
+                    for pass_ in PASSES:
+                        row(name, pass_, note=f"{why}: {' '.join(str(error).split())}"[:200])
                     continue
                 if trains:
                     row(name, "startup", p50_ms=seconds * 1e3, rounds=1)
                 adapted[name] = candidate
-            for pass_ in (FORWARD, "training step"):
+            for pass_ in PASSES:
                 bar.set_postfix_str(f"{dtype} {pass_}")
                 calls = {name: a.forward if pass_ == FORWARD else a.step for name, a in adapted.items()}
                 share = budget / len(dtypes) / 2

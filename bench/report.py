@@ -113,7 +113,7 @@ def layer_table(rows: list[Row]) -> str:
     """Blocks: the roofline's bound, everybody's time over the bare layers', and ours over PEFT's."""
     names = (*block.PROVIDERS[1:],)
     lines = []
-    refused = [r for r in rows if r.op == "layer" and r.M is not None and not r.mode]  # they got no time
+    refused = [r for r in rows if r.op == "layer" and r.M is not None and not r.p50_ms]
     rows = [r for r in rows if r not in refused]
     for (model, _, dtype, M, pass_), cell in cells(rows, "layer").items():
         bare = cell.get(who.BARE)

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -94,22 +93,15 @@ def slug(name: str) -> str:
 
 
 class Results:
-    """The rows of one device in `folder`/<device>.csv. New rows replace the earlier ones of the same ops, or those of
-    them for which `replaced` is true.
+    """The rows of one device in `folder`/<device>.csv, old ones and new.
 
-    As a context: rows given to `add` are in the file at once, whatever happens afterwards.
+    As a context: rows given to `add` are in the file at once, whatever happens afterwards. A row that one of them
+    replaces (`newest`) is not read any more, and leaves the file at the end.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        ops: tuple[str, ...],
-        device: torch.device,
-        replaced: Callable[[Row], bool] = lambda row: True,
-    ):
+    def __init__(self, folder: Path, device: torch.device):
         name = device_name(device)
         self.path = folder / f"{slug(name)}.csv"
-        self.ops, self.replaced = ops, replaced
         self.rows: list[Row] = []
         self._same = {
             "device": name,
@@ -121,21 +113,25 @@ class Results:
         }
 
     def __enter__(self) -> "Results":
-        old = read(self.path) if self.path.exists() else []
-        kept = [row for row in old if not (row.op in self.ops and self.replaced(row))]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(".tmp")
-        with fresh.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerows(_cells(row) for row in kept)
-        fresh.replace(self.path)
+        self._tidy()  # what a killed run left half written must not run into the first row of this one
         self._file = self.path.open("a", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
         return self
 
     def __exit__(self, *_) -> None:
         self._file.close()
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """The file written anew: whole rows, the newest of each kind."""
+        kept = read(self.path) if self.path.exists() else []
+        fresh = self.path.with_suffix(".tmp")
+        with fresh.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows(_cells(row) for row in kept)
+        fresh.replace(self.path)
 
     def add(self, row: Row) -> Row:
         for name, value in self._same.items():
@@ -151,8 +147,41 @@ def _cells(row: Row) -> list[str]:
     return ["" if v is None else f"{v:.5g}" if isinstance(v, float) else str(v) for v in asdict(row).values()]
 
 
+# What tells measurements of one device apart: of two rows with the same, the later one holds.
+KEY = ("op", "model", "layer", "provider", "pass_", "M", "N", "K", "r", "u", "dtype", "mode")
+
+
+def newest(rows: list[Row]) -> list[Row]:
+    """The rows that hold, in the order of the file: of each KEY the last.
+
+    A row that was "not measured" replaces no measurement. One that says why there is no time may leave fields empty (a
+    provider that was not installed has no M): it holds until there is a later row of what it is about.
+    """
+    held: dict[tuple, Row] = {}
+    for row in rows:
+        key = tuple(getattr(row, name) for name in KEY)
+        if key in held and row.note.startswith("not measured") and not _untimed(held[key]):
+            continue
+        held.pop(key, None)  # the later one stands where it was written
+        held[key] = row
+    whole = list(held.values())
+    return [
+        row
+        for i, row in enumerate(whole)
+        if not (_untimed(row) and any(_covers(later, row) for later in whole[i + 1 :]))
+    ]
+
+
+def _untimed(row: Row) -> bool:
+    return row.note.startswith(("not measured", "wrong", "failed"))
+
+
+def _covers(later: Row, row: Row) -> bool:
+    return all(getattr(row, name) in (None, "", getattr(later, name)) for name in KEY)
+
+
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV; a last line that was cut short is left out."""
+    """The rows of a CSV that hold (`newest`); a last line that was cut short is left out."""
     types = {f.name: f.type for f in fields(Row)}
     rows = []
     with path.open(newline="") as file:
@@ -166,4 +195,4 @@ def read(path: Path) -> list[Row]:
                 convert = int if kind == (int | None) else float if kind == (float | None) else str
                 values[name] = convert(text) if text or convert is str else None
             rows.append(Row(**values))
-    return rows
+    return newest(rows)

@@ -150,7 +150,7 @@ def test_a_wrong_provider_gets_no_time_and_the_row_says_why(small, monkeypatch, 
         return make(name, linear, factors)
 
     monkeypatch.setattr(providers, "make", broken)
-    with rows.Results(tmp_path, ("linear",), CPU) as results:
+    with rows.Results(tmp_path, CPU) as results:
         linear.run(plan(dtypes=("fp32",), providers=("bare", "plain", "ours")), results, CPU)
     found = rows.read(results.path)
     assert {r.provider for r in found if r.p50_ms} == {"bare", "plain"}
@@ -168,29 +168,64 @@ def test_a_crash_keeps_what_was_measured(small, monkeypatch, tmp_path):
         return cell(*args)
 
     monkeypatch.setattr(linear, "_cell", crashing)
-    results = rows.Results(tmp_path, ("linear",), CPU)
+    results = rows.Results(tmp_path, CPU)
     with pytest.raises(KeyboardInterrupt), results:
         linear.run(plan(providers=("bare", "plain")), results, CPU)
     found = rows.read(results.path)
     assert len(found) == 4 and all(r.p50_ms > 0 for r in found)
 
 
-def test_rows_round_trip_and_replace_their_own_op_only(tmp_path):
+def test_rows_round_trip_and_replace_those_of_the_same_key_alone(tmp_path):
     row = rows.Row("svd", "m", "gaussian", "ours", "startup", None, 3, 4, 2, p50_ms=1.25, angle_deg=0.5, note='a, "b"')
-    with rows.Results(tmp_path, ("svd",), CPU) as results:
+    with rows.Results(tmp_path, CPU) as results:
         results.add(row)
     assert rows.read(results.path) == [row]
-    with rows.Results(tmp_path, ("linear",), CPU) as results:
-        results.add(rows.Row("linear", "m", "q_proj", "ours", "forward", 1, 3, 4))
-    assert [r.op for r in rows.read(results.path)] == ["svd", "linear"]
-    with rows.Results(tmp_path, ("linear",), CPU) as results:
-        pass
-    assert [r.op for r in rows.read(results.path)] == ["svd"]
-    with results.path.open("a") as file:
-        file.write("linear,m,cut sho")  # what a killed process may leave
-    assert [r.op for r in rows.read(results.path)] == ["svd"]
+    times = {}
+    for M, ms in ((1, 1.0), (16, 2.0), (1, 3.0)):
+        with rows.Results(tmp_path, CPU) as results:
+            times[M] = results.add(rows.Row("linear", "m", "q_proj", "ours", "forward", M, 3, 4, p50_ms=ms))
+            assert times[M] in rows.read(results.path)
+    assert rows.read(results.path) == [row, times[16], times[1]] and times[1].p50_ms == 3
     with results.path.open(newline="") as file:
         assert next(csv.reader(file)) == rows.COLUMNS
+        assert len(list(csv.reader(file))) == 3  # what was replaced has left the file
+    with results.path.open("a") as file:
+        file.write("linear,m,cut sho")  # what a killed process may leave
+    assert len(rows.read(results.path)) == 3
+    with rows.Results(tmp_path, CPU) as results:
+        results.add(dataclasses.replace(row, layer="decaying"))
+    assert len(rows.read(results.path)) == 4
+
+
+def test_a_run_that_ends_early_loses_no_row(tmp_path):
+    def row(ms=None, note=""):
+        return rows.Row("linear", "m", "q_proj", "ours", "forward", 1, 3, 4, p50_ms=ms, note=note)
+
+    with rows.Results(tmp_path, CPU) as results:
+        old = results.add(row(1.0))
+    with pytest.raises(KeyboardInterrupt), rows.Results(tmp_path, CPU):
+        assert rows.read(results.path) == [old]  # and so after SIGKILL now
+        raise KeyboardInterrupt
+    assert rows.read(results.path) == [old]
+    with rows.Results(tmp_path, CPU) as results:
+        results.add(row(note="not measured: no time was left"))
+    assert rows.read(results.path) == [old]
+    with rows.Results(tmp_path, CPU) as results:
+        wrong = results.add(row(note="wrong: y"))
+    assert rows.read(results.path) == [wrong]
+
+
+def test_why_there_is_no_time_holds_until_there_is_one(tmp_path):
+    def row(provider, pass_="", M=None, **values):
+        return rows.Row("layer", "m", "block", provider, pass_, M, **values)
+
+    with rows.Results(tmp_path, CPU) as results:
+        results.add(row("peft", note="not measured: no module named peft"))
+        results.add(row("ours", "forward", 1, p50_ms=1.0))
+    assert len(rows.read(results.path)) == 2
+    with rows.Results(tmp_path, CPU) as results:
+        results.add(row("peft", "forward", 1, p50_ms=2.0))
+    assert [(r.provider, r.p50_ms) for r in rows.read(results.path)] == [("ours", 1.0), ("peft", 2.0)]
 
 
 def test_linear_from_the_command_line(small, tmp_path, capsys):
@@ -271,7 +306,7 @@ def test_the_summary_says_ours_and_pefts_and_hides_no_loss():
 
 def test_svd(monkeypatch, tmp_path):
     pytest.importorskip("peft")
-    with rows.Results(tmp_path, ("svd",), CPU) as results:
+    with rows.Results(tmp_path, CPU) as results:
         svd.run(results, CPU, "all-MiniLM-L6-v2")
     assert [(r.layer, r.provider) for r in results.rows] == [(s, p) for s in svd.SPECTRA for p in ("peft", "ours")]
     assert all(r.angle_deg < 0.1 for r in results.rows if r.provider == "ours")
@@ -313,7 +348,7 @@ def test_model(tmp_path, monkeypatch):
         return whole
 
     monkeypatch.setattr(model, "load", shallow)
-    with rows.Results(tmp_path, ("model",), CPU) as results:
+    with rows.Results(tmp_path, CPU) as results:
         model.run(results, CPU, dtypes=("fp32",), budget=0.1, sentences=2, tokens=16)
     assert not [r.note for r in results.rows if r.note]
     timed = [(r.pass_, r.provider) for r in results.rows if r.pass_ != "startup"]
@@ -322,7 +357,7 @@ def test_model(tmp_path, monkeypatch):
 
 def test_the_table_is_written_between_the_marks_and_again_the_same(small, tmp_path):
     out = tmp_path / "results"
-    with rows.Results(out, ("linear",), CPU) as results:
+    with rows.Results(out, CPU) as results:
         linear.run(plan(providers=("bare", "plain", "ours")), results, CPU)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -383,7 +418,7 @@ def test_rollout_measures_speed_and_agreement(tmp_path, monkeypatch):
     tiny = {**shapes.config("Qwen2.5-0.5B"), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
     monkeypatch.setattr(shapes, "config", lambda model: tiny)
-    with rows.Results(tmp_path, ("rollout",), CPU) as results:
+    with rows.Results(tmp_path, CPU) as results:
         rollout.run(results, tmp_path, CPU, "Qwen2.5-0.5B", [2, 4], [2, 4], 3, 0.1, rows=16)
     written = rows.read(results.path)
     asked = {(r.M, r.provider) for r in written if r.pass_ == "generate"}
@@ -465,7 +500,7 @@ def providers_lora():
 def test_peft_patched_and_not(tmp_path):
     from bench import peft
 
-    with rows.Results(tmp_path, ("peft",), CPU) as results:
+    with rows.Results(tmp_path, CPU) as results:
         peft.run(results, CPU, ("fp32",), ("LoRA", "TinyLoRA"), 0.1, {"tiny": (64, 2, (128,))}, sequences=1)
     found = {(r.layer, r.pass_, r.provider): r for r in rows.read(results.path)}
     assert len(found) == 12 and all(r.p50_ms > 0 and not r.note for r in found.values())
@@ -482,7 +517,7 @@ def test_folders(tmp_path):
     from bench import folders
 
     qwen2().config.to_json_file(tmp_path / "tiny.json")
-    with rows.Results(tmp_path, ("folders",), CPU) as results:
+    with rows.Results(tmp_path, CPU) as results:
         folders.run(results, tmp_path / "tiny.json", tmp_path, ("TinyLoRA",))
     found = rows.read(results.path)
     assert [r.pass_ for r in found] == ["merge", "convert to lora", "convert to tinylora"]
