@@ -222,6 +222,14 @@ def plan(args, device: torch.device, budget: float) -> linear.Plan:
 
 
 def main(argv: list[str] | None = None) -> int:
+    try:
+        return _main(argv)
+    except rows.Unusable as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _main(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     if args.what and argv[0] != args.what:  # argparse would take the command's own defaults in their place
@@ -307,7 +315,8 @@ def _tune(args) -> int:
         return 2
     device = torch.device("cpu" if args.dry_run else "cuda")
     seconds = 0.0 if args.dry_run else args.seconds
-    tune.run(args.out, device, args.models, args.dtypes, args.r, args.M, args.minutes, seconds, args.dry_run)
+    with rows.locked(args.out / "tables"):
+        tune.run(args.out, device, args.models, args.dtypes, args.r, args.M, args.minutes, seconds, args.dry_run)
     return 0
 
 

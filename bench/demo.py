@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import tinylora
 from bench import addition
-from bench.rows import commit, device_name, version
+from bench.rows import commit, device_name, locked, version
 from tinylora.evolution import Evolution
 
 NOISE = 6  # letters before the answer in a noisy demonstration
@@ -676,7 +676,8 @@ PARTS = {"demo": run_demo, "choose": run_choose, "sweep": run_sweep, "evolution"
 def run(out: Path, part: str = "demo") -> None:
     """One part, into <out>/demo/."""
     started = time.perf_counter()
-    PARTS[part](out / "demo")
+    with locked(out / "demo" / "base.safetensors"):  # every part reads it, and some make it
+        PARTS[part](out / "demo")
     print(f"{time.perf_counter() - started:.0f} s")
 
 

@@ -1,16 +1,23 @@
 """Tidy rows, one per measurement, in a CSV that is written row by row: a crash keeps what was measured."""
 
+import contextlib
 import csv
 import datetime
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # not on Windows; there nobody stops two runs
+    fcntl = None
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"  # in git
@@ -92,6 +99,43 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+class Unusable(ValueError):
+    """A file of results that cannot be used; the message says all that there is to know."""
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """In here nobody else is, for the same path: two runs that each put a whole file in place lose rows.
+
+    A file beside it is locked, not the path itself, which is replaced; a process that dies unlocks it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    beside = path.with_name(f".{path.name}.lock")
+    while True:
+        with beside.open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise Unusable(
+                    f"{path} is being written by process {lock.read()}, expected no other run in this folder: wait "
+                    "for it, or give --out another folder"
+                ) from None
+            if not os.fstat(lock.fileno()).st_nlink:
+                continue  # the one before has just removed it
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            try:
+                yield
+            finally:
+                beside.unlink(missing_ok=True)
+            return
+
+
 class Results:
     """The rows of one device in `folder`/<device>.csv, old ones and new.
 
@@ -113,15 +157,17 @@ class Results:
         }
 
     def __enter__(self) -> "Results":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._tidy()  # what a killed run left half written must not run into the first row of this one
-        self._file = self.path.open("a", newline="")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.path))
+            self._tidy()  # what a killed run left half written must not run into the first row of this one
+            self._file = stack.enter_context(self.path.open("a", newline=""))
+            self._leave = stack.pop_all()
         self._writer = csv.writer(self._file, lineterminator="\n")
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
-        self._tidy()
+        with self._leave:
+            self._tidy()
 
     def _tidy(self) -> None:
         """The file written anew: whole rows, the newest of each kind."""

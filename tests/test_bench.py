@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import importlib.util
+import subprocess
+import sys
 import time
 import warnings
 from functools import partial
@@ -213,6 +215,28 @@ def test_a_run_that_ends_early_loses_no_row(tmp_path):
     with rows.Results(tmp_path, CPU) as results:
         wrong = results.add(row(note="wrong: y"))
     assert rows.read(results.path) == [wrong]
+
+
+def test_a_second_run_into_a_folder_is_refused_until_the_first_one_ends(tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    script = f"""
+import torch; from pathlib import Path; from bench import rows
+with rows.Results(Path({str(tmp_path)!r}), torch.device("cpu")) as results:
+    results.add(rows.Row("linear", "m", "q_proj", "ours", "forward", 1, 3, 4, p50_ms=1.0))
+    print(flush=True)
+    input()
+"""
+    command = ["svd", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        assert main(command) == 2
+        assert f"is being written by process {first.pid}" in capsys.readouterr().err
+        first.kill()
+    with rows.Results(tmp_path, CPU) as results:  # a killed process holds no lock
+        assert len(rows.read(results.path)) == 1
+        with pytest.raises(rows.Unusable), rows.Results(tmp_path, CPU):
+            pass
+    assert [p.name for p in tmp_path.iterdir()] == [results.path.name]
 
 
 def test_why_there_is_no_time_holds_until_there_is_one(tmp_path):
