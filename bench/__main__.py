@@ -88,8 +88,8 @@ def parser() -> argparse.ArgumentParser:
         f"{linear.CPU_OPERATIONS / 1e9:g} GFLOP, and `compiled` on {linear.CPU_COMPILED[0]} q_proj alone; "
         "all (default on a GPU): every distinct shape at every M",
     )
-    p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
-    p.add_argument("--u", type=int, default=13, help="length of v (default %(default)s)")
+    p.add_argument("--r", type=int, default=linear.R, help="rank (default %(default)s)")
+    p.add_argument("--u", type=int, default=linear.U, help="length of v (default %(default)s)")
 
     p = what.add_parser("layer", help=_first(layer), description=layer.__doc__)
     common(p)
@@ -98,8 +98,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--M", nargs="+", type=int, help=f"rows (default {layer.CPU_ROWS}, on a GPU {layer.CUDA_ROWS})")
     p.add_argument("--providers", nargs="+", choices=block.PROVIDERS, default=list(block.PROVIDERS))
     p.add_argument("--budget", type=float, default=110.0, help="seconds of timing (default %(default)g)")
-    p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
-    p.add_argument("--u", type=int, default=13, help="length of v (default %(default)s)")
+    p.add_argument("--r", type=int, default=linear.R, help="rank (default %(default)s)")
+    p.add_argument("--u", type=int, default=linear.U, help="length of v (default %(default)s)")
 
     p = what.add_parser("host", help=_first(host), description=host.__doc__)
     common(p)
@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     p = what.add_parser("roofline", help=_first(roofline), description=roofline.__doc__)
     p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=list(layer.CUDA_MODELS), metavar="MODEL")
     p.add_argument("--M", nargs="+", type=int, default=[1, 16, 128, 512, 2048, 8192])
-    p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
+    p.add_argument("--r", type=int, default=linear.R, help="rank (default %(default)s)")
 
     p = what.add_parser("svd", help=svd.__doc__.split(": ", 1)[1], description=svd.__doc__)
     common(p)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from bench import block, roofline, shapes, timing
 from bench import providers as who
 from bench.check import WrongResult
-from bench.linear import BOTH, DTYPES, PASSES, _peak_mb
+from bench.linear import BOTH, DTYPES, PASSES, R, U, _peak_mb
 from bench.rows import Results, Row
 
 EAGER, CAPTURED = "eager", "captured"
@@ -34,8 +34,8 @@ class Plan:
     rows: tuple[int, ...]
     providers: tuple[str, ...] = block.PROVIDERS
     budget: float = 110.0
-    r: int = 2
-    u: int = 13
+    r: int = R
+    u: int = U
 
 
 def run(plan: Plan, results: Results, device: torch.device) -> list[str]:

@@ -13,6 +13,7 @@ from bench.providers import Case, Provider
 from bench.rows import Results, Row
 
 FORWARD, BOTH = PASSES = ("forward", "forward+backward")
+R, U = 2, 13  # the adapter's, unless a command is told otherwise: what means, bars and summaries are about
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # On a CPU the default grid is a sample: the three shapes of a model that differ most in N / K (o_proj is q_proj again,
@@ -35,8 +36,8 @@ class Plan:
     providers: tuple[str, ...]
     budget: float
     sample: bool  # the sample above, or every distinct layer and every M
-    r: int = 2
-    u: int = 13
+    r: int = R
+    u: int = U
 
     def cells(self) -> list[tuple[shapes.Layer, str, list[int]]]:
         """(layer, dtype, the Ms). Qwen2.5 first, as the bars are about it; the same projection of every model before

@@ -310,8 +310,8 @@ def test_quiet_calls_count_for_everybody_or_for_nobody():
 
 
 def test_the_summary_says_ours_and_pefts_and_hides_no_loss():
-    def row(provider, ratio, M, device="NVIDIA H200"):
-        found = rows.Row("layer", "Qwen2.5-7B", "block", provider, "forward", M, None, None, dtype="bf16")
+    def row(provider, ratio, M, device="NVIDIA H200", r=2):
+        found = rows.Row("layer", "Qwen2.5-7B", "block", provider, "forward", M, None, None, r, 13, dtype="bf16")
         return dataclasses.replace(found, mode="captured", p50_ms=ratio, ratio_to_bare=ratio, device=device)
 
     def lines(found):
@@ -321,6 +321,7 @@ def test_the_summary_says_ours_and_pefts_and_hides_no_loss():
 
     bare = [row("bare", 1.0, M) for M in (8, 2, 16)]
     found = [*bare, row("ours", 0.5, 8), row("peft", 2.0, 8), row("ours", 1.25, 2), row("peft", 3.0, 16)]
+    found += [row("bare", 1.0, 8, r=64), row("ours", 9.0, 8, r=64)]
     header, _, *cells = lines(found)
     assert header == ["linear layers of a block, Qwen2.5-7B, bf16", "forward, captured"]
     assert cells == [["2 rows", "1.25"], ["8 rows", "0.50 / 2.00"]]
@@ -401,8 +402,8 @@ def test_the_table_is_written_between_the_marks_and_again_the_same(small, tmp_pa
 
 
 def test_means_are_over_qwen_at_16_rows_and_more():
-    def cell(model, M, ours, peft):
-        common = (model, "q_proj"), ("forward", M, 8, 8)
+    def cell(model, M, ours, peft, rank=(linear.R, linear.U)):
+        common = (model, "q_proj"), ("forward", M, 8, 8, *rank)
         return [
             rows.Row("linear", *common[0], name, *common[1], dtype="bf16", p50_ms=ms)
             for name, ms in (("bare", 1.0), ("peft", peft), ("ours", ours))
@@ -410,7 +411,9 @@ def test_means_are_over_qwen_at_16_rows_and_more():
 
     found = cell("Qwen2.5-0.5B", 16, 1.0, 2.0) + cell("Qwen2.5-7B", 64, 4.0, 4.0)
     found += cell("Qwen2.5-7B", 1, 9.0, 1.0) + cell("Llama-3-8B", 64, 9.0, 1.0)
+    found += cell("Qwen2.5-7B", 64, 9.0, 1.0, (8, 13)) + cell("Qwen2.5-7B", 64, 9.0, 1.0, (2, 1))  # beside, never in it
     met, missed = report.bars(found)
+    assert report.linear_table(found).count("Qwen2.5-7B, r = 8, u = 13") == 1
     assert met == "ours / peft: 0.707 over 2 cells, bar 0.85: met"
     assert missed == "ours / bare: 2.000 over 2 cells, bar 1.25: MISSED"
 
