@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bench import block, roofline, shapes, timing
 from bench import providers as who
-from bench.check import WrongResult
+from bench.check import reason
 from bench.linear import BOTH, DTYPES, PASSES, R, U, _peak_mb
 from bench.rows import Results, Row
 
@@ -107,9 +107,8 @@ def _cell(plan, case, weights64, present, cell, modes, budget, ceilings, results
             gate.admit(provider)
             good[name] = provider
         except Exception as error:  # a provider that fails must not take the others' rows with it
-            why = f"wrong: {error}" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}: {error}"
             for pass_, mode in itertools.product(PASSES, modes):
-                results.add(_row(plan, cell, name, pass_, mode, note=" ".join(why.split())[:200]))
+                results.add(_row(plan, cell, name, pass_, mode, note=reason(error)))
     del gate
     work, size = roofline.groups(model), DTYPES[dtype].itemsize
     budget = max(0.0, budget - (time.perf_counter() - start))
@@ -118,7 +117,11 @@ def _cell(plan, case, weights64, present, cell, modes, budget, ceilings, results
         calls = {name: _call(provider, turn, xs, dys, pass_) for name, provider in good.items()}
         for mode in modes:
             share = budget / len(PASSES) / len(modes)
-            times = timing.alternate(calls, turn, case.buffers, share, device, graphs=mode == CAPTURED) if calls else {}
+
+            def failed(name, error, pass_=pass_, mode=mode):
+                results.add(_row(plan, cell, name, pass_, mode, note=reason(error)))
+
+            times = timing.alternate(calls, turn, case.buffers, share, device, graphs=mode == CAPTURED, failed=failed)
             for name, t in times.items():
                 row = _row(plan, cell, name, pass_, mode)
                 row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds

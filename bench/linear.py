@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from bench import providers as who
 from bench import shapes, timing
-from bench.check import Gate, WrongResult
+from bench.check import Gate, reason
 from bench.providers import Case, Provider
 from bench.rows import Results, Row
 
@@ -110,17 +110,16 @@ def _cell(plan, case, weight64, present, layer, dtype, M, budget, results, devic
                 gate.admit(provider)
                 good[name] = provider
             except Exception as error:  # a provider that fails must not take the others' rows with it
-                why = (
-                    f"wrong: {error}" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}: {error}"
-                )
                 for pass_ in plan.passes:
-                    results.add(_row(plan, layer, dtype, M, name, pass_, note=" ".join(why.split())[:200]))
+                    results.add(_row(plan, layer, dtype, M, name, pass_, note=reason(error)))
         budget = max(0.0, budget - (time.perf_counter() - start))
         for pass_ in plan.passes:
             calls = {name: _call(provider, rotation, pass_) for name, provider in good.items()}
-            if not calls:
-                continue
-            times = timing.alternate(calls, rotation, buffers, budget / len(plan.passes), device)
+
+            def failed(name, error, pass_=pass_):
+                results.add(_row(plan, layer, dtype, M, name, pass_, note=reason(error)))
+
+            times = timing.alternate(calls, rotation, buffers, budget / len(plan.passes), device, failed=failed)
             rotation(0)
             for name, t in times.items():
                 row = _row(plan, layer, dtype, M, name, pass_)

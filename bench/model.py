@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from bench import providers as who
 from bench import shapes, timing
-from bench.check import WrongResult
+from bench.check import WrongResult, reason
 from bench.linear import DTYPES, FORWARD
 from bench.rows import Results, Row
 
@@ -141,9 +141,8 @@ def run(
                     candidate = Adapted(model, trains, inputs)
                     own = _gate(name, _errors(candidate, inputs), own, DTYPES[dtype])
                 except Exception as error:  # one that fails must not take the others' rows with it
-                    why = "wrong" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}"
                     for pass_ in PASSES:
-                        row(name, pass_, note=f"{why}: {' '.join(str(error).split())}"[:200])
+                        row(name, pass_, note=reason(error))
                     continue
                 if trains:
                     row(name, "startup", p50_ms=seconds * 1e3, rounds=1)
@@ -152,7 +151,11 @@ def run(
                 bar.set_postfix_str(f"{dtype} {pass_}")
                 calls = {name: a.forward if pass_ == FORWARD else a.step for name, a in adapted.items()}
                 share = budget / len(dtypes) / 2
-                times = timing.alternate(calls, lambda i: None, 1, share, device, graphs=False) if calls else {}
+
+                def failed(name, error, pass_=pass_, row=row):
+                    row(name, pass_, note=reason(error))
+
+                times = timing.alternate(calls, lambda i: None, 1, share, device, graphs=False, failed=failed)
                 for name, t in times.items():
                     ratio = t.p50 / times[who.BARE].p50 if who.BARE in times else None
                     row(name, pass_, p50_ms=t.p50, p20_ms=t.p20, p80_ms=t.p80, rounds=t.rounds, ratio_to_bare=ratio)

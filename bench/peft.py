@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from bench import providers as who
 from bench import timing
-from bench.check import WrongResult
+from bench.check import WrongResult, reason
 from bench.linear import DTYPES
 from bench.rows import Results, Row
 
@@ -145,11 +145,17 @@ def _compare(results, size, dtype, kind, bare, plain, prompts, batches, budget, 
             if note:
                 del calls[PATCHED]
                 results.add(Row("peft", size, kind, PATCHED, name, M, None, None, r, None, dtype, note=note))
-            times = timing.alternate(calls, lambda i: None, 1, budget, device, graphs=False, prepare=prepare)
+
+            def failed(provider, error, name=name, M=M):
+                results.add(Row("peft", size, kind, provider, name, M, None, None, r, None, dtype, note=reason(error)))
+
+            times = timing.alternate(
+                calls, lambda i: None, 1, budget, device, graphs=False, prepare=prepare, failed=failed
+            )
             for provider, t in times.items():
                 row = Row("peft", size, kind, provider, name, M, None, None, r, None, dtype)
                 row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds
-                row.ratio_to_bare = t.over(times[who.BARE])
+                row.ratio_to_bare = t.over(times[who.BARE]) if who.BARE in times else None
                 results.add(row)
     tinylora.unpatch_peft()
 

@@ -1,11 +1,12 @@
 """Times of several providers, taken in turns so that whatever else the machine does hits all of them alike."""
 
+import contextlib
 import os
 import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -57,6 +58,7 @@ def alternate(
     graphs: bool = True,
     each: int = 1,
     prepare: Callable[[str], None] | None = None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Times]:
     """Times of every call in `calls`, at least MIN_ROUNDS each and about `budget` seconds together.
 
@@ -64,23 +66,40 @@ def alternate(
     rotate:  rotate(i) puts the i-th of `buffers` sets of operands in place, outside the timed region
     each:    how many calls one of `calls` makes: times are of one
     prepare: prepare(provider) comes before every call of its, outside the timed region
+    failed:  failed(provider, error) is told of one that raises, which has no times then; without it the error is raised
     graphs:  on CUDA, time CUDA graphs (the device's work alone) and not eager calls (launches and Python as well)
     """
     prepare = prepare or _nothing
-    if device.type == "cuda":
-        calls = {name: _on_device(call, rotate, buffers, graphs) for name, call in calls.items()}
-        rotate, buffers = _nothing, 1
-    else:
-        calls = {name: _on_host(call) for name, call in calls.items()}
+    timers: dict[str, Callable[[], float]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     quiet: dict[str, list[float]] = {name: [] for name in calls}
+
+    @contextlib.contextmanager
+    def alone(name: str) -> Iterator[None]:
+        """One that raises in here leaves the others alone."""
+        try:
+            yield
+        except Exception as error:
+            if failed is None:
+                raise
+            for of in (timers, seconds, quiet):
+                of.pop(name, None)
+            failed(name, error)
+
+    for name, call in calls.items():
+        with alone(name):
+            cuda = device.type == "cuda"
+            timers[name] = _on_device(call, rotate, buffers, graphs) if cuda else _on_host(call)
+    if device.type == "cuda":
+        rotate, buffers = _nothing, 1
     slowest = 0.0
-    for i, (name, call) in enumerate(calls.items()):  # the second call counts: the first compiles, loads and allocates
-        for _ in range(2):
-            rotate(i % buffers)
-            prepare(name)
-            took = call()
-        slowest = max(slowest, took)
+    for i, (name, timer) in enumerate(list(timers.items())):
+        with alone(name):
+            for _ in range(2):  # the second call counts: the first compiles, loads and allocates
+                rotate(i % buffers)
+                prepare(name)
+                took = timer()
+            slowest = max(slowest, took)
     # In a model the layer before ran the same code, on other weights: a short call is timed after an untimed one of
     # its own provider. Straight after another's, its code is not in the caches, and a call of 0.5 ms takes 6 % longer.
     untimed, timed = (1, 2) if slowest < SHORT else (0, 1)
@@ -91,16 +110,17 @@ def alternate(
             break
         # Nobody always runs after the same neighbour, whose memory and caches it takes over.
         order.shuffle(names)
-        for name in names:
-            for repeat in range(untimed + timed):
-                rotate(next(turn) % buffers)
-                prepare(name)
-                before = _preemptions()
-                elapsed = calls[name]()
-                if repeat >= untimed:
-                    seconds[name].append(elapsed)
-                    if _preemptions() == before:
-                        quiet[name].append(elapsed)
+        for name in [name for name in names if name in timers]:
+            with alone(name):
+                for repeat in range(untimed + timed):
+                    rotate(next(turn) % buffers)
+                    prepare(name)
+                    before = _preemptions()
+                    elapsed = timers[name]()
+                    if repeat >= untimed:
+                        seconds[name].append(elapsed)
+                        if _preemptions() == before:
+                            quiet[name].append(elapsed)
     found = _counted(seconds, quiet)
     return {name: Times.of([s / each for s in counted], seconds[name]) for name, counted in found.items()}
 
@@ -163,15 +183,18 @@ def _on_device(call, rotate, buffers, graphs) -> Callable[[], float]:
 
 def captured(sweep) -> torch.cuda.CUDAGraph:
     """A CUDA graph of this call, after three calls of it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side, own = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(own)
     with torch.cuda.stream(side):  # lazy handles and compilation must happen before the capture
         for _ in range(3):
             sweep()
-    torch.cuda.current_stream().wait_stream(side)
+    own.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        sweep()
+    try:
+        with torch.cuda.graph(graph):
+            sweep()
+    finally:
+        torch.cuda.set_stream(own)  # a capture that fails leaves its own stream behind, and everybody else on it
     return graph
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import rows, shapes, timing
+from bench.check import reason
 from bench.rows import version
 
 FORWARD, BACKWARD = DIRECTIONS = ("forward", "backward")
@@ -225,7 +226,12 @@ def measure(cell: Cell, capability, device: torch.device, budget: float) -> list
         if not row.note:
             calls[row.candidate] = lambda choice=choice: operands.run(choice)
     if calls:
-        for i, t in timing.alternate(calls, operands.place, operands.buffers, budget, device).items():
+
+        def failed(i, error):
+            found[i].note = reason(error)
+
+        times = timing.alternate(calls, operands.place, operands.buffers, budget, device, failed=failed)
+        for i, t in times.items():
             found[i].p50_ms, found[i].p20_ms, found[i].p80_ms, found[i].rounds = t.p50, t.p20, t.p80, t.rounds
     return found
 

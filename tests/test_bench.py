@@ -298,6 +298,36 @@ def test_providers_come_in_another_order_each_round_and_are_prepared_outside_the
     assert len(prepared) == len(order) + 6 and len({t.rounds for t in times.values()}) == 1
 
 
+def test_one_that_raises_while_it_is_timed_leaves_the_others_alone():
+    calls, told = {}, {}
+    for name, last in (("at once", 0), ("in the third round", 6), ("never", 10**9)):
+        counter = iter(range(last))
+        calls[name] = lambda counter=counter: next(counter)  # StopIteration at its end
+    times = timing.alternate(calls, lambda i: None, 1, 0, CPU, failed=told.__setitem__)
+    assert list(times) == ["never"] and times["never"].rounds >= timing.MIN_ROUNDS
+    assert {name: type(error) for name, error in told.items()} == dict.fromkeys(list(calls)[:2], StopIteration)
+    with pytest.raises(StopIteration):
+        timing.alternate(calls, lambda i: None, 1, 0, CPU)
+
+
+def test_out_of_memory_in_one_pass_is_a_row(small, monkeypatch, tmp_path):
+    call = linear._call
+
+    def starving(provider, rotation, pass_):
+        def starved():
+            raise torch.OutOfMemoryError("8 GiB")
+
+        return starved if (provider.name, pass_) == ("plain", "forward") else call(provider, rotation, pass_)
+
+    monkeypatch.setattr(linear, "_call", starving)
+    with rows.Results(tmp_path, CPU) as results:
+        linear.run(plan(dtypes=("fp32",), rows=(1,), providers=("bare", "plain", "ours")), results, CPU)
+    assert {(r.provider, r.pass_): r.note for r in results.rows if r.note} == {
+        ("plain", "forward"): "failed: OutOfMemoryError: 8 GiB"
+    }
+    assert len(results.rows) == 6 and "8 GiB" in report.linear_table(results.rows)
+
+
 def test_quiet_calls_count_for_everybody_or_for_nobody():
     """One whose every call was interrupted may not stand beside the quiet calls of another."""
     every = {"a": [1.0] * 9 + [5.0], "b": [5.0] * 10}
