@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tinylora
-from bench.rows import commit, device_name, slug
+from bench.rows import NO_PLOT, commit, device_name, slug
 from tinylora import analysis
 
 CONTESTANTS: dict[str, tuple[tinylora.LoraConfig | tinylora.TinyLoraConfig | None, tuple[float, ...]]] = {
@@ -126,7 +126,10 @@ def run(out: Path, pretraining: int = 500, steps: int = 150) -> list[dict]:
             rows.append(row | extra)
             writer.writerow(rows[-1])
             file.flush()
-    analysis.plot(comparisons, path.with_suffix(".png"))
+    try:
+        analysis.plot(comparisons, path.with_suffix(".png"))
+    except ImportError:
+        print(NO_PLOT)
     print(tabulate([[row[c] for c in COLUMNS] for row in rows], COLUMNS, tablefmt="github"))
     print(f"{path} (.csv, .png)")
     return rows

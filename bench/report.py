@@ -11,7 +11,7 @@ from bench import block, demo, peft, roofline
 from bench import providers as who
 from bench.layer import CAPTURED
 from bench.linear import PASSES, R, U
-from bench.rows import Row, read
+from bench.rows import NO_PLOT, Row, read
 
 HOW = """Every figure is a row in a CSV beside this file, with its commit, device and versions. Where tinylora loses,
 the row stays. `python -m bench` measures, `python -m bench table` writes this file."""
@@ -330,7 +330,8 @@ def _asides(rows: list[Row]) -> list[str]:
     for (spectrum, shape), cell in _by(rows, "svd", lambda r: (r.layer, f"{r.N} x {r.K}")):
         seconds = [f"{cell[n].p50_ms / 1e3:.2f} s" if n in cell else "" for n in (who.OURS, who.PEFT)]
         lines.append([f"start-up of one {shape} layer, {spectrum}", *seconds])
-    drift = {r.provider: r.note for r in rows if r.op == "rollout" and r.layer == "agreement"}
+    agreed = [r for r in rows if r.op == "rollout" and r.layer == "agreement" and r.note.startswith("|Δ")]
+    drift = {r.provider: r.note for r in agreed}
     for name, what in ((who.OURS, "unmerged"), (who.INVARIANT, "batch_invariant"), ("merged", "merged into bf16")):
         if name in drift:
             means = [drift[n].split("mean ")[1].split(",")[0] if n in drift else "" for n in (name, who.PEFT)]
@@ -418,7 +419,7 @@ def plot(rows: list[Row], path: Path, op: str = "linear", names: tuple[str, ...]
     try:
         import matplotlib
     except ImportError:
-        print("no plot: matplotlib is not installed (pip install matplotlib)")
+        print(NO_PLOT)
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

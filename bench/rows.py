@@ -22,6 +22,7 @@ except ImportError:  # not on Windows; there nobody stops two runs
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"  # in git
 OUT = Path(__file__).parent / "out"  # not in git
+NO_PLOT = "no plot: matplotlib is not installed (pip install matplotlib)"
 
 
 @dataclass

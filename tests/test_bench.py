@@ -499,6 +499,41 @@ def test_rollout_measures_speed_and_agreement(tmp_path, monkeypatch):
     assert all(row.note.startswith("0 of 44 tokens differ between 4 rows and 44, 0 between 1") for row in independent)
 
 
+def test_rollout_without_peft_matplotlib_and_whoever_fails(tmp_path, monkeypatch, capsys):
+    from bench import rollout
+
+    tiny = {**shapes.config("Qwen2.5-0.5B"), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    monkeypatch.setattr(shapes, "config", lambda model: tiny)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    rolled_out = rollout.rolled_out
+    seen = []
+
+    def failing(model, *args):
+        with results.path.open() as file:
+            seen.append(sum("log p" in line for line in file))
+        if len(seen) == 2:  # ours; PEFT's comes to nothing before
+            raise RuntimeError("lost")
+        return rolled_out(model, *args)
+
+    monkeypatch.setattr(rollout, "rolled_out", failing)
+    with rows.Results(tmp_path, CPU) as results:
+        rollout.run(results, tmp_path, CPU, "Qwen2.5-0.5B", [2], [2, 8], 3, 0.1, questions=("speed", "agreement"))
+    found = {(r.pass_, r.provider): r.note for r in rows.read(results.path)}
+    assert found["generate", "peft"].startswith("not measured: import of peft")
+    assert found["generate", "ours, 8 adapters"] == "not measured: no batch has room for 8 different adapters"
+    assert {p for (kind, p), note in found.items() if kind == "generate" and "tokens/s" in note} == {
+        "bare", "ours", rollout.INVARIANT, "ours, 2 adapters"
+    }  # fmt: skip
+    assert found["log p", "ours"] == "failed: RuntimeError: lost"
+    assert found["log p", "peft"].startswith("not measured") and "mean" in found["log p", "merged"]
+    assert seen[:3] == [0, 2, 3]  # each row is there before the next one is measured
+    assert rows.NO_PLOT in capsys.readouterr().out
+    report.summary(rows.read(results.path))
+
+
 def test_rollout_by_steps_gives_the_tokens_of_generate(monkeypatch):
     """What a GPU captures: one step on a static cache, again and again, from the end of the prompt each time."""
     from bench import rollout
