@@ -521,7 +521,10 @@ def test_rollout_without_peft_matplotlib_and_whoever_fails(tmp_path, monkeypatch
     monkeypatch.setattr(rollout, "rolled_out", failing)
     with rows.Results(tmp_path, CPU) as results:
         rollout.run(results, tmp_path, CPU, "Qwen2.5-0.5B", [2], [2, 8], 3, 0.1, questions=("speed", "agreement"))
-    found = {(r.pass_, r.provider): r.note for r in rows.read(results.path)}
+        rollout.run(results, tmp_path, CPU, "Qwen2.5-0.5B", [1], [1], 1, 0.1, questions=("speed",))
+    one = [r.note for r in rows.read(results.path) if r.layer == "generate, 1 tokens" and r.p50_ms]
+    assert len(one) == 4 and all(note.endswith(" tokens/s") for note in one)  # there is no step after the first token
+    found = {(r.pass_, r.provider): r.note for r in rows.read(results.path) if r.M != 1}
     assert found["generate", "peft"].startswith("not measured: import of peft")
     assert found["generate", "ours, 8 adapters"] == "not measured: no batch has room for 8 different adapters"
     assert {p for (kind, p), note in found.items() if kind == "generate" and "tokens/s" in note} == {
