@@ -31,6 +31,7 @@ from unittest import mock
 from tabulate import tabulate
 
 from bench import report, roofline, shapes, timing
+from bench.children import end_with_parent
 from bench.rows import OUT, RESULTS, ROOT, commit
 
 LIMIT = 480.0  # seconds of a stage
@@ -200,18 +201,37 @@ def _process(arguments: list[str], log, limit: float) -> int | None:
     """The exit status of `python -m arguments`, or None where it had to be stopped after `limit` seconds."""
     environment = os.environ | {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", *arguments]
-    # A group of its own, so that what the stage started (a sanitizer, compilers) ends with it.
-    child = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
-    )
+
+    def apart() -> None:
+        os.setpgrp()  # a group of its own, so that what the stage started (a sanitizer, compilers) ends with it
+        end_with_parent()
+
+    with terminated():
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=apart
+        )
+        try:
+            return child.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+
+
+@contextlib.contextmanager
+def terminated() -> Iterator[None]:
+    """In here SIGTERM is a SystemExit, which passes through every `finally`."""
+
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
     try:
-        return child.wait(limit)
-    except subprocess.TimeoutExpired:
-        return None
+        yield
     finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _here(arguments: list[str], log) -> int:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from bench import rows, shapes, timing
 from bench.check import reason
+from bench.children import end_with_parent
 from bench.rows import version
 
 FORWARD, BACKWARD = DIRECTIONS = ("forward", "backward")
@@ -204,7 +205,7 @@ def compile_all(wanted: list[Cell], capability, workers: int) -> None:
         jobs += [(cell, fresh[i : i + 4]) for i in range(0, len(fresh), 4)]
     if not jobs:
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         running = [pool.submit(compile_once, *job) for job in jobs]
         for done in tqdm(as_completed(running), total=len(jobs), desc="compile", unit="job"):
             done.result()

@@ -1,5 +1,12 @@
 """`bench gpu`: a dry run of every stage; stages that fail or hang leave the others alone; a second call goes on."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -72,6 +79,44 @@ def test_stages_that_fail_or_hang_leave_the_others_alone(tmp_path, monkeypatch, 
     assert "the good one ran" in capsys.readouterr().out  # it was named
     assert (tmp_path / gpu.LOG).read_text().count("=== good") == 2
     assert not (tmp_path / "survived").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stage_ends_with_the_run_that_is_ended(tmp_path, number):
+    if number == signal.SIGKILL and not sys.platform.startswith("linux"):
+        pytest.skip("Linux alone tells a process that its parent is gone")
+    script = f"""
+from pathlib import Path; from bench import gpu
+class Stage:
+    name, what, bench, keep, dry = "hangs", "", "", "", ()
+    def arguments(self, out, dry):
+        statement = "import os, time; print(os.getpid(), file=open(r'{tmp_path}/pid', 'w'), flush=True); time.sleep(90)"
+        return ["timeit", "-n1", "-r1", statement]
+gpu.STAGES = (Stage(),)
+gpu.run(Path(r"{tmp_path}/out"), (), False, ())
+"""
+    with subprocess.Popen([sys.executable, "-c", script], cwd=rows.ROOT, stdout=subprocess.DEVNULL) as run:
+        pid = _wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip())
+        run.send_signal(number)
+    assert run.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    assert _wait_for(lambda: not _runs(int(pid)))
+    assert statuses(tmp_path / "out") == {"hangs": gpu.STARTED}  # a second call takes it up again
+
+
+def _wait_for(condition, seconds=60.0):
+    deadline = time.perf_counter() + seconds
+    while not (found := condition()) and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")  # nobody may have asked for a dead one's status
+    return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_what_a_stage_writes_elsewhere_is_kept(tmp_path, monkeypatch):
