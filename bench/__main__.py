@@ -316,8 +316,9 @@ def _tune(args) -> int:
     device = torch.device("cpu" if args.dry_run else "cuda")
     seconds = 0.0 if args.dry_run else args.seconds
     with rows.locked(args.out / "tables"):
-        tune.run(args.out, device, args.models, args.dtypes, args.r, args.M, args.minutes, seconds, args.dry_run)
-    return 0
+        what = (args.models, args.dtypes, args.r, args.M)
+        left = tune.run(args.out, device, *what, args.minutes, seconds, args.dry_run)
+    return tune.LEFT if left else 0
 
 
 def _parts(results, device, args) -> None:

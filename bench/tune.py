@@ -35,6 +35,7 @@ MARGIN = 0.02
 LAUNCH = 0.01
 # At how many rows the candidates for batch invariance are timed: rollouts of some widths, and training.
 PINNED_AT = (16, 128, 1024, 8192)
+LEFT = 3  # the exit status where the minutes were over before all cells were measured
 CHECKED = 64  # rows that are held against fp64
 DRY = ((16, False), (130, False), (130, True))  # M, pinned
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, rows
+from bench import gpu, rows, tune
 from bench.__main__ import COMMANDS, main
 
 CPU = torch.device("cpu")
@@ -121,12 +121,24 @@ def _runs(pid: int) -> bool:
 
 def test_what_a_stage_writes_elsewhere_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    stage = Fake("tune", "open('tables/sm_90.json', 'w').write('[]')")
+    monkeypatch.setattr(gpu, "KEPT_EVERY", 1)
+    kept = f"import os, time; open('tables/sm_90.json', 'w').write('[]'); there = r'{tmp_path}/out/tables'"
+    # It waits for its copy, and has then more to do.
+    stage = Fake("tune", f"{kept}\nwhile not os.path.exists(there): time.sleep(0.1)\nos._exit({tune.LEFT})")
     stage.keep = "tables"
     (tmp_path / "tables").mkdir()
     monkeypatch.setattr(gpu, "STAGES", (stage,))
-    assert gpu.run(tmp_path / "out", (), False, ()) == 0
+    assert gpu.run(tmp_path / "out", (), False, (), limit=60) == 1
     assert (tmp_path / "out/tables/sm_90.json").read_text() == "[]"
+    assert statuses(tmp_path / "out") == {"tune": gpu.LATE}
+
+
+def test_the_table_is_written_again_after_every_measurement(tmp_path, monkeypatch):
+    table = Fake("table", f"open(r'{tmp_path}/written', 'a').write('.')")
+    monkeypatch.setattr(gpu, "STAGES", (Fake("one", "pass"), Fake("two", "pass"), table))
+    for names, written in (((), 1), ((), 1), (("two",), 2), (("table",), 3)):
+        assert gpu.run(tmp_path / "out", names, False, ()) == 0
+        assert (tmp_path / "written").read_text() == "." * written
 
 
 def test_a_dry_run_and_measurements_do_not_mix(tmp_path):
