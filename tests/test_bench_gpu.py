@@ -1,5 +1,6 @@
 """`bench gpu`: a dry run of every stage; stages that fail or hang leave the others alone; a second call goes on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 from bench import gpu, rows, tune
 from bench.__main__ import COMMANDS, main
+from tinylora.ops import dispatch
 
 CPU = torch.device("cpu")
 
@@ -139,6 +141,30 @@ def test_the_table_is_written_again_after_every_measurement(tmp_path, monkeypatc
     for names, written in (((), 1), ((), 1), (("two",), 2), (("table",), 3)):
         assert gpu.run(tmp_path / "out", names, False, ()) == 0
         assert (tmp_path / "written").read_text() == "." * written
+
+
+def test_a_table_says_where_its_rows_were_measured(tmp_path, monkeypatch):
+    """Another machine's cells are measured again, and until then its table stays as it is, name and all."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(tune, "compile_all", lambda *_: None)
+    monkeypatch.setattr(dispatch, "capability_of", lambda device: (9, 0))
+    cells = [tune.Cell(64, 32, "bf16", 2, tune.FORWARD, M) for M in (16, 64)]
+    monkeypatch.setattr(tune, "cells", lambda *_: cells)
+    monkeypatch.setattr(
+        tune, "measure", lambda cell, *_: [tune.Row(**vars(cell), candidate=0, of=1, choice="{}", p50_ms=1.0)]
+    )
+
+    def run(device, minutes):
+        monkeypatch.setattr(rows, "device_name", lambda _: device)
+        left = tune.run(tmp_path, CPU, [], [], [], None, minutes)
+        return left, json.loads((tmp_path / "sm_90.json").read_text())["device"]
+
+    assert run("H200", 1) == (0, "H200")
+    before = (tmp_path / "sm_90.json").stat().st_mtime_ns
+    assert run("H200", 1) == (0, "H200") and run("H100", 0) == (2, "H200")
+    assert (tmp_path / "sm_90.json").stat().st_mtime_ns == before
+    assert run("H100", 1) == (0, "H100") and run("H200", 0) == (2, "H100")
+    assert [row.device for row in tune.read(tmp_path / "sm_90.csv")] == ["H100", "H100"]
 
 
 def test_a_dry_run_and_measurements_do_not_mix(tmp_path):
