@@ -57,6 +57,25 @@ MAIN_BUDGET = 150.0
 NOISY = 1.3  # spread of a typical cell from which on a run should not be trusted; 1.1 on a quiet machine
 
 
+def count(text: str) -> int:
+    """There is nothing to measure at none of it, or less."""
+    return _above_zero(text, int, "a whole number above 0")
+
+
+def amount(text: str) -> float:
+    return _above_zero(text, float, "a number above 0")
+
+
+def _above_zero(text: str, kind: type, expected: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not value > 0:  # NaN is none, either
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     main = argparse.ArgumentParser("python -m bench", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
@@ -64,23 +83,23 @@ def parser() -> argparse.ArgumentParser:
     def common(p):
         p.add_argument("--out", type=Path, default=rows.OUT, help="folder for csv, md and png (default bench/out)")
         p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-        p.add_argument("--threads", type=int, help="CPU threads (default: one per idle core)")
+        p.add_argument("--threads", type=count, help="CPU threads (default: one per idle core)")
 
     common(main)
-    main.add_argument("--budget", type=float, default=MAIN_BUDGET, help="seconds for all of it (default %(default)g)")
+    main.add_argument("--budget", type=amount, default=MAIN_BUDGET, help="seconds for all of it (default %(default)g)")
     what = main.add_subparsers(dest="what", metavar=" | ".join(COMMANDS))
 
     p = what.add_parser("linear", help=linear.__doc__.split(": ", 1)[1], description=linear.__doc__)
     common(p)
     p.add_argument("--models", nargs="+", choices=shapes.models(), default=list(shapes.models()), metavar="MODEL")
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
-    p.add_argument("--M", nargs="+", type=int, help=f"rows (default {linear.CPU_ROWS}, on a GPU {linear.CUDA_ROWS})")
+    p.add_argument("--M", nargs="+", type=count, help=f"rows (default {linear.CPU_ROWS}, on a GPU {linear.CUDA_ROWS})")
     p.add_argument("--passes", nargs="+", choices=linear.PASSES, default=list(linear.PASSES))
     p.add_argument(
         "--providers", nargs="+", choices=(*providers.NAMES, providers.INVARIANT), default=list(providers.NAMES),
         metavar="PROVIDER", help=f"(default: {', '.join(providers.NAMES)}; there is also '{providers.INVARIANT}')",
     )  # fmt: skip
-    p.add_argument("--budget", type=float, default=100.0, help="seconds (default %(default)g); min. 5 rounds a cell")
+    p.add_argument("--budget", type=amount, default=100.0, help="seconds (default %(default)g); min. 5 rounds a cell")
     p.add_argument(
         "--layers",
         choices=("sample", "all"),
@@ -88,34 +107,34 @@ def parser() -> argparse.ArgumentParser:
         f"{linear.CPU_OPERATIONS / 1e9:g} GFLOP, and `compiled` on {linear.CPU_COMPILED[0]} q_proj alone; "
         "all (default on a GPU): every distinct shape at every M",
     )
-    p.add_argument("--r", type=int, default=linear.R, help="rank (default %(default)s)")
-    p.add_argument("--u", type=int, default=linear.U, help="length of v (default %(default)s)")
+    p.add_argument("--r", type=count, default=linear.R, help="rank (default %(default)s)")
+    p.add_argument("--u", type=count, default=linear.U, help="length of v (default %(default)s)")
 
     p = what.add_parser("layer", help=_first(layer), description=layer.__doc__)
     common(p)
     p.add_argument("--models", nargs="+", choices=shapes.decoders(), metavar="MODEL")
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
-    p.add_argument("--M", nargs="+", type=int, help=f"rows (default {layer.CPU_ROWS}, on a GPU {layer.CUDA_ROWS})")
+    p.add_argument("--M", nargs="+", type=count, help=f"rows (default {layer.CPU_ROWS}, on a GPU {layer.CUDA_ROWS})")
     p.add_argument("--providers", nargs="+", choices=block.PROVIDERS, default=list(block.PROVIDERS))
-    p.add_argument("--budget", type=float, default=110.0, help="seconds of timing (default %(default)g)")
-    p.add_argument("--r", type=int, default=linear.R, help="rank (default %(default)s)")
-    p.add_argument("--u", type=int, default=linear.U, help="length of v (default %(default)s)")
+    p.add_argument("--budget", type=amount, default=110.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--r", type=count, default=linear.R, help="rank (default %(default)s)")
+    p.add_argument("--u", type=count, default=linear.U, help="length of v (default %(default)s)")
 
     p = what.add_parser("host", help=_first(host), description=host.__doc__)
     common(p)
     p.add_argument("--dtype", choices=tuple(linear.DTYPES), default="fp32", help="of the tiny layer (%(default)s)")
-    p.add_argument("--budget", type=float, default=60.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--budget", type=amount, default=60.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser("memory", help=_first(memory), description=memory.__doc__)
     common(p)
     p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=["Qwen2.5-0.5B"], metavar="MODEL")
     p.add_argument("--dtype", choices=tuple(linear.DTYPES), default="bf16", help="(default %(default)s)")
-    p.add_argument("--M", nargs="+", type=int, default=[1024], help="rows (default 1024)")
+    p.add_argument("--M", nargs="+", type=count, default=[1024], help="rows (default 1024)")
 
     p = what.add_parser("parts", help=_first(parts), description=parts.__doc__)
     common(p)
     p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=list(layer.CUDA_MODELS), metavar="MODEL")
-    p.add_argument("--budget", type=float, default=330.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--budget", type=amount, default=330.0, help="seconds of timing (default %(default)g)")
     p.add_argument(
         "--stubbed", action="store_true", help="on a CPU, launches stubbed out: runs the code, measures nothing"
     )
@@ -129,8 +148,8 @@ def parser() -> argparse.ArgumentParser:
 
     p = what.add_parser("roofline", help=_first(roofline), description=roofline.__doc__)
     p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=list(layer.CUDA_MODELS), metavar="MODEL")
-    p.add_argument("--M", nargs="+", type=int, default=[1, 16, 128, 512, 2048, 8192])
-    p.add_argument("--r", type=int, default=linear.R, help="rank (default %(default)s)")
+    p.add_argument("--M", nargs="+", type=count, default=[1, 16, 128, 512, 2048, 8192])
+    p.add_argument("--r", type=count, default=linear.R, help="rank (default %(default)s)")
 
     p = what.add_parser("svd", help=svd.__doc__.split(": ", 1)[1], description=svd.__doc__)
     common(p)
@@ -140,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
     common(p)
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
     p.add_argument("--kinds", nargs="+", choices=peft.KINDS, default=list(peft.KINDS))
-    p.add_argument("--budget", type=float, default=120.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--budget", type=amount, default=120.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser("folders", help=_first(folders), description=folders.__doc__)
     common(p)
@@ -150,14 +169,14 @@ def parser() -> argparse.ArgumentParser:
     p = what.add_parser("model", help=model.__doc__.split(": ", 1)[1], description=model.__doc__)
     common(p)
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
-    p.add_argument("--budget", type=float, default=12.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--budget", type=amount, default=12.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser(
         "analysis", help=analysis.__doc__.split(": ", 1)[1].splitlines()[0], description=analysis.__doc__
     )
     common(p)
-    p.add_argument("--pretraining", type=int, default=500, help="steps on prose (default %(default)s)")
-    p.add_argument("--steps", type=int, default=150, help="steps on code, for every rate (default %(default)s)")
+    p.add_argument("--pretraining", type=count, default=500, help="steps on prose (default %(default)s)")
+    p.add_argument("--steps", type=count, default=150, help="steps on code, for every rate (default %(default)s)")
 
     p = what.add_parser("demo", help=demo.__doc__.split(": ", 1)[1].splitlines()[0], description=demo.__doc__)
     p.add_argument("--out", type=Path, default=rows.OUT, help="its folder demo/ takes the results (default bench/out)")
@@ -170,26 +189,26 @@ def parser() -> argparse.ArgumentParser:
     common(p)
     p.add_argument("--model", choices=shapes.models(), default="Qwen2.5-0.5B", help="(default %(default)s)")
     p.add_argument(
-        "--batch", type=int, nargs="+", default=[1, 8], help="sequences; agreement takes the last (default 1 8)"
+        "--batch", type=count, nargs="+", default=[1, 8], help="sequences; agreement takes the last (default 1 8)"
     )
-    p.add_argument("--adapters", type=int, nargs="+", default=[1, 8], help="different ones in a batch (default 1 8)")
+    p.add_argument("--adapters", type=count, nargs="+", default=[1, 8], help="different ones in a batch (default 1 8)")
     p.add_argument(
-        "--blocks", type=int, help="of the model's transformer blocks only so many, the first (default: all)"
+        "--blocks", type=count, help="of the model's transformer blocks only so many, the first (default: all)"
     )
     p.add_argument(
         "--questions", nargs="+", choices=rollout.QUESTIONS, default=list(rollout.QUESTIONS), help="(default: all)"
     )
-    p.add_argument("--new", type=int, default=16, help="tokens generated after each prompt (default %(default)s)")
-    p.add_argument("--budget", type=float, default=100.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--new", type=count, default=16, help="tokens generated after each prompt (default %(default)s)")
+    p.add_argument("--budget", type=amount, default=100.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser("tune", help=tune.__doc__.split(": ", 1)[1].split(".")[0], description=tune.__doc__)
     p.add_argument("--out", type=Path, default=rows.ROOT / "kernels" / "tables", help="(default kernels/tables)")
     p.add_argument("--models", nargs="+", choices=shapes.models(), default=["Qwen2.5-7B"], metavar="MODEL")
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16"])
-    p.add_argument("--r", nargs="+", type=int, default=[2], help="ranks (default 2, which stands for 1 to 8)")
-    p.add_argument("--M", nargs="+", type=int, help="buckets of rows (default: all)")
-    p.add_argument("--seconds", type=float, default=2.0, help="of timing a cell (default %(default)g)")
-    p.add_argument("--minutes", type=float, default=25.0, help="time limit; run again to go on (default %(default)g)")
+    p.add_argument("--r", nargs="+", type=count, default=[2], help="ranks (default 2, which stands for 1 to 8)")
+    p.add_argument("--M", nargs="+", type=count, help="buckets of rows (default: all)")
+    p.add_argument("--seconds", type=amount, default=2.0, help="of timing a cell (default %(default)g)")
+    p.add_argument("--minutes", type=amount, default=25.0, help="time limit; run again to go on (default %(default)g)")
     p.add_argument("--dry-run", action="store_true", help="in Triton's interpreter, with tiny sizes; needs --out")
 
     p = what.add_parser(
@@ -234,6 +253,9 @@ def _main(argv: list[str] | None) -> int:
     args = parser().parse_args(argv)
     if args.what and argv[0] != args.what:  # argparse would take the command's own defaults in their place
         parser().error(f"options come after the command: python -m bench {args.what} {' '.join(argv[:2])} ...")
+    if getattr(args, "device", None) == "cuda" and not torch.cuda.is_available():
+        print("There is no CUDA device: --device cpu measures the CPU.", file=sys.stderr)
+        return 2
     if args.what == "table":
         report.write_readme(args.readme, args.results)
         return 0

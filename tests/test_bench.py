@@ -455,6 +455,28 @@ def test_an_option_before_the_command_is_no_silent_default(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "command, wrong",
+    [
+        *(("linear", (f"--{name}", value)) for name, value in (("M", "0"), ("M", "-3"), ("r", "0"), ("u", "x"))),
+        *(("linear", (f"--{name}", value)) for name, value in (("threads", "-2"), ("budget", "0"), ("budget", "nan"))),
+        *(("rollout", (f"--{name}", "0")) for name in ("batch", "adapters", "new", "blocks", "budget")),
+        *(("analysis", (f"--{name}", "0")) for name in ("steps", "pretraining")),
+        *(("tune", (f"--{name}", "-1")) for name in ("M", "r", "seconds", "minutes")),
+    ],
+)
+def test_counts_are_above_zero(command, wrong, capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args([command, *wrong])
+    assert f"argument {wrong[0]}: {wrong[1]!r} is not a" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_an_error(tmp_path, capsys):
+    assert main(["svd", "--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert "There is no CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(["--help"])
