@@ -228,18 +228,45 @@ def _covers(later: Row, row: Row) -> bool:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV that hold (`newest`); a last line that was cut short is left out."""
-    types = {f.name: f.type for f in fields(Row)}
+    """The rows of a CSV that hold (`newest`); a last line that was cut short is left out. Unusable, with the place,
+    where somebody's edit left anything else."""
+    kinds = {f.name.rstrip("_"): f.type for f in fields(Row)}
+
+    def bad(line: int, column: str, why: str) -> Unusable:
+        return Unusable(f"{path}, line {line}, column {column}: {why}")
+
+    def value(text: str, line: int, column: str):
+        kind, what = {int | None: (int, "a whole number"), float | None: (float, "a number")}.get(
+            kinds[column], (str, "")
+        )
+        try:
+            return kind(text) if text or kind is str else None
+        except ValueError:
+            raise bad(line, column, f"{text!r}, expected {what}") from None
+
     rows = []
-    with path.open(newline="") as file:
-        for cells in csv.DictReader(file):
-            if None in cells.values():
+    with path.open(newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
+        lines = csv.reader(file)
+        columns = next(lines, COLUMNS)
+        for place, column in enumerate(columns, 1):
+            if column not in kinds:
+                raise bad(1, str(place), f"{column!r}, expected one of {', '.join(COLUMNS)}")
+        for column in COLUMNS[:5]:
+            if column not in columns:
+                raise bad(1, column, "is missing")
+        short = None  # the line that was
+        for cells in lines:
+            if cells == columns or not cells:
                 continue
-            values = {}
-            for column, text in cells.items():
-                name = "pass_" if column == "pass" else column
-                kind = types[name]
-                convert = int if kind == (int | None) else float if kind == (float | None) else str
-                values[name] = convert(text) if text or convert is str else None
-            rows.append(Row(**values))
+            if short:
+                raise bad(*short)
+            if len(cells) > len(columns):
+                more = f"{len(cells)} cells, expected {len(columns)}"
+                raise bad(lines.line_num, str(len(columns) + 1), more)
+            if len(cells) < len(columns):
+                short = lines.line_num, str(len(cells) + 1), f"{len(cells)} cells, expected {len(columns)}"
+                continue
+            named = zip(columns, cells, strict=True)
+            values = {column: value(text, lines.line_num, column) for column, text in named}
+            rows.append(Row(pass_=values.pop("pass"), **values))
     return newest(rows)

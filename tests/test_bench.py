@@ -239,6 +239,39 @@ with rows.Results(Path({str(tmp_path)!r}), torch.device("cpu")) as results:
     assert [p.name for p in tmp_path.iterdir()] == [results.path.name]
 
 
+def test_a_file_edited_by_hand_is_read_or_refused_with_the_place(tmp_path, capsys):
+    with rows.Results(tmp_path, CPU) as results:
+        for M in (16, 64):
+            results.add(rows.Row("linear", "m", "q_proj", "ours", "forward", M, 3, 4, p50_ms=1.0))
+    header, first, second = results.path.read_text().splitlines()
+    n = len(rows.COLUMNS)
+
+    def written(*lines):
+        results.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return rows.read(results.path)
+
+    assert written(header, first, second) == results.rows
+    assert written("\ufeff" + header, first, header, "", second) == results.rows
+    assert written(header, first, second[:40]) == results.rows[:1]
+    for lines, message in (
+        ((header, first + ",", second), f"line 2, column {n + 1}: {n + 1} cells, expected {n}"),
+        ((header, first, second + first), f"line 3, column {n + 1}: {2 * n - 1} cells"),
+        ((header, first[:40], second), "line 2, column"),
+        ((header + ",", first, second), f"line 1, column {n + 1}: '', expected one of op, model"),
+        ((header, first, second.replace(",64,", ",64.0,")), "line 3, column M: '64.0', expected a whole number"),
+        ((header, first, second.replace(",1,", ",fast,", 1)), "line 3, column p50_ms: 'fast', expected a number"),
+        ((header.replace("pass,", ""), first), "line 1, column pass: is missing"),
+    ):
+        with pytest.raises(ValueError, match=f"{results.path.name}, {message}"):
+            written(*lines)
+    assert main(["table", "--results", str(tmp_path)]) == 2
+    assert "column pass: is missing" in capsys.readouterr().err
+    text = results.path.read_text()
+    with pytest.raises(rows.Unusable), rows.Results(tmp_path, CPU):
+        pass
+    assert results.path.read_text() == text
+
+
 def test_why_there_is_no_time_holds_until_there_is_one(tmp_path):
     def row(provider, pass_="", M=None, **values):
         return rows.Row("layer", "m", "block", provider, pass_, M, **values)
