@@ -256,6 +256,11 @@ def _main(argv: list[str] | None) -> int:
     if getattr(args, "device", None) == "cuda" and not torch.cuda.is_available():
         print("There is no CUDA device: --device cpu measures the CPU.", file=sys.stderr)
         return 2
+    if out := getattr(args, "out", None):  # before anything is trained or measured
+        there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            print(f"--out is {out}, expected a folder: {there} is a file", file=sys.stderr)
+            return 2
     if args.what == "table":
         report.write_readme(args.readme, args.results)
         return 0

@@ -99,6 +99,12 @@ def run(
     sequences: int = 4,
 ) -> None:
     """Rows of `peft`: every size, kind of adapter and dtype, the bare model, PEFT and PEFT patched in turns."""
+    try:
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        results.add(Row("peft", "", "", "", "", note=f"not measured: {error}"))
+        return
     g = torch.Generator().manual_seed(1)
     prompts = torch.randint(0, 512, (sequences, PROMPT), generator=g).to(device)
     cells = sum(1 + len(steps) for _, _, steps in sizes.values()) * len(dtypes) * len(kinds)

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -659,6 +660,37 @@ def test_peft_patched_and_not(tmp_path):
     ratios = [float(line.split("fp32 ")[1].split()[0]) for line in lines if "training step" in line]  # two kinds, both
     assert ratios[2] == pytest.approx((ratios[0] * ratios[1]) ** 0.5, abs=2e-3)
     assert peft.PATCHED in report.model_table(results.rows, "peft")
+
+
+def test_folders_look_for_room_before_they_write(tmp_path, monkeypatch):
+    from models import qwen2
+
+    from bench import folders
+
+    qwen2().config.to_json_file(tmp_path / "tiny.json")
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(folders, "write_base", lambda *_: pytest.fail("there is no room"))
+    with rows.Results(tmp_path, CPU) as results:
+        folders.run(results, tmp_path / "tiny.json", tmp_path)
+    (row,) = results.rows
+    assert row.note.startswith("not measured: 1e-06 GB free") and row.note in report.folders_table(results.rows)
+
+
+def test_peft_without_peft_is_a_row(tmp_path, monkeypatch):
+    from bench import peft
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with rows.Results(tmp_path, CPU) as results:
+        peft.run(results, CPU)
+    assert [r.note.split(":")[0] for r in results.rows] == ["not measured"]
+    assert "not measured" in report.model_table(results.rows, "peft")
+
+
+@pytest.mark.parametrize("command", ["demo", "analysis", "svd"])
+def test_out_that_is_a_file_is_refused_at_once(command, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([command, "--out", str(tmp_path / "file" / "below")]) == 2
+    assert "expected a folder" in capsys.readouterr().err
 
 
 def test_folders(tmp_path):
