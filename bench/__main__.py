@@ -80,9 +80,10 @@ def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     main = argparse.ArgumentParser("python -m bench", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
 
-    def common(p):
+    def common(p, device=True):
         p.add_argument("--out", type=Path, default=rows.OUT, help="folder for csv, md and png (default bench/out)")
-        p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+        if device:
+            p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
         p.add_argument("--threads", type=count, help="CPU threads (default: one per idle core)")
 
     common(main)
@@ -162,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget", type=amount, default=120.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser("folders", help=_first(folders), description=folders.__doc__)
-    common(p)
+    common(p, device=False)
     p.add_argument("--model", choices=shapes.decoders(), default="Qwen2.5-7B", help="(default %(default)s)")
     p.add_argument("--folder", type=Path, help="a disk with room for the model twice (default: the temporary folder)")
 
@@ -174,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
     p = what.add_parser(
         "analysis", help=analysis.__doc__.split(": ", 1)[1].splitlines()[0], description=analysis.__doc__
     )
-    common(p)
+    common(p, device=False)
     p.add_argument("--pretraining", type=count, default=500, help="steps on prose (default %(default)s)")
     p.add_argument("--steps", type=count, default=150, help="steps on code, for every rate (default %(default)s)")
 
@@ -283,7 +284,7 @@ def _main(argv: list[str] | None) -> int:
         return 0
     # PEFT and transformers warn of what this benchmark does on purpose; stderr is for the progress bar.
     warnings.filterwarnings("ignore", module=r"(peft|transformers)\b")
-    device = torch.device(args.device)
+    device = torch.device(getattr(args, "device", "cpu"))
     if device.type == "cpu":
         _set_threads(args.threads)
     started = time.perf_counter()

@@ -1,9 +1,9 @@
 """`python -m bench folders`: `tinylora merge` and `convert` on a model folder of real size: seconds, and peak memory.
 
 The model has the shapes of its config and random bf16 weights, in shards of 4 GB; the adapters are PEFT's, with random
-factors written in its format (nothing is decomposed: only sizes matter here). Every command is a process of its own;
-`peak_mb` is the most that it ever held, Python and torch included. Rows of what merge wrote are compared with fp64.
-It takes twice the model's size on the disk.
+factors written in its format (nothing is decomposed: only sizes matter here). Every command is a process of its own, on
+the CPU; `peak_mb` is the most that it ever held, Python and torch included. Rows of what merge wrote are compared with
+fp64. It takes twice the model's size on the disk.
 """
 
 import json
@@ -107,7 +107,8 @@ def measured(*arguments: object) -> tuple[float, float | None, str]:
     """(seconds, peak MiB, what went wrong) of one `tinylora` command in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-c", COMMAND, *map(str, arguments)]
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     seconds = time.perf_counter() - started
     if done.returncode:
         return seconds, None, f"failed: {done.stderr.strip().splitlines()[-1]}"

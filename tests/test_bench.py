@@ -693,6 +693,21 @@ def test_out_that_is_a_file_is_refused_at_once(command, tmp_path, capsys):
     assert "expected a folder" in capsys.readouterr().err
 
 
+def test_folders_take_the_cpu_and_as_many_threads_as_their_rows_say(monkeypatch):
+    from bench import folders
+
+    monkeypatch.setattr(folders, "COMMAND", "import os, torch; print(torch.get_num_threads(), os.getpid())")
+    ran, run = [], subprocess.run
+    monkeypatch.setattr(folders.subprocess, "run", lambda *a, **k: ran.append(run(*a, **k)) or ran[-1])
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(1)
+    folders.measured()
+    assert ran[0].stdout.split()[0] == "1"
+    for command in ("folders", "analysis"):  # which know no other device
+        with pytest.raises(SystemExit):
+            parser().parse_args([command, "--device", "cpu"])
+
+
 def test_folders(tmp_path):
     from models import qwen2
 
