@@ -42,7 +42,7 @@ Measures tinylora against the bare frozen layer, PEFT's TinyLoRA, plain code and
 
 Without a command: svd, model and linear, in about 150 seconds on two CPU cores. Every provider is compared with fp64
 before it is timed, and a wrong one gets no time; providers alternate within a run, so compare ratios, not runs.
-Rows go to <out>/<device>.csv as they are measured, then <device>.md with every cell and <device>.png."""
+Rows go to <out>/<device>.csv as they are measured; <device>.md then has this run's tables, <device>.png all rows."""
 
 EXAMPLES = """\
 examples:

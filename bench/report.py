@@ -262,11 +262,15 @@ def rollout_table(rows: list[Row]) -> str:
 
 
 def _where(rows: list[Row]) -> str:
-    first = rows[0]
-    versions = f"torch {first.torch}" + (f", triton {first.triton}" if first.device.startswith("NVIDIA") else "")
+    def all_(name: str) -> str:
+        return " and ".join(sorted({getattr(row, name) for row in rows} - {""}))
+
+    first, days = rows[0], sorted({row.date[:10] for row in rows})
+    versions = f"torch {all_('torch')}" + (f", triton {all_('triton')}" if first.device.startswith("NVIDIA") else "")
     used = sorted({row.threads for row in rows if row.threads})
     threads = f", {' or '.join(map(str, used))} thread{'s' * (used[-1] > 1)}" if used else ""
-    return f"**{first.device}**{threads}; {versions}, PEFT {first.peft}; {first.date[:10]}"
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    return f"**{first.device}**{threads}; {versions}, PEFT {all_('peft')}; {when}"
 
 
 class _Grid:
@@ -445,8 +449,7 @@ def plot(rows: list[Row], path: Path, op: str = "linear", names: tuple[str, ...]
             axis.grid(alpha=0.3)
     lines, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="lower center", ncols=len(labels))
-    first = rows[0]
-    figure.suptitle(f"{first.device}, torch {first.torch}, {first.date[:10]}")
+    figure.suptitle(_where(rows).replace("**", ""))
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -465,6 +465,15 @@ def test_the_table_is_written_between_the_marks_and_again_the_same(small, tmp_pa
         main(command)
 
 
+def test_where_it_was_measured_is_said_of_all_rows():
+    row = rows.Row("svd", "m", "gaussian", "ours", "startup", device="NVIDIA H200", torch="2.8", triton="3.6", peft="1")
+    row.date = "2026-11-22T07:27:09Z"
+    assert report._where([row]) == "**NVIDIA H200**; torch 2.8, triton 3.6, PEFT 1; 2026-11-22"
+    other = dataclasses.replace(row, torch="2.9", peft="", date="2026-11-20T07:27:09Z")
+    said = "**NVIDIA H200**; torch 2.8 and 2.9, triton 3.6, PEFT 1; 2026-11-20 to 2026-11-22"
+    assert report._where([row, other]) == said
+
+
 def test_means_are_over_qwen_at_16_rows_and_more():
     def cell(model, M, ours, peft, rank=(linear.R, linear.U)):
         common = (model, "q_proj"), ("forward", M, 8, 8, *rank)
