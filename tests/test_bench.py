@@ -401,6 +401,25 @@ def test_svd(monkeypatch, tmp_path):
     assert all(r.angle_deg < 0.1 for r in results.rows if r.provider == "ours")
 
 
+def test_the_start_of_a_layer_is_its_first(monkeypatch, tmp_path):
+    """All of it, and nothing of it from the cache: the layer as its users make it."""
+    from tinylora.adapters import factor_cache
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    decomposed, truncated = [], factor_cache.truncated_svd
+
+    def counted(weight, *rest):
+        decomposed.append(tuple(weight.shape))
+        return truncated(weight, *rest)
+
+    monkeypatch.setattr(factor_cache, "truncated_svd", counted)
+    W = svd.weight("decaying", 48, 32, CPU)
+    for _ in range(2):
+        _, (down, up) = svd._ours(W, 2, CPU)
+        assert down.shape == (2, 32) and up.shape == (48, 2)
+    assert decomposed == 2 * [(16, 16), (48, 32)] and not list(tmp_path.iterdir())
+
+
 def test_the_gate_of_whole_models():
     own = model._gate("bare", {"output": 1e-6, "gradient": 1e-6}, {}, torch.float32)
     own = model._gate("peft", {"output": 1e-6, "gradient": 4e-6}, own, torch.float32)
