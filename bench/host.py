@@ -145,7 +145,7 @@ def run(results: Results, device: torch.device, dtype: str, budget: float) -> No
                     if mode != CAPTURED:
                         times = calls.times(budget / total, failed)
                     elif pass_ != BACKWARD:  # whose graph would be of another forward
-                        times = _captured(calls, budget / total)
+                        times = _captured(calls, budget / total, failed)
                     else:
                         times = {}
                     for name, t in times.items():
@@ -185,13 +185,16 @@ def _seven(size: int, dtype: torch.dtype, device: torch.device) -> block.Case:
     return block.Case(shape, dtype, device, 2, 13, lambda size: 1)
 
 
-def _captured(calls: Calls, budget: float) -> dict[str, timing.Times]:
+def _captured(calls: Calls, budget: float, failed: Callable[[str, Exception], None]) -> dict[str, timing.Times]:
     """The host's part of a replay, for one of the calls in the graph."""
     replays = {}
     for p in calls.providers:
         call = calls.call(p)
-        replays[p.name] = timing.captured(lambda call=call: [call() for _ in range(IN_A_GRAPH)]).replay
-    return timing.alternate(replays, calls.between, 1, budget, CPU, each=IN_A_GRAPH)
+        try:
+            replays[p.name] = timing.captured(lambda call=call: [call() for _ in range(IN_A_GRAPH)]).replay
+        except Exception as error:
+            failed(p.name, error)
+    return timing.alternate(replays, calls.between, 1, budget, CPU, each=IN_A_GRAPH, failed=failed)
 
 
 @contextlib.contextmanager

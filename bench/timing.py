@@ -133,9 +133,10 @@ def _counted(seconds: dict[str, list[float]], quiet: dict[str, list[float]]) -> 
     and the others' quick ones would be no comparison.
     """
     shares = {name: len(quiet[name]) / len(calls) for name, calls in seconds.items()}
+    least, most = min(shares, key=shares.get, default=None), max(shares, key=shares.get, default=None)
     enough = all(len(calls) >= 2 * MIN_ROUNDS for calls in seconds.values())  # a share of fewer is chance
-    if shares and enough and max(shares.values()) - min(shares.values()) > UNEVEN:
-        said = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    if shares and enough and shares[most] - shares[least] > UNEVEN:
+        said = f"{shares[most]:.0%} of {most}'s, {shares[least]:.0%} of {least}'s"
         warnings.warn(f"a busy machine, unevenly: calls that nobody interrupted: {said}", stacklevel=3)
     return quiet if all(len(left) >= MIN_ROUNDS for left in quiet.values()) else seconds
 

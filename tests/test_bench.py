@@ -365,7 +365,7 @@ def test_out_of_memory_in_one_pass_is_a_row(small, monkeypatch, tmp_path):
 def test_quiet_calls_count_for_everybody_or_for_nobody():
     """One whose every call was interrupted may not stand beside the quiet calls of another."""
     every = {"a": [1.0] * 9 + [5.0], "b": [5.0] * 10}
-    with pytest.warns(UserWarning, match="a 90%, b 10%"):
+    with pytest.warns(UserWarning, match="90% of a's, 10% of b's"):
         assert timing._counted(every, {"a": [1.0] * 9, "b": [5.0]}) == every
     few = {"a": [1.0] * 9, "b": [5.0] * timing.MIN_ROUNDS}
     with warnings.catch_warnings():
