@@ -668,6 +668,11 @@ def test_analysis_trains_and_compares(tmp_path, monkeypatch, capsys):
     (written,) = (tmp_path / "analysis").glob("*.csv")
     assert len(written.read_text().splitlines()) == 3 and written.with_suffix(".png").exists()
     assert "full fine-tuning" in capsys.readouterr().out
+    before = written.read_text()
+    monkeypatch.setattr(analysis.analysis, "compare", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        analysis.run(tmp_path, pretraining=1, steps=1)
+    assert written.read_text() == before
 
 
 def providers_lora():
