@@ -329,7 +329,7 @@ def test_providers_come_in_another_order_each_round_and_are_prepared_outside_the
     order = order[6:]  # two of each are not timed
     found = {"".join(order[i : i + 3]) for i in range(0, len(order), 3)}
     assert len(found) > 2 and all(sorted(turn) == ["a", "b", "c"] for turn in found)
-    assert len(prepared) == len(order) + 6 and len({t.rounds for t in times.values()}) == 1
+    assert len(prepared) == len(order) + 6 and len({len(t.seconds) for t in times.values()}) == 1
 
 
 def test_one_that_raises_while_it_is_timed_leaves_the_others_alone():
