@@ -107,7 +107,8 @@ def measured(*arguments: object) -> tuple[float, float | None, str]:
     """(seconds, peak MiB, what went wrong) of one `tinylora` command in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-c", COMMAND, *map(str, arguments)]
     started = time.perf_counter()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))  # as the rows say
+    environment = os.environ | threads | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     seconds = time.perf_counter() - started
     if done.returncode:

@@ -753,7 +753,8 @@ def test_folders_take_the_cpu_and_as_many_threads_as_their_rows_say(monkeypatch)
     monkeypatch.setattr(folders, "COMMAND", "import os, torch; print(torch.get_num_threads(), os.getpid())")
     ran, run = [], subprocess.run
     monkeypatch.setattr(folders.subprocess, "run", lambda *a, **k: ran.append(run(*a, **k)) or ran[-1])
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    for library in ("OMP", "MKL"):
+        monkeypatch.setenv(f"{library}_NUM_THREADS", "2")
     torch.set_num_threads(1)
     folders.measured()
     assert ran[0].stdout.split()[0] == "1"
