@@ -171,7 +171,8 @@ def run(out: Path | None, names: tuple[str, ...], dry: bool, known: tuple[str, .
 
             def keep(stage=stage):
                 if stage.keep and (ROOT / stage.keep).is_dir():
-                    shutil.copytree(ROOT / stage.keep, out / Path(stage.keep).name, dirs_exist_ok=True)
+                    passing = shutil.ignore_patterns(".*", "*.tmp")  # gone before they are copied
+                    shutil.copytree(ROOT / stage.keep, out / Path(stage.keep).name, ignore=passing, dirs_exist_ok=True)
 
             rc = _here(entry["arguments"], log) if dry else _process(entry["arguments"], log, limit, keep)
         keep()
