@@ -42,7 +42,7 @@ Measures tinylora against the bare frozen layer, PEFT's TinyLoRA, plain code and
 
 Without a command: svd, model and linear, in about 150 seconds on two CPU cores. Every provider is compared with fp64
 before it is timed, and a wrong one gets no time; providers alternate within a run, so compare ratios, not runs.
-Rows go to <out>/<device>.csv as they are measured, then <device>.md with every cell and <device>.png."""
+Rows go to <out>/<device>.csv as they are measured; <device>.md then has this run's tables, <device>.png all rows."""
 
 EXAMPLES = """\
 examples:
@@ -57,30 +57,50 @@ MAIN_BUDGET = 150.0
 NOISY = 1.3  # spread of a typical cell from which on a run should not be trusted; 1.1 on a quiet machine
 
 
+def count(text: str) -> int:
+    """There is nothing to measure at none of it, or less."""
+    return _above_zero(text, int, "a whole number above 0")
+
+
+def amount(text: str) -> float:
+    return _above_zero(text, float, "a number above 0")
+
+
+def _above_zero(text: str, kind: type, expected: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not value > 0:  # NaN is none, either
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     main = argparse.ArgumentParser("python -m bench", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
 
-    def common(p):
+    def common(p, device=True):
         p.add_argument("--out", type=Path, default=rows.OUT, help="folder for csv, md and png (default bench/out)")
-        p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-        p.add_argument("--threads", type=int, help="CPU threads (default: one per idle core)")
+        if device:
+            p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+        p.add_argument("--threads", type=count, help="CPU threads (default: one per idle core)")
 
     common(main)
-    main.add_argument("--budget", type=float, default=MAIN_BUDGET, help="seconds for all of it (default %(default)g)")
+    main.add_argument("--budget", type=amount, default=MAIN_BUDGET, help="seconds for all of it (default %(default)g)")
     what = main.add_subparsers(dest="what", metavar=" | ".join(COMMANDS))
 
     p = what.add_parser("linear", help=linear.__doc__.split(": ", 1)[1], description=linear.__doc__)
     common(p)
     p.add_argument("--models", nargs="+", choices=shapes.models(), default=list(shapes.models()), metavar="MODEL")
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
-    p.add_argument("--M", nargs="+", type=int, help=f"rows (default {linear.CPU_ROWS}, on a GPU {linear.CUDA_ROWS})")
+    p.add_argument("--M", nargs="+", type=count, help=f"rows (default {linear.CPU_ROWS}, on a GPU {linear.CUDA_ROWS})")
     p.add_argument("--passes", nargs="+", choices=linear.PASSES, default=list(linear.PASSES))
     p.add_argument(
         "--providers", nargs="+", choices=(*providers.NAMES, providers.INVARIANT), default=list(providers.NAMES),
         metavar="PROVIDER", help=f"(default: {', '.join(providers.NAMES)}; there is also '{providers.INVARIANT}')",
     )  # fmt: skip
-    p.add_argument("--budget", type=float, default=100.0, help="seconds (default %(default)g); min. 5 rounds a cell")
+    p.add_argument("--budget", type=amount, default=100.0, help="seconds (default %(default)g); min. 5 rounds a cell")
     p.add_argument(
         "--layers",
         choices=("sample", "all"),
@@ -88,34 +108,34 @@ def parser() -> argparse.ArgumentParser:
         f"{linear.CPU_OPERATIONS / 1e9:g} GFLOP, and `compiled` on {linear.CPU_COMPILED[0]} q_proj alone; "
         "all (default on a GPU): every distinct shape at every M",
     )
-    p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
-    p.add_argument("--u", type=int, default=13, help="length of v (default %(default)s)")
+    p.add_argument("--r", type=count, default=linear.R, help="rank (default %(default)s)")
+    p.add_argument("--u", type=count, default=linear.U, help="length of v (default %(default)s)")
 
     p = what.add_parser("layer", help=_first(layer), description=layer.__doc__)
     common(p)
     p.add_argument("--models", nargs="+", choices=shapes.decoders(), metavar="MODEL")
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
-    p.add_argument("--M", nargs="+", type=int, help=f"rows (default {layer.CPU_ROWS}, on a GPU {layer.CUDA_ROWS})")
+    p.add_argument("--M", nargs="+", type=count, help=f"rows (default {layer.CPU_ROWS}, on a GPU {layer.CUDA_ROWS})")
     p.add_argument("--providers", nargs="+", choices=block.PROVIDERS, default=list(block.PROVIDERS))
-    p.add_argument("--budget", type=float, default=110.0, help="seconds of timing (default %(default)g)")
-    p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
-    p.add_argument("--u", type=int, default=13, help="length of v (default %(default)s)")
+    p.add_argument("--budget", type=amount, default=110.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--r", type=count, default=linear.R, help="rank (default %(default)s)")
+    p.add_argument("--u", type=count, default=linear.U, help="length of v (default %(default)s)")
 
     p = what.add_parser("host", help=_first(host), description=host.__doc__)
     common(p)
     p.add_argument("--dtype", choices=tuple(linear.DTYPES), default="fp32", help="of the tiny layer (%(default)s)")
-    p.add_argument("--budget", type=float, default=60.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--budget", type=amount, default=60.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser("memory", help=_first(memory), description=memory.__doc__)
     common(p)
     p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=["Qwen2.5-0.5B"], metavar="MODEL")
     p.add_argument("--dtype", choices=tuple(linear.DTYPES), default="bf16", help="(default %(default)s)")
-    p.add_argument("--M", nargs="+", type=int, default=[1024], help="rows (default 1024)")
+    p.add_argument("--M", nargs="+", type=count, default=[1024], help="rows (default 1024)")
 
     p = what.add_parser("parts", help=_first(parts), description=parts.__doc__)
     common(p)
     p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=list(layer.CUDA_MODELS), metavar="MODEL")
-    p.add_argument("--budget", type=float, default=330.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--budget", type=amount, default=330.0, help="seconds of timing (default %(default)g)")
     p.add_argument(
         "--stubbed", action="store_true", help="on a CPU, launches stubbed out: runs the code, measures nothing"
     )
@@ -129,8 +149,8 @@ def parser() -> argparse.ArgumentParser:
 
     p = what.add_parser("roofline", help=_first(roofline), description=roofline.__doc__)
     p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=list(layer.CUDA_MODELS), metavar="MODEL")
-    p.add_argument("--M", nargs="+", type=int, default=[1, 16, 128, 512, 2048, 8192])
-    p.add_argument("--r", type=int, default=2, help="rank (default %(default)s)")
+    p.add_argument("--M", nargs="+", type=count, default=[1, 16, 128, 512, 2048, 8192])
+    p.add_argument("--r", type=count, default=linear.R, help="rank (default %(default)s)")
 
     p = what.add_parser("svd", help=svd.__doc__.split(": ", 1)[1], description=svd.__doc__)
     common(p)
@@ -140,24 +160,24 @@ def parser() -> argparse.ArgumentParser:
     common(p)
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
     p.add_argument("--kinds", nargs="+", choices=peft.KINDS, default=list(peft.KINDS))
-    p.add_argument("--budget", type=float, default=120.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--budget", type=amount, default=120.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser("folders", help=_first(folders), description=folders.__doc__)
-    common(p)
+    common(p, device=False)
     p.add_argument("--model", choices=shapes.decoders(), default="Qwen2.5-7B", help="(default %(default)s)")
     p.add_argument("--folder", type=Path, help="a disk with room for the model twice (default: the temporary folder)")
 
     p = what.add_parser("model", help=model.__doc__.split(": ", 1)[1], description=model.__doc__)
     common(p)
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
-    p.add_argument("--budget", type=float, default=12.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--budget", type=amount, default=12.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser(
         "analysis", help=analysis.__doc__.split(": ", 1)[1].splitlines()[0], description=analysis.__doc__
     )
-    common(p)
-    p.add_argument("--pretraining", type=int, default=500, help="steps on prose (default %(default)s)")
-    p.add_argument("--steps", type=int, default=150, help="steps on code, for every rate (default %(default)s)")
+    common(p, device=False)
+    p.add_argument("--pretraining", type=count, default=500, help="steps on prose (default %(default)s)")
+    p.add_argument("--steps", type=count, default=150, help="steps on code, for every rate (default %(default)s)")
 
     p = what.add_parser("demo", help=demo.__doc__.split(": ", 1)[1].splitlines()[0], description=demo.__doc__)
     p.add_argument("--out", type=Path, default=rows.OUT, help="its folder demo/ takes the results (default bench/out)")
@@ -170,26 +190,26 @@ def parser() -> argparse.ArgumentParser:
     common(p)
     p.add_argument("--model", choices=shapes.models(), default="Qwen2.5-0.5B", help="(default %(default)s)")
     p.add_argument(
-        "--batch", type=int, nargs="+", default=[1, 8], help="sequences; agreement takes the last (default 1 8)"
+        "--batch", type=count, nargs="+", default=[1, 8], help="sequences; agreement takes the last (default 1 8)"
     )
-    p.add_argument("--adapters", type=int, nargs="+", default=[1, 8], help="different ones in a batch (default 1 8)")
+    p.add_argument("--adapters", type=count, nargs="+", default=[1, 8], help="different ones in a batch (default 1 8)")
     p.add_argument(
-        "--blocks", type=int, help="of the model's transformer blocks only so many, the first (default: all)"
+        "--blocks", type=count, help="of the model's transformer blocks only so many, the first (default: all)"
     )
     p.add_argument(
         "--questions", nargs="+", choices=rollout.QUESTIONS, default=list(rollout.QUESTIONS), help="(default: all)"
     )
-    p.add_argument("--new", type=int, default=16, help="tokens generated after each prompt (default %(default)s)")
-    p.add_argument("--budget", type=float, default=100.0, help="seconds of timing (default %(default)g)")
+    p.add_argument("--new", type=count, default=16, help="tokens generated after each prompt (default %(default)s)")
+    p.add_argument("--budget", type=amount, default=100.0, help="seconds of timing (default %(default)g)")
 
     p = what.add_parser("tune", help=tune.__doc__.split(": ", 1)[1].split(".")[0], description=tune.__doc__)
     p.add_argument("--out", type=Path, default=rows.ROOT / "kernels" / "tables", help="(default kernels/tables)")
     p.add_argument("--models", nargs="+", choices=shapes.models(), default=["Qwen2.5-7B"], metavar="MODEL")
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16"])
-    p.add_argument("--r", nargs="+", type=int, default=[2], help="ranks (default 2, which stands for 1 to 8)")
-    p.add_argument("--M", nargs="+", type=int, help="buckets of rows (default: all)")
-    p.add_argument("--seconds", type=float, default=2.0, help="of timing a cell (default %(default)g)")
-    p.add_argument("--minutes", type=float, default=25.0, help="time limit; run again to go on (default %(default)g)")
+    p.add_argument("--r", nargs="+", type=count, default=[2], help="ranks (default 2, which stands for 1 to 8)")
+    p.add_argument("--M", nargs="+", type=count, help="buckets of rows (default: all)")
+    p.add_argument("--seconds", type=amount, default=2.0, help="of timing a cell (default %(default)g)")
+    p.add_argument("--minutes", type=amount, default=25.0, help="time limit; run again to go on (default %(default)g)")
     p.add_argument("--dry-run", action="store_true", help="in Triton's interpreter, with tiny sizes; needs --out")
 
     p = what.add_parser(
@@ -222,10 +242,26 @@ def plan(args, device: torch.device, budget: float) -> linear.Plan:
 
 
 def main(argv: list[str] | None = None) -> int:
+    try:
+        return _main(argv)
+    except rows.Unusable as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _main(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     if args.what and argv[0] != args.what:  # argparse would take the command's own defaults in their place
         parser().error(f"options come after the command: python -m bench {args.what} {' '.join(argv[:2])} ...")
+    if getattr(args, "device", None) == "cuda" and not torch.cuda.is_available():
+        print("There is no CUDA device: --device cpu measures the CPU.", file=sys.stderr)
+        return 2
+    if out := getattr(args, "out", None):  # before anything is trained or measured
+        there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            print(f"--out is {out}, expected a folder: {there} is a file", file=sys.stderr)
+            return 2
     if args.what == "table":
         report.write_readme(args.readme, args.results)
         return 0
@@ -248,18 +284,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # PEFT and transformers warn of what this benchmark does on purpose; stderr is for the progress bar.
     warnings.filterwarnings("ignore", module=r"(peft|transformers)\b")
-    device = torch.device(args.device)
+    device = torch.device(getattr(args, "device", "cpu"))
     if device.type == "cpu":
         _set_threads(args.threads)
     started = time.perf_counter()
     ops = (args.what,) if args.what else ("svd", "model", "linear")
-    ops += ("ceilings",) * (args.what in ("layer", "parts"))
     if args.what == "layer":
         cpu = device.type == "cpu"
         args.models = args.models or (layer.CPU_MODELS if cpu else layer.CUDA_MODELS)
         args.M = args.M or (layer.CPU_ROWS if cpu else layer.CUDA_ROWS)
     missed: list[str] = []
-    with rows.Results(args.out, ops, device, _replaced(args)) as results:
+    with rows.Results(args.out, device) as results:
         if "svd" in ops:
             svd.run(results, device, **({"model": args.model} if args.what else {"budget": args.budget / 2}))
         if "peft" in ops:
@@ -308,18 +343,10 @@ def _tune(args) -> int:
         return 2
     device = torch.device("cpu" if args.dry_run else "cuda")
     seconds = 0.0 if args.dry_run else args.seconds
-    tune.run(args.out, device, args.models, args.dtypes, args.r, args.M, args.minutes, seconds, args.dry_run)
-    return 0
-
-
-def _replaced(args):
-    """Which rows of its ops a command replaces: those of the models, Ms and questions that it measures."""
-    if args.what == "rollout":
-        passes = {rollout.AGREEMENT: "log p", rollout.OPERATIONS: "bits"}
-        passes |= {rollout.SPEED: rollout.GENERATE, rollout.MANY: rollout.MANY}
-        return lambda row: row.pass_ in [passes[question] for question in args.questions]
-    models, Ms = getattr(args, "models", None), getattr(args, "M", None)
-    return lambda row: (not models or row.model in (*models, "")) and (not Ms or row.M in (*Ms, None))
+    with rows.locked(args.out / "tables"):
+        what = (args.models, args.dtypes, args.r, args.M)
+        left = tune.run(args.out, device, *what, args.minutes, seconds, args.dry_run)
+    return tune.LEFT if left else 0
 
 
 def _parts(results, device, args) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tinylora
-from bench.rows import commit, device_name, slug
+from bench.rows import NO_PLOT, commit, device_name, locked, slug
 from tinylora import analysis
 
 CONTESTANTS: dict[str, tuple[tinylora.LoraConfig | tinylora.TinyLoraConfig | None, tuple[float, ...]]] = {
@@ -89,7 +89,8 @@ def train(model: nn.Module, parameters: list[nn.Parameter], domain: Domain, step
 
 
 def run(out: Path, pretraining: int = 500, steps: int = 150) -> list[dict]:
-    """Train everything; write <out>/analysis/<device>.csv row by row, and .png; return the rows."""
+    """Train everything; write <out>/analysis/<device>.csv, row by row in .tmp until all are there, and .png; return
+    the rows."""
     english, python = Domain(prose()), Domain(code())
     base = small_qwen2()
     train(base, list(base.parameters()), english, pretraining, 3e-3, "pretraining on prose")
@@ -97,7 +98,8 @@ def run(out: Path, pretraining: int = 500, steps: int = 150) -> list[dict]:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows, comparisons = [], []
     extra = {"steps": steps, "pretraining": pretraining, "torch": torch.__version__, "commit": commit()}
-    with path.open("w", newline="") as file:
+    fresh = path.with_suffix(".tmp")  # a run that is killed must not take the last one's results with it
+    with locked(path), fresh.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *extra], lineterminator="\n")
         writer.writeheader()
         for name, (config, rates) in CONTESTANTS.items():
@@ -126,7 +128,11 @@ def run(out: Path, pretraining: int = 500, steps: int = 150) -> list[dict]:
             rows.append(row | extra)
             writer.writerow(rows[-1])
             file.flush()
-    analysis.plot(comparisons, path.with_suffix(".png"))
+    fresh.replace(path)
+    try:
+        analysis.plot(comparisons, path.with_suffix(".png"))
+    except ImportError:
+        print(NO_PLOT)
     print(tabulate([[row[c] for c in COLUMNS] for row in rows], COLUMNS, tablefmt="github"))
     print(f"{path} (.csv, .png)")
     return rows

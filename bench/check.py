@@ -14,6 +14,12 @@ class WrongResult(Exception):
     """A provider's output or gradient is further from fp64 than the rule allows."""
 
 
+def reason(error: Exception) -> str:
+    """The note of a row that has no time because of this."""
+    why = "wrong" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}"
+    return " ".join(f"{why}: {error}".split())[:200]
+
+
 def some_rows(M: int, device: torch.device) -> Tensor:
     """The rows that are compared."""
     return torch.linspace(0, M - 1, min(ROWS, M), device=device).long()

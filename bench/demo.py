@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import tinylora
 from bench import addition
-from bench.rows import commit, device_name, version
+from bench.rows import NO_PLOT, commit, device_name, locked, version
 from tinylora.evolution import Evolution
 
 NOISE = 6  # letters before the answer in a noisy demonstration
@@ -509,7 +509,8 @@ def markdown(folder: Path) -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Accuracy against trained parameters, RL and SFT, as Figures 1 and 2 of arXiv 2602.04118."""
-    plt = _pyplot()
+    if not (plt := _pyplot()):
+        return
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), sharey=True)
     groups = _grouped(rows, seed=None)
     base = next(group[0] for run, group in groups.items() if run.method == "base")
@@ -575,7 +576,8 @@ def evolution_table(rows: list[dict]) -> str:
 
 
 def plot_evolution(rows: list[dict], path: Path) -> None:
-    plt = _pyplot()
+    if not (plt := _pyplot()):
+        return
     figure, axes = plt.subplots(2, 2, figsize=(10.5, 7), sharey="row")
     for i, (column, what) in enumerate((("test_greedy", "greedy"), ("test_sampled", "sampled at T = 1"))):
         for axis, x, label in zip(
@@ -639,7 +641,8 @@ def sweep_table(rows: list[dict]) -> str:
 
 def plot_sweep(rows: list[dict], path: Path) -> None:
     """Accuracy against trained parameters, a line for each n_tie, as Figure 8 of arXiv 2602.04118."""
-    plt = _pyplot()
+    if not (plt := _pyplot()):
+        return
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
     base = next(r for r in rows if r["method"] == "base")
     cells = chosen(rows)
@@ -676,7 +679,8 @@ PARTS = {"demo": run_demo, "choose": run_choose, "sweep": run_sweep, "evolution"
 def run(out: Path, part: str = "demo") -> None:
     """One part, into <out>/demo/."""
     started = time.perf_counter()
-    PARTS[part](out / "demo")
+    with locked(out / "demo" / "base.safetensors"):  # every part reads it, and some make it
+        PARTS[part](out / "demo")
     print(f"{time.perf_counter() - started:.0f} s")
 
 
@@ -689,8 +693,11 @@ def _mean_and_range(values: list[list[float]]) -> tuple[list[float], list[list[f
 
 
 def _pyplot():
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print(NO_PLOT)
+        return None
     matplotlib.use("Agg")
     import matplotlib.pyplot
 

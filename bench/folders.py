@@ -1,9 +1,9 @@
 """`python -m bench folders`: `tinylora merge` and `convert` on a model folder of real size: seconds, and peak memory.
 
 The model has the shapes of its config and random bf16 weights, in shards of 4 GB; the adapters are PEFT's, with random
-factors written in its format (nothing is decomposed: only sizes matter here). Every command is a process of its own;
-`peak_mb` is the most that it ever held, Python and torch included. Rows of what merge wrote are compared with fp64.
-It takes twice the model's size on the disk.
+factors written in its format (nothing is decomposed: only sizes matter here). Every command is a process of its own, on
+the CPU; `peak_mb` is the most that it ever held, Python and torch included. Rows of what merge wrote are compared with
+fp64. It takes twice the model's size on the disk.
 """
 
 import json
@@ -25,6 +25,13 @@ from bench.rows import ROOT, Results, Row
 RANK, U = {"LoRA": 16, "TinyLoRA": 2}, 13
 ALPHA = 32
 ROWS = 64  # of a merged weight, compared with fp64
+
+
+def size_of(config: Path) -> int:
+    """Bytes of the model in bf16."""
+    from tinylora.integrations.transformers import meta_model
+
+    return 2 * sum(p.numel() for p in meta_model(config).parameters())
 
 
 def write_base(config: Path, folder: Path, shard: str = "4GB") -> dict[str, tuple[int, ...]]:
@@ -100,7 +107,9 @@ def measured(*arguments: object) -> tuple[float, float | None, str]:
     """(seconds, peak MiB, what went wrong) of one `tinylora` command in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-c", COMMAND, *map(str, arguments)]
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))  # as the rows say
+    environment = os.environ | threads | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     seconds = time.perf_counter() - started
     if done.returncode:
         return seconds, None, f"failed: {done.stderr.strip().splitlines()[-1]}"
@@ -135,13 +144,12 @@ def run(results: Results, config: Path, parent: Path | None, kinds: tuple[str, .
     model = config.stem
     with tempfile.TemporaryDirectory(dir=parent, prefix="tinylora-folders-") as scratch:
         place = Path(scratch)
-        layers = write_base(config, place / "base")
-        size = sum(p.stat().st_size for p in (place / "base").iterdir())
-        free = shutil.disk_usage(place).free
-        if free < 1.1 * size:
-            note = f"not measured: {free / 1e9:.0f} GB free beside the model, expected {1.1 * size / 1e9:.0f}"
-            results.add(Row("folders", model, "", who.OURS, "merge", note=note))
+        needed, free = 2.1 * size_of(config), shutil.disk_usage(place).free
+        if free < needed:
+            note = f"not measured: {free / 1e9:.3g} GB free in {place.parent}, expected {needed / 1e9:.3g}"
+            results.add(Row("folders", model, "", who.OURS, "", note=note))
             return
+        layers = write_base(config, place / "base")
         for kind in kinds:
             r, factors = RANK[kind], write_adapter(kind, layers, place / kind)
             base, adapter, out = place / "base", place / kind, place / "out"

@@ -3,8 +3,8 @@
 Every stage is a command of its own in a process of its own: one that fails, hangs or breaks the device's context leaves
 the others alone. <out>/stages.json says what finished, failed or ran out of time, <out>/gpu.log what was printed, and
 the rows are in <out>/<gpu>.csv as they are measured. A second call goes on where the first one ended; `--stage` runs
-the named ones, again if need be. Nothing is installed: python3 with torch, triton, tqdm and tabulate is enough, and
-what needs PEFT, transformers, pytest or matplotlib says so in its rows or its log.
+the named ones, again if need be; the table follows whatever ran. Nothing is installed: python3 with torch, triton, tqdm
+and tabulate is enough, and what needs PEFT, transformers, pytest or matplotlib says so in its rows or its log.
 
 A machine that is lent for minutes: `python3 -m bench gpu --stage linear; tar czf $OUT/gpu.tgz -C bench/out gpu` in each
 call, and bench/out carried to the next.
@@ -23,19 +23,21 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 from tabulate import tabulate
 
-from bench import report, roofline, shapes, timing
+from bench import report, roofline, shapes, timing, tune
+from bench.children import end_with_parent
 from bench.rows import OUT, RESULTS, ROOT, commit
 
 LIMIT = 480.0  # seconds of a stage
 FINISHED, FAILED, LATE, STARTED = "finished", "failed", "out of time", "started"
 STATE, LOG, TABLE = "stages.json", "gpu.log", "table.md"
+KEPT_EVERY = 5  # seconds
 TAIL = 12  # lines of a stage's output that are shown
 BIG = ("Qwen2.5-7B", "Qwen2.5-1.5B")
 
@@ -82,7 +84,7 @@ STAGES = (
         ("parts", "--models", *BIG, "--budget", "330"),
         dry=(*SMALL, "--stubbed", "--models", "Qwen2.5-0.5B"),
     ),
-    # Its table is used from then on; it goes on where it stopped, so name this stage until no cell is left.
+    # Its table is used from then on; it goes on where it stopped, and is not finished until no cell is left.
     Stage("tune", "the table of launch shapes", ("tune", "--minutes", "7"), dry=None, keep="kernels/tables"),
     Stage(
         "linear",
@@ -141,10 +143,11 @@ def run(out: Path | None, names: tuple[str, ...], dry: bool, known: tuple[str, .
     if state and state.get("dry_run") != dry:
         raise ValueError(f"{out} holds {'a dry run' if state['dry_run'] else 'measurements'}, expected the other kind")
     state = {"dry_run": dry, "stages": state.get("stages", {})}
-    lines, good = [], True
+    lines, good, ran = [], True, False
     for stage in STAGES:
         before = state["stages"].get(stage.name, {})
-        if names and stage.name not in names:
+        stale = ran and stage.name == "table"  # whatever was written before does not hold what this call measured
+        if names and stage.name not in names and not stale:
             continue
         if stage.bench and stage.bench[0] not in known:
             lines.append([stage.name, f"left out: there is no `python -m bench {stage.bench[0]}`", "", ""])
@@ -152,7 +155,7 @@ def run(out: Path | None, names: tuple[str, ...], dry: bool, known: tuple[str, .
         if dry and stage.dry is None:
             lines.append([stage.name, "left out: the command has a dry run of its own", "", ""])
             continue
-        if not names and before.get("status") == FINISHED:
+        if not names and before.get("status") == FINISHED and not stale:
             lines.append([stage.name, f"{FINISHED} before, at {before['commit']}", f"{before['seconds']:.0f}", ""])
             continue
         print(f"{stage.name}: {stage.what}", flush=True)
@@ -165,10 +168,16 @@ def run(out: Path | None, names: tuple[str, ...], dry: bool, known: tuple[str, .
             log.flush()
             if stage.name == "table" and not (out / TABLE).exists():
                 (out / TABLE).write_text(f"{report.BEGIN}\n{report.END}\n")
-            rc = _here(entry["arguments"], log) if dry else _process(entry["arguments"], log, limit)
-        if stage.keep and (ROOT / stage.keep).is_dir():
-            shutil.copytree(ROOT / stage.keep, out / Path(stage.keep).name, dirs_exist_ok=True)
-        entry |= {"status": LATE if rc is None else FAILED if rc else FINISHED, "rc": rc}
+
+            def keep(stage=stage):
+                if stage.keep and (ROOT / stage.keep).is_dir():
+                    passing = shutil.ignore_patterns(".*", "*.tmp")  # gone before they are copied
+                    shutil.copytree(ROOT / stage.keep, out / Path(stage.keep).name, ignore=passing, dirs_exist_ok=True)
+
+            rc = _here(entry["arguments"], log) if dry else _process(entry["arguments"], log, limit, keep)
+        keep()
+        ran = True
+        entry |= {"status": LATE if rc in (None, tune.LEFT) else FAILED if rc else FINISHED, "rc": rc}
         entry["seconds"] = round(time.perf_counter() - started, 1)
         write(out, state)
         good &= entry["status"] == FINISHED
@@ -196,22 +205,44 @@ def _tail(log: Path, name: str) -> list[str]:
     return own[-TAIL:]
 
 
-def _process(arguments: list[str], log, limit: float) -> int | None:
-    """The exit status of `python -m arguments`, or None where it had to be stopped after `limit` seconds."""
+def _process(arguments: list[str], log, limit: float, keep: Callable[[], None]) -> int | None:
+    """The exit status of `python -m arguments`, or None where it had to be stopped after `limit` seconds. keep() is
+    called every few seconds: what a stage writes is safe although the machine may be gone before the stage ends."""
     environment = os.environ | {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", *arguments]
-    # A group of its own, so that what the stage started (a sanitizer, compilers) ends with it.
-    child = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
-    )
+
+    def apart() -> None:
+        os.setpgrp()  # a group of its own, so that what the stage started (a sanitizer, compilers) ends with it
+        end_with_parent()
+
+    with terminated():
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=apart
+        )
+        try:
+            for left in range(int(limit), 0, -KEPT_EVERY):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return child.wait(min(left, KEPT_EVERY))
+                keep()
+            return None
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+
+
+@contextlib.contextmanager
+def terminated() -> Iterator[None]:
+    """In here SIGTERM is a SystemExit, which passes through every `finally`."""
+
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
     try:
-        return child.wait(limit)
-    except subprocess.TimeoutExpired:
-        return None
+        yield
     finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _here(arguments: list[str], log) -> int:

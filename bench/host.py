@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from bench import block, timing
 from bench import providers as who
+from bench.check import reason
 from bench.linear import DTYPES
 from bench.providers import Case
 from bench.rows import Results, Row
@@ -104,9 +105,10 @@ class Calls:
 
         return quiet
 
-    def times(self, budget: float) -> dict[str, timing.Times]:
+    def times(self, budget: float, failed: Callable[[str, Exception], None]) -> dict[str, timing.Times]:
         calls = {p.name: self.call(p) for p in self.providers}
-        return timing.alternate(calls, self.between, 1, budget, CPU)  # the host's clock, on a GPU, too
+        # the host's clock, on a GPU, too
+        return timing.alternate(calls, self.between, 1, budget, CPU, failed=failed)
 
 
 def flusher(mode: str) -> Callable[[], None]:
@@ -133,18 +135,24 @@ def run(results: Results, device: torch.device, dtype: str, budget: float) -> No
             for mode in modes:
                 for pass_ in PASSES:
                     calls = Calls(found, xs, dys, pass_, flusher(mode))
+
+                    def row(name, pass_=pass_, mode=mode, **values):
+                        return Row("host", "", layer, name, pass_, *size, 2, 13, kind, mode=mode, **values)
+
+                    def failed(name, error, row=row):
+                        results.add(row(name, note=reason(error)))
+
                     if mode != CAPTURED:
-                        times = calls.times(budget / total)
+                        times = calls.times(budget / total, failed)
                     elif pass_ != BACKWARD:  # whose graph would be of another forward
-                        times = _captured(calls, budget / total)
+                        times = _captured(calls, budget / total, failed)
                     else:
                         times = {}
                     for name, t in times.items():
-                        row = Row("host", "", layer, name, pass_, *size, 2, 13, kind, mode=mode, rounds=t.rounds)
-                        row.p50_ms, row.p20_ms, row.p80_ms = t.p50, t.p20, t.p80
                         base = times.get(FUNCTION) or times.get(who.BARE)
-                        row.ratio_to_bare = t.p50 / base.p50 if base else None
-                        results.add(row)
+                        ratio = t.p50 / base.p50 if base else None
+                        of = {"p50_ms": t.p50, "p20_ms": t.p20, "p80_ms": t.p80, "rounds": t.rounds}
+                        results.add(row(name, **of, ratio_to_bare=ratio))
                     bar.update()
 
         for layer, found, xs, dys in measured:
@@ -177,13 +185,16 @@ def _seven(size: int, dtype: torch.dtype, device: torch.device) -> block.Case:
     return block.Case(shape, dtype, device, 2, 13, lambda size: 1)
 
 
-def _captured(calls: Calls, budget: float) -> dict[str, timing.Times]:
+def _captured(calls: Calls, budget: float, failed: Callable[[str, Exception], None]) -> dict[str, timing.Times]:
     """The host's part of a replay, for one of the calls in the graph."""
     replays = {}
     for p in calls.providers:
         call = calls.call(p)
-        replays[p.name] = timing.captured(lambda call=call: [call() for _ in range(IN_A_GRAPH)]).replay
-    return timing.alternate(replays, calls.between, 1, budget, CPU, each=IN_A_GRAPH)
+        try:
+            replays[p.name] = timing.captured(lambda call=call: [call() for _ in range(IN_A_GRAPH)]).replay
+        except Exception as error:
+            failed(p.name, error)
+    return timing.alternate(replays, calls.between, 1, budget, CPU, each=IN_A_GRAPH, failed=failed)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ are measured in the same run, and every row carries the least time that they all
 measured in the first dtype alone.
 """
 
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -15,8 +16,8 @@ from tqdm import tqdm
 
 from bench import block, roofline, shapes, timing
 from bench import providers as who
-from bench.check import WrongResult
-from bench.linear import BOTH, DTYPES, PASSES, _peak_mb
+from bench.check import reason
+from bench.linear import BOTH, DTYPES, PASSES, R, U, _peak_mb
 from bench.rows import Results, Row
 
 EAGER, CAPTURED = "eager", "captured"
@@ -33,8 +34,8 @@ class Plan:
     rows: tuple[int, ...]
     providers: tuple[str, ...] = block.PROVIDERS
     budget: float = 110.0
-    r: int = 2
-    u: int = 13
+    r: int = R
+    u: int = U
 
 
 def run(plan: Plan, results: Results, device: torch.device) -> list[str]:
@@ -106,9 +107,8 @@ def _cell(plan, case, weights64, present, cell, modes, budget, ceilings, results
             gate.admit(provider)
             good[name] = provider
         except Exception as error:  # a provider that fails must not take the others' rows with it
-            why = f"wrong: {error}" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}: {error}"
-            for pass_ in PASSES:
-                results.add(_row(plan, cell, name, pass_, "", note=" ".join(why.split())[:200]))
+            for pass_, mode in itertools.product(PASSES, modes):
+                results.add(_row(plan, cell, name, pass_, mode, note=reason(error)))
     del gate
     work, size = roofline.groups(model), DTYPES[dtype].itemsize
     budget = max(0.0, budget - (time.perf_counter() - start))
@@ -117,7 +117,11 @@ def _cell(plan, case, weights64, present, cell, modes, budget, ceilings, results
         calls = {name: _call(provider, turn, xs, dys, pass_) for name, provider in good.items()}
         for mode in modes:
             share = budget / len(PASSES) / len(modes)
-            times = timing.alternate(calls, turn, case.buffers, share, device, graphs=mode == CAPTURED) if calls else {}
+
+            def failed(name, error, pass_=pass_, mode=mode):
+                results.add(_row(plan, cell, name, pass_, mode, note=reason(error)))
+
+            times = timing.alternate(calls, turn, case.buffers, share, device, graphs=mode == CAPTURED, failed=failed)
             for name, t in times.items():
                 row = _row(plan, cell, name, pass_, mode)
                 row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds

@@ -8,11 +8,12 @@ from tqdm import tqdm
 
 from bench import providers as who
 from bench import shapes, timing
-from bench.check import Gate, WrongResult
+from bench.check import Gate, reason
 from bench.providers import Case, Provider
 from bench.rows import Results, Row
 
 FORWARD, BOTH = PASSES = ("forward", "forward+backward")
+R, U = 2, 13  # the adapter's, unless a command is told otherwise: what means, bars and summaries are about
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # On a CPU the default grid is a sample: the three shapes of a model that differ most in N / K (o_proj is q_proj again,
@@ -35,8 +36,8 @@ class Plan:
     providers: tuple[str, ...]
     budget: float
     sample: bool  # the sample above, or every distinct layer and every M
-    r: int = 2
-    u: int = 13
+    r: int = R
+    u: int = U
 
     def cells(self) -> list[tuple[shapes.Layer, str, list[int]]]:
         """(layer, dtype, the Ms). Qwen2.5 first, as the bars are about it; the same projection of every model before
@@ -109,17 +110,16 @@ def _cell(plan, case, weight64, present, layer, dtype, M, budget, results, devic
                 gate.admit(provider)
                 good[name] = provider
             except Exception as error:  # a provider that fails must not take the others' rows with it
-                why = (
-                    f"wrong: {error}" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}: {error}"
-                )
                 for pass_ in plan.passes:
-                    results.add(_row(plan, layer, dtype, M, name, pass_, note=" ".join(why.split())[:200]))
+                    results.add(_row(plan, layer, dtype, M, name, pass_, note=reason(error)))
         budget = max(0.0, budget - (time.perf_counter() - start))
         for pass_ in plan.passes:
             calls = {name: _call(provider, rotation, pass_) for name, provider in good.items()}
-            if not calls:
-                continue
-            times = timing.alternate(calls, rotation, buffers, budget / len(plan.passes), device)
+
+            def failed(name, error, pass_=pass_):
+                results.add(_row(plan, layer, dtype, M, name, pass_, note=reason(error)))
+
+            times = timing.alternate(calls, rotation, buffers, budget / len(plan.passes), device, failed=failed)
             rotation(0)
             for name, t in times.items():
                 row = _row(plan, layer, dtype, M, name, pass_)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from bench import block, shapes
 from bench import providers as who
+from bench.check import reason
 from bench.linear import BOTH, DTYPES, _peak_mb
 from bench.rows import Results, Row
 
@@ -60,8 +61,14 @@ def run(results: Results, device: torch.device, models: tuple[str, ...], dtype: 
                     except ImportError as error:
                         row("", note=f"not measured: {error}")
                         continue
-                    row(KEPT, kept(provider, xs, lasting) / 2**20)
-                    provider.gradients(0, xs, dys)  # what is allocated once must not count
-                    peak = _peak_mb(lambda p=provider, xs=xs, dys=dys: p.gradients(0, xs, dys), device)
+                    try:
+                        size = kept(provider, xs, lasting)
+                        provider.gradients(0, xs, dys)  # what is allocated once must not count
+                        peak = _peak_mb(lambda p=provider, xs=xs, dys=dys: p.gradients(0, xs, dys), device)
+                    except Exception as error:  # one that fails must not take the others' rows with it
+                        for pass_ in (KEPT, BOTH):
+                            row(pass_, note=reason(error))
+                        continue
+                    row(KEPT, size / 2**20)
                     row(BOTH, peak, "" if peak is not None else "not measured: torch counts allocations on GPUs alone")
                 bar.update()

@@ -12,11 +12,13 @@ from tqdm import tqdm
 
 from bench import providers as who
 from bench import shapes, timing
-from bench.check import WrongResult
+from bench.check import WrongResult, reason
 from bench.linear import DTYPES, FORWARD
 from bench.rows import Results, Row
+from bench.svd import no_cache
 
 MODEL = "all-MiniLM-L6-v2"
+PASSES = (FORWARD, "training step")
 TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 SENTENCES = (
     "Learning to reason in thirteen parameters.",
@@ -61,10 +63,9 @@ class Adapted:
     def __init__(self, model: nn.Module, trains: list[Tensor], inputs: dict[str, Tensor]):
         self.model, self.trains = model, trains
         # The step of the base trains nothing: its input embeddings ask for a gradient, so that the backward runs
-        # through every layer. That is the floor under a step that trains adapters.
-        embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach()
+        # through every layer. Everybody's do, so that all of them compute the same dX: what is left is the adapters'.
+        embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
         self.inputs = {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"]}
-        self.step_inputs = self.inputs if trains else self.inputs | {"inputs_embeds": embeddings.requires_grad_()}
         self.optimizer = torch.optim.AdamW(trains, lr=1e-3) if trains else None
 
     @torch.no_grad()
@@ -72,11 +73,12 @@ class Adapted:
         return self.model(**self.inputs).last_hidden_state
 
     def gradients(self) -> tuple[Tensor, ...]:
-        loss = self.model(**self.step_inputs).last_hidden_state.float().square().mean()
-        return torch.autograd.grad(loss, self.trains or [self.step_inputs["inputs_embeds"]])
+        """Of what trains, then of the input embeddings."""
+        loss = self.model(**self.inputs).last_hidden_state.float().square().mean()
+        return torch.autograd.grad(loss, [*self.trains, self.inputs["inputs_embeds"]])
 
     def step(self) -> None:
-        grads = self.gradients()
+        *grads, _ = self.gradients()
         if self.optimizer:
             for p, grad in zip(self.trains, grads, strict=True):
                 p.grad = grad
@@ -126,7 +128,7 @@ def run(
                 results.add(row)
 
             if time.perf_counter() > latest_start:
-                row("", "all", note="not measured: the time for it was over")
+                row("", "", note="not measured: the time for it was over")
                 continue
             own: dict[str, float] = {}
             adapted = {}
@@ -135,22 +137,27 @@ def run(
                 try:
                     model = load(DTYPES[dtype], device)
                     start = time.perf_counter()
-                    model, trains = _adapt(name, model, r, u)
+                    with no_cache():
+                        model, trains = _adapt(name, model, r, u)
                     seconds = time.perf_counter() - start
                     candidate = Adapted(model, trains, inputs)
                     own = _gate(name, _errors(candidate, inputs), own, DTYPES[dtype])
                 except Exception as error:  # one that fails must not take the others' rows with it
-                    why = "wrong" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}"
-                    row(name, "all", note=f"{why}: {' '.join(str(error).split())}"[:200])
+                    for pass_ in PASSES:
+                        row(name, pass_, note=reason(error))
                     continue
                 if trains:
                     row(name, "startup", p50_ms=seconds * 1e3, rounds=1)
                 adapted[name] = candidate
-            for pass_ in (FORWARD, "training step"):
+            for pass_ in PASSES:
                 bar.set_postfix_str(f"{dtype} {pass_}")
                 calls = {name: a.forward if pass_ == FORWARD else a.step for name, a in adapted.items()}
                 share = budget / len(dtypes) / 2
-                times = timing.alternate(calls, lambda i: None, 1, share, device, graphs=False) if calls else {}
+
+                def failed(name, error, pass_=pass_, row=row):
+                    row(name, pass_, note=reason(error))
+
+                times = timing.alternate(calls, lambda i: None, 1, share, device, graphs=False, failed=failed)
                 for name, t in times.items():
                     ratio = t.p50 / times[who.BARE].p50 if who.BARE in times else None
                     row(name, pass_, p50_ms=t.p50, p20_ms=t.p20, p80_ms=t.p80, rounds=t.rounds, ratio_to_bare=ratio)
@@ -165,7 +172,8 @@ def _errors(adapted: Adapted, inputs) -> dict[str, float]:
     model64 = copy.deepcopy(adapted.model).double()
     exact = Adapted(model64, [p for p in model64.parameters() if p.requires_grad], inputs)
     y, y64 = adapted.forward().double(), exact.forward().double()
-    grads, grads64 = (torch.cat([g.double().flatten() for g in a.gradients()]) for a in (adapted, exact))
+    own = slice(len(adapted.trains) or 1)  # the base has none but its embeddings'
+    grads, grads64 = (torch.cat([g.double().flatten() for g in a.gradients()[own]]) for a in (adapted, exact))
     with torch.no_grad():
         for p in adapted.trains:
             p.zero_()

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import shapes, timing
-from bench.check import WrongResult, allowance, some_rows
+from bench.check import WrongResult, allowance, reason, some_rows
 from bench.rows import Results, Row
 
 MATMUL, THIN, DECODE = "fused matmul", "thin pass", "decode"
@@ -79,15 +79,16 @@ def _measure(results, cell: Cell, where: tuple, buffers: int, budget: float, dev
                 raise WrongResult(f"error {error:.1e}, allowed {allowed:.1e}")
             good[name] = call
         except Exception as error:  # one that fails must not take the others' rows with it
-            why = "wrong" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}"
-            row(name, note=f"{why}: {' '.join(str(error).split())}"[:200])
+            row(name, note=reason(error))
     turn = [0]
 
     def rotate(i):
         turn[0] = i
 
     calls = {name: lambda call=call: call(turn[0]) for name, call in good.items()}
-    times = timing.alternate(calls, rotate, buffers, budget, device) if calls else {}
+    times = timing.alternate(
+        calls, rotate, buffers, budget, device, failed=lambda name, error: row(name, note=reason(error))
+    )
     for name, t in times.items():
         ratio = t.p50 / times[LIBRARY].p50 if LIBRARY in times else None
         times_ = {"p50_ms": t.p50, "p20_ms": t.p20, "p80_ms": t.p80, "rounds": t.rounds, "ratio_to_bare": ratio}

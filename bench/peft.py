@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from bench import providers as who
 from bench import timing
-from bench.check import WrongResult
+from bench.check import WrongResult, reason
 from bench.linear import DTYPES
 from bench.rows import Results, Row
 
@@ -65,7 +65,7 @@ class Run:
         self.model, self.prompts, self.batch = model, prompts, batch
         self.trains = [p for p in model.parameters() if p.requires_grad]
         # The bare model's step trains nothing: its input embeddings ask for a gradient, so that the backward runs
-        # through every layer.
+        # through every layer. Everybody's do, so that all of them compute the same dX.
         self.embeddings = model.get_input_embeddings()(batch).detach().requires_grad_()
         self.optimizer = torch.optim.AdamW(self.trains, lr=1e-4, fused=True) if self.trains else None
 
@@ -74,15 +74,13 @@ class Run:
             input_ids=self.prompts, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
         )
 
-    def loss(self) -> Tensor:
-        inputs = {"input_ids": self.batch} if self.trains else {"inputs_embeds": self.embeddings}
-        return self.model(**inputs, labels=self.batch).loss
-
     def gradients(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.loss(), self.trains or [self.embeddings])
+        """Of what trains, then of the input embeddings."""
+        loss = self.model(inputs_embeds=self.embeddings, labels=self.batch).loss
+        return torch.autograd.grad(loss, [*self.trains, self.embeddings])
 
     def step(self) -> None:
-        grads = self.gradients()
+        *grads, _ = self.gradients()
         if self.optimizer:
             for p, grad in zip(self.trains, grads, strict=True):
                 p.grad = grad
@@ -99,6 +97,12 @@ def run(
     sequences: int = 4,
 ) -> None:
     """Rows of `peft`: every size, kind of adapter and dtype, the bare model, PEFT and PEFT patched in turns."""
+    try:
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        results.add(Row("peft", "", "", "", "", note=f"not measured: {error}"))
+        return
     g = torch.Generator().manual_seed(1)
     prompts = torch.randint(0, 512, (sequences, PROMPT), generator=g).to(device)
     cells = sum(1 + len(steps) for _, _, steps in sizes.values()) * len(dtypes) * len(kinds)
@@ -145,11 +149,17 @@ def _compare(results, size, dtype, kind, bare, plain, prompts, batches, budget, 
             if note:
                 del calls[PATCHED]
                 results.add(Row("peft", size, kind, PATCHED, name, M, None, None, r, None, dtype, note=note))
-            times = timing.alternate(calls, lambda i: None, 1, budget, device, graphs=False, prepare=prepare)
+
+            def failed(provider, error, name=name, M=M):
+                results.add(Row("peft", size, kind, provider, name, M, None, None, r, None, dtype, note=reason(error)))
+
+            times = timing.alternate(
+                calls, lambda i: None, 1, budget, device, graphs=False, prepare=prepare, failed=failed
+            )
             for provider, t in times.items():
                 row = Row("peft", size, kind, provider, name, M, None, None, r, None, dtype)
                 row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds
-                row.ratio_to_bare = t.over(times[who.BARE])
+                row.ratio_to_bare = t.over(times[who.BARE]) if who.BARE in times else None
                 results.add(row)
     tinylora.unpatch_peft()
 
@@ -166,13 +176,13 @@ def errors(adapted: Run, patched) -> dict[str, float]:
     found = Run(shaken, adapted.prompts, adapted.batch)
     with torch.no_grad():
         y64 = exact.model(input_ids=exact.batch).logits
-    grads64 = torch.cat([g.flatten() for g in exact.gradients()])
+    grads64 = torch.cat([g.flatten() for g in exact.gradients()[:-1]])
     try:
         if patched:
             patched.patch_peft()
         with torch.no_grad():
             y = found.model(input_ids=found.batch).logits.double()
-        grads = torch.cat([g.double().flatten() for g in found.gradients()])
+        grads = torch.cat([g.double().flatten() for g in found.gradients()[:-1]])
     finally:
         if patched:
             patched.unpatch_peft()

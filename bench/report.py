@@ -10,8 +10,8 @@ from tabulate import tabulate
 from bench import block, demo, peft, roofline
 from bench import providers as who
 from bench.layer import CAPTURED
-from bench.linear import PASSES
-from bench.rows import Row, read
+from bench.linear import PASSES, R, U
+from bench.rows import NO_PLOT, Row, read
 
 HOW = """Every figure is a row in a CSV beside this file, with its commit, device and versions. Where tinylora loses,
 the row stays. `python -m bench` measures, `python -m bench table` writes this file."""
@@ -26,18 +26,27 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def cells(rows: Iterable[Row], op: str = "linear") -> dict[tuple, dict[str, Row]]:
-    """The rows of `linear` (or `layer`) by (model, layer, dtype, M, pass), and in each by provider."""
+    """The rows of `linear` (or `layer`) by (model, layer, dtype, M, pass, r, u), and in each by provider."""
     found: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row.op == op and row.M is not None:
             pass_ = f"{row.pass_}, {row.mode}" if op == "layer" else row.pass_
-            found[row.model, row.layer, row.dtype, row.M, pass_][row.provider] = row
+            found[row.model, row.layer, row.dtype, row.M, pass_, row.r, row.u][row.provider] = row
     return found
+
+
+def usual(rows: Iterable[Row], op: str = "linear") -> dict[tuple, dict[str, Row]]:
+    """The `cells` of rank R and U numbers, which alone may meet in a mean."""
+    return {key: cell for key, cell in cells(rows, op).items() if key[5:] == (R, U)}
+
+
+def _named(model: str, r: int, u: int) -> str:
+    return model if (r, u) == (R, U) else f"{model}, r = {r}, u = {u}"
 
 
 def barred(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
     """The cells that the bars are about: shapes of Qwen2.5 at M >= 16."""
-    return {key: cell for key, cell in cells(rows).items() if key[0].startswith("Qwen2.5") and key[3] >= BAR_ROWS}
+    return {key: cell for key, cell in usual(rows).items() if key[0].startswith("Qwen2.5") and key[3] >= BAR_ROWS}
 
 
 def over(cells: Iterable[dict[str, Row]], provider: str, base: str) -> list[float]:
@@ -95,10 +104,11 @@ def linear_table(rows: list[Row]) -> str:
     found = cells(rows)
     names = [*who.NAMES[1:], *(who.INVARIANT for cell in list(found.values())[:1] if who.INVARIANT in cell)]
     lines = []
-    for (model, layer, dtype, M, pass_), cell in found.items():
+    for (model, layer, dtype, M, pass_, r, u), cell in found.items():
         bare = cell.get(who.BARE)
         shape = next(iter(cell.values()))
-        line = [model, layer, f"{shape.N} x {shape.K}", dtype, M, pass_, f"{bare.p50_ms:.3f}" if bare else ""]
+        ms = f"{bare.p50_ms:.3f}" if bare and bare.p50_ms else ""
+        line = [_named(model, r, u), layer, f"{shape.N} x {shape.K}", dtype, M, pass_, ms]
         for name in names:
             row = cell.get(name)
             line.append(
@@ -113,11 +123,12 @@ def layer_table(rows: list[Row]) -> str:
     """Blocks: the roofline's bound, everybody's time over the bare layers', and ours over PEFT's."""
     names = (*block.PROVIDERS[1:],)
     lines = []
-    refused = [r for r in rows if r.op == "layer" and r.M is not None and not r.mode]  # they got no time
+    refused = [r for r in rows if r.op == "layer" and r.M is not None and not r.p50_ms]
     rows = [r for r in rows if r not in refused]
-    for (model, _, dtype, M, pass_), cell in cells(rows, "layer").items():
+    for (model, _, dtype, M, pass_, r, u), cell in cells(rows, "layer").items():
         bare = cell.get(who.BARE)
-        line = [model, dtype, M, pass_, *((f"{bare.bound_ms:.4g}", f"{bare.p50_ms:.4g}") if bare else ("", ""))]
+        least = (f"{bare.bound_ms:.4g}", f"{bare.p50_ms:.4g}") if bare else ("", "")
+        line = [_named(model, r, u), dtype, M, pass_, *least]
         for name in names:
             row = cell.get(name)
             line.append("" if row is None else row.note or (f"{row.ratio_to_bare:.2f}" if row.ratio_to_bare else ""))
@@ -126,7 +137,7 @@ def layer_table(rows: list[Row]) -> str:
         lines.append([*line, f"{pair[0]:.2f}" if pair else ""])
     headers = ["model", "dtype", "M", "pass", "bound ms", "bare ms", *names, "ours / PEFT"]
     text = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
-    many = [cell for key, cell in cells(rows, "layer").items() if key[3] >= BAR_ROWS]
+    many = [cell for key, cell in usual(rows, "layer").items() if key[3] >= BAR_ROWS]
     pairs = ((name, over(many, who.OURS, name)) for name in (who.BARE, *names) if name != who.OURS)
     means = [f"{name} {geometric_mean(found):.2f} ({len(found)} cells)" for name, found in pairs if found]
     if means:
@@ -251,11 +262,15 @@ def rollout_table(rows: list[Row]) -> str:
 
 
 def _where(rows: list[Row]) -> str:
-    first = rows[0]
-    versions = f"torch {first.torch}" + (f", triton {first.triton}" if first.device.startswith("NVIDIA") else "")
+    def all_(name: str) -> str:
+        return " and ".join(sorted({getattr(row, name) for row in rows} - {""}))
+
+    first, days = rows[0], sorted({row.date[:10] for row in rows})
+    versions = f"torch {all_('torch')}" + (f", triton {all_('triton')}" if first.device.startswith("NVIDIA") else "")
     used = sorted({row.threads for row in rows if row.threads})
     threads = f", {' or '.join(map(str, used))} thread{'s' * (used[-1] > 1)}" if used else ""
-    return f"**{first.device}**{threads}; {versions}, PEFT {first.peft}; {first.date[:10]}"
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    return f"**{first.device}**{threads}; {versions}, PEFT {all_('peft')}; {when}"
 
 
 class _Grid:
@@ -287,13 +302,13 @@ def summary(rows: list[Row]) -> str:
 
     on_gpu, patched = rows[0].device.startswith("NVIDIA"), "PEFT's layers under `patch_peft()`"
     together: dict[tuple[str, str, str], list] = defaultdict(list)  # grid, line and column of what is averaged
-    for (model, _, dtype, M, pass_), cell in sorted(cells(rows, "layer").items(), key=lambda item: item[0][:4]):
+    for (model, _, dtype, M, pass_, *_), cell in sorted(usual(rows, "layer").items(), key=lambda item: item[0][:4]):
         if on_gpu:  # what a row is about is another thing at every M
             grid(f"linear layers of a block, {model}, {dtype}").add(f"{M} row{'s' * (M > 1)}", pass_, [cell])
         else:
             line = f"{dtype}, {'<' if M < BAR_ROWS else '≥'} {BAR_ROWS} rows"
             together["linear layers of a block", line, pass_.removesuffix(", eager")].append(cell)
-    for (_, _, dtype, _, pass_), cell in sorted(barred(rows).items()):
+    for (_, _, dtype, _, pass_, *_), cell in sorted(barred(rows).items()):
         together[f"one linear layer, ≥ {BAR_ROWS} rows", dtype, pass_].append(cell)
     for (size, adapter, pass_, _), cell in _by(rows, "peft", lambda r: (r.model, r.layer, r.pass_, r.dtype)):
         together[patched, f"{size}: {pass_}", adapter].append(cell)
@@ -319,7 +334,8 @@ def _asides(rows: list[Row]) -> list[str]:
     for (spectrum, shape), cell in _by(rows, "svd", lambda r: (r.layer, f"{r.N} x {r.K}")):
         seconds = [f"{cell[n].p50_ms / 1e3:.2f} s" if n in cell else "" for n in (who.OURS, who.PEFT)]
         lines.append([f"start-up of one {shape} layer, {spectrum}", *seconds])
-    drift = {r.provider: r.note for r in rows if r.op == "rollout" and r.layer == "agreement"}
+    agreed = [r for r in rows if r.op == "rollout" and r.layer == "agreement" and r.note.startswith("|Δ")]
+    drift = {r.provider: r.note for r in agreed}
     for name, what in ((who.OURS, "unmerged"), (who.INVARIANT, "batch_invariant"), ("merged", "merged into bf16")):
         if name in drift:
             means = [drift[n].split("mean ")[1].split(",")[0] if n in drift else "" for n in (name, who.PEFT)]
@@ -344,7 +360,7 @@ def markdown(rows: list[Row]) -> str:
     if "linear" in ops:
         headers, lines = means(rows)
         parts.append(
-            "One adapted linear layer (TinyLoRA, r = 2): time over another's, geometric means over the shapes of "
+            f"One adapted linear layer (TinyLoRA, r = {R}): time over another's, geometric means over the shapes of "
             f"Qwen2.5 0.5B to 7B at M ≥ {BAR_ROWS} rows, each over the cells that have both.\n\n"
             + tabulate(lines, headers, tablefmt="github", disable_numparse=True)
         )
@@ -407,12 +423,12 @@ def plot(rows: list[Row], path: Path, op: str = "linear", names: tuple[str, ...]
     try:
         import matplotlib
     except ImportError:
-        print("no plot: matplotlib is not installed (pip install matplotlib)")
+        print(NO_PLOT)
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = cells(rows, op)
+    found = usual(rows, op)
     dtypes, passes = (sorted({key[i] for key in found}) for i in (2, 4))
     if not found:
         return
@@ -433,8 +449,7 @@ def plot(rows: list[Row], path: Path, op: str = "linear", names: tuple[str, ...]
             axis.grid(alpha=0.3)
     lines, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="lower center", ncols=len(labels))
-    first = rows[0]
-    figure.suptitle(f"{first.device}, torch {first.torch}, {first.date[:10]}")
+    figure.suptitle(_where(rows).replace("**", ""))
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)

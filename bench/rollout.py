@@ -42,9 +42,9 @@ from tqdm import tqdm
 import tinylora
 from bench import providers as who
 from bench import shapes, timing
-from bench.check import WrongResult
+from bench.check import WrongResult, reason
 from bench.layer import CAPTURED, EAGER
-from bench.rows import Results, Row
+from bench.rows import NO_PLOT, Results, Row
 from tinylora.adapters import lora_xs
 from tinylora.adapters.factor_cache import cached_svd
 from tinylora.ops import adapted_linear
@@ -233,21 +233,29 @@ class Steps:
 
 
 class Contest:
-    """Generation by several models with the same random weights, timed in turns, a batch at a time."""
+    """Generation by several models with the same random weights, timed in turns, a batch at a time.
+
+    absent: why there is no model of this provider, a note in its rows
+    """
 
     def __init__(self, model: str, device: torch.device, adapters: int, blocks: int | None, vocabulary: int | None):
-        self.name, self.device = model, device
+        self.name, self.device, self.adapters = model, device, adapters
         base = build(model, device, blocks, vocabulary)
         self.vocabulary = base.config.vocab_size
-        with any_factors():
-            self.models = {who.BARE: base, who.OURS: ours(copy.deepcopy(base), model)}
-        tinylora.stack(self.models[who.OURS], [{"v_0": v} for v in values(adapters)])
+        self.models, self.absent = {who.BARE: base}, {}
+        self.add(who.OURS)
 
     def add(self, name: str) -> None:
-        """PEFT's model, or ours with batch-invariant layers."""
-        base = copy.deepcopy(self.models[who.BARE])
-        with any_factors():
-            self.models[name] = peft(base) if name == who.PEFT else ours(base, self.name, batch_invariant=True)
+        """Ours with stacked adapters, ours with batch-invariant layers, or PEFT's model."""
+        try:
+            base = copy.deepcopy(self.models[who.BARE])
+            with any_factors():
+                made = peft(base) if name == who.PEFT else ours(base, self.name, batch_invariant=name == INVARIANT)
+            if name == who.OURS:
+                tinylora.stack(made, [{"v_0": v} for v in values(self.adapters)])
+            self.models[name] = made
+        except Exception as error:  # one that cannot be made must not take the others' rows with it
+            self.absent[name] = _why(error)
 
     def run(
         self, results: Results, pass_: str, called: str, batch: int, counts: list[int], length: int, new: int,
@@ -258,28 +266,44 @@ class Contest:
         counts: how many different adapters there are in a batch of ours, a row each
         """
         tokens = prompts(batch, length, self.vocabulary, self.device)
-        chosen = {f"{who.OURS}, {count} adapters": torch.arange(batch, device=self.device) % count for count in counts}
-        share = budget / 2 if self.device.type == "cuda" else budget
+        cuda = self.device.type == "cuda"
+        share = budget / 2 if cuda else budget
+        chosen = {}
+        if who.OURS in self.models:
+            of_row = torch.arange(batch, device=self.device)
+            chosen = {f"{who.OURS}, {count} adapters": of_row % count for count in counts}
 
-        def add(mode: str, what: str, times: dict[str, timing.Times], notes: dict[str, str]) -> None:
+        def row(mode: str, name: str, **values) -> None:
+            what = f"{'generate' if mode == EAGER else 'decode'}, {new} tokens"
+            of = {"r": R, "u": U, "dtype": "bf16", "mode": mode}
+            results.add(Row("rollout", called, what, name, pass_, batch, **of, **values))
+
+        def add(mode: str, times: dict[str, timing.Times], notes: dict[str, str]) -> None:
+            base = times.get(who.BARE)
             for name, t in times.items():
-                row = Row("rollout", called, f"{what}, {new} tokens", name, pass_, batch, None, None, R, U, "bf16")
-                row.mode, row.rounds, row.ratio_to_bare = mode, t.rounds, t.p50 / times[who.BARE].p50
-                row.p50_ms, row.p20_ms, row.p80_ms = t.p50, t.p20, t.p80
-                row.note = f"{batch * new / t.p50 * 1e3:.1f} tokens/s{notes.get(name, '')}"
-                results.add(row)
+                found = {"p50_ms": t.p50, "p20_ms": t.p20, "p80_ms": t.p80, "rounds": t.rounds}
+                note = f"{batch * new / t.p50 * 1e3:.1f} tokens/s{notes.get(name, '')}"
+                row(mode, name, **found, ratio_to_bare=base and t.p50 / base.p50, note=note)
+
+        for name, why in self.absent.items():
+            for mode in (EAGER, CAPTURED) if cuda else (EAGER,):
+                row(mode, name, note=why)
 
         steps: dict[str, list[float]] = {name: [] for name in (*self.models, *chosen)}
         calls = {name: self._call(model, tokens, new, steps[name]) for name, model in self.models.items()}
         for name, ids in chosen.items():
             calls[name] = self._call(self.models[who.OURS], tokens, new, steps[name], ids)
         with torch.no_grad():
-            times = timing.alternate(calls, lambda i: None, 1, share, self.device, graphs=False)
-        medians = {name: statistics.median(found) for name, found in steps.items()}
-        base = medians[who.BARE]
-        about = {n: f"; a step of decoding {ms:.1f} ms, {ms / base:.2f} of the base's" for n, ms in medians.items()}
-        add(EAGER, "generate", times, about)
-        if self.device.type != "cuda":
+            times = timing.alternate(
+                calls, lambda i: None, 1, share, self.device, graphs=False,
+                failed=lambda name, error: row(EAGER, name, note=reason(error)),
+            )  # fmt: skip
+        medians = {name: statistics.median(steps[name]) for name in times if steps[name]}
+        about = {name: f"; a step of decoding {ms:.1f} ms" for name, ms in medians.items()}
+        if who.BARE in medians:
+            about = {n: f"{text}, {medians[n] / medians[who.BARE]:.2f} of the base's" for n, text in about.items()}
+        add(EAGER, times, about)
+        if not cuda:
             return
         calls = {}
         with torch.no_grad(), contextlib.ExitStack() as stack:
@@ -290,12 +314,12 @@ class Contest:
                         stack.enter_context(tinylora.adapter_ids(model, chosen[name]))
                     calls[name] = Steps(model, tokens, new).captured()
                 except Exception as error:  # one that cannot be captured must not take the others' rows with it
-                    why = f"{'wrong' if isinstance(error, WrongResult) else 'failed'}: {' '.join(str(error).split())}"
-                    row = Row("rollout", called, f"decode, {new} tokens", name, pass_, batch, None, None, R, U, "bf16")
-                    row.mode, row.note = CAPTURED, why[:200]
-                    results.add(row)
-            times = timing.alternate(calls, lambda i: None, 1, share, self.device, graphs=False)
-        add(CAPTURED, "decode", times, {name: f"; {t.p50 / new:.3f} ms a step" for name, t in times.items()})
+                    row(CAPTURED, name, note=reason(error))
+            times = timing.alternate(
+                calls, lambda i: None, 1, share, self.device, graphs=False,
+                failed=lambda name, error: row(CAPTURED, name, note=reason(error)),
+            )  # fmt: skip
+        add(CAPTURED, times, {name: f"; {t.p50 / new:.3f} ms a step" for name, t in times.items()})
 
     def _call(self, model: nn.Module, tokens: Tensor, new: int, steps: list[float], ids: Tensor | None = None):
         """generate(), which leaves the milliseconds from one call of the head to the next in `steps`."""
@@ -331,10 +355,17 @@ def speed(
         for name in (INVARIANT, who.PEFT):
             contest.add(name)
             bar.update()
+        called = _called(model, blocks)
         for batch in batches:
             counts = [count for count in adapters if count <= batch]
-            contest.run(results, GENERATE, _called(model, blocks), batch, counts, 8, new, budget / len(batches))
+            contest.run(results, GENERATE, called, batch, counts, 8, new, budget / len(batches))
             bar.update()
+        for count in adapters:
+            if count > max(batches):
+                what, name = f"generate, {new} tokens", f"{who.OURS}, {count} adapters"
+                row = Row("rollout", called, what, name, GENERATE, r=R, u=U, dtype="bf16", mode=EAGER)
+                row.note = f"not measured: no batch has room for {count} different adapters"
+                results.add(row)
 
 
 # What `many` measures: the parts of a model that adapters meet, at a batch whose logits alone would take 0.6 GB a step.
@@ -347,6 +378,10 @@ def many(model: str, results: Results, device, rows: int, budget: float) -> None
     contest = Contest(model, device, rows, blocks, vocabulary)
     called = f"{_called(model, blocks)}, vocabulary of {vocabulary}"
     contest.run(results, MANY, called, rows, [1, rows], MANY_LENGTH, MANY_NEW, budget)
+
+
+def _why(error: Exception) -> str:
+    return f"not measured: {error}" if isinstance(error, ImportError) else reason(error)
 
 
 def _called(model: str, blocks: int | None) -> str:
@@ -370,41 +405,45 @@ def rolled_out(model: nn.Module, tokens: Tensor, new: int) -> tuple[Tensor, Tens
     return done.sequences, logits.log_softmax(-1).gather(-1, sampled.unsqueeze(-1)).squeeze(-1)
 
 
-def agreement(model: str, out: Path, device, batch: int, new: int, blocks: int | None) -> dict[str, Tensor]:
-    """|log p of generation - log p of the training forward|, per sampled token, by provider; prints and plots them."""
+def agreement(
+    model: str, results: Results, out: Path, device, batch: int, new: int, blocks: int | None
+) -> None:  # fmt: skip
+    """|log p of generation - log p of the training forward|, of the sampled tokens: a row a provider, and a plot."""
     tokens = prompts(batch, 8, shapes.config(model)["vocab_size"], device)
     length = tokens.shape[1]
-    differences = {}
-
-    def measure(name, sampler, trainer=None):
-        sequences, sampled = rolled_out(sampler, tokens, new)
-        differences[name] = (sampled - log_probabilities(trainer or sampler, sequences, length)).abs().flatten().cpu()
-
-    base = build(model, device, blocks)
+    base, called = build(model, device, blocks), _called(model, blocks)
+    differences: dict[str, Tensor] = {}
+    kept: dict[str, nn.Module] = {}  # what trains where a merged one rolls out
 
     def fresh() -> nn.Module:
         return copy.deepcopy(base)
 
     with tqdm(total=5 + 2 * len(PARTS), desc=f"agreement {model}", unit="model", leave=False) as bar:
-        measure(who.BARE, fresh())
-        bar.update()
-        measure(who.PEFT, peft(fresh()))
-        bar.update()
-        trainer = ours(fresh(), model)
-        measure(who.OURS, trainer)
-        bar.update()
-        measure(MERGED, tinylora.merge(ours(fresh(), model)), trainer)
-        bar.update()
-        measure(INVARIANT, invariant(fresh(), model))
-        bar.update()
+
+        def measure(name, make, trainer=lambda: None):
+            try:
+                sampler = make()
+                sequences, sampled = rolled_out(sampler, tokens, new)
+                trained = log_probabilities(trainer() or sampler, sequences, length)
+                differences[name] = d = (sampled - trained).abs().flatten().cpu()
+                mean, top, largest = d.mean(), d.quantile(0.99), d.max()
+                note = f"|Δ log p|: mean {mean:.3g}, p99 {top:.3g}, largest {largest:.3g} over {len(d)} tokens"
+            except Exception as error:  # one that fails must not take the others' rows with it
+                note = _why(error)
+            results.add(Row("rollout", called, "agreement", name, "log p", batch, None, None, R, U, "bf16", note=note))
+            bar.update()
+
+        measure(who.BARE, fresh)
+        measure(who.PEFT, lambda: peft(fresh()))
+        measure(who.OURS, lambda: kept.setdefault(who.OURS, ours(fresh(), model)))
+        measure(MERGED, lambda: tinylora.merge(ours(fresh(), model)), lambda: kept[who.OURS])
+        measure(INVARIANT, lambda: invariant(fresh(), model))
         for part in PARTS:
-            measure(f"{INVARIANT}, all but {part}", invariant(fresh(), model, tuple(p for p in PARTS if p != part)))
-            bar.update()
-            measure(f"{INVARIANT}, {part} alone", invariant(fresh(), model, (part,)))
-            bar.update()
+            others = tuple(p for p in PARTS if p != part)
+            measure(f"{INVARIANT}, all but {part}", lambda parts=others: invariant(fresh(), model, parts))
+            measure(f"{INVARIANT}, {part} alone", lambda part=part: invariant(fresh(), model, (part,)))
     plotted = {name: d for name, d in differences.items() if not name.startswith(f"{INVARIANT},")}
-    _plot(plotted, out / "rollout-agreement.png", _called(model, blocks))
-    return differences
+    _plot(plotted, out / "rollout-agreement.png", called)
 
 
 def operations(model: str, device, batch: int, length: int, dtype: torch.dtype) -> dict[str, list[int]]:
@@ -468,8 +507,11 @@ def operations(model: str, device, batch: int, length: int, dtype: torch.dtype) 
 
 
 def _plot(differences: dict[str, Tensor], path: Path, model: str) -> None:
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(NO_PLOT)
+        return
     figure = Figure(figsize=(7, 4))
     axis = figure.subplots()
     for name, d in differences.items():
@@ -519,8 +561,4 @@ def run(
                 )
                 results.add(Row("rollout", model, "operation", name, "bits", batch, None, None, R, U, short, note=note))
     if AGREEMENT in questions:
-        for name, d in agreement(model, out, device, batch, new, blocks).items():
-            mean, top, largest = d.mean(), d.quantile(0.99), d.max()
-            note = f"|Δ log p|: mean {mean:.3g}, p99 {top:.3g}, largest {largest:.3g} over {len(d)} tokens"
-            called = _called(model, blocks)
-            results.add(Row("rollout", called, "agreement", name, "log p", batch, None, None, R, U, "bf16", note=note))
+        agreement(model, results, out, device, batch, new, blocks)

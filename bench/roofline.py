@@ -34,13 +34,13 @@ class Ceilings:
     shortest: float = 1.5e-6  # seconds of the shortest kernel
 
 
-# cuBLAS at 8192³ on random bf16 numbers, and a copy, on one H200 before this project measured any; the others follow
-# from the data sheet's ratios. Gap and shortest kernel are assumptions.
+# One H200 as `measure` found it (bench/results/nvidia-h200.csv), rounded; fp16 is taken to be as fast as bf16. Gap and
+# shortest kernel are assumptions.
 H200 = Ceilings(
     "NVIDIA H200",
     {"bf16": 790e12, "fp16": 790e12, "fp32": 50e12},
     4.3e12,
-    "modelled: another project's measurements; `python -m bench gpu --stage ceilings` measures them",
+    "but its ceilings, on one H200; `python -m bench gpu --stage parts` measures them",
 )
 
 

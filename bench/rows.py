@@ -1,21 +1,28 @@
 """Tidy rows, one per measurement, in a CSV that is written row by row: a crash keeps what was measured."""
 
+import contextlib
 import csv
 import datetime
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # not on Windows; there nobody stops two runs
+    fcntl = None
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"  # in git
 OUT = Path(__file__).parent / "out"  # not in git
+NO_PLOT = "no plot: matplotlib is not installed (pip install matplotlib)"
 
 
 @dataclass
@@ -93,23 +100,53 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-class Results:
-    """The rows of one device in `folder`/<device>.csv. New rows replace the earlier ones of the same ops, or those of
-    them for which `replaced` is true.
+class Unusable(ValueError):
+    """A file of results that cannot be used; the message says all that there is to know."""
 
-    As a context: rows given to `add` are in the file at once, whatever happens afterwards.
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """In here nobody else is, for the same path: two runs that each put a whole file in place lose rows.
+
+    A file beside it is locked, not the path itself, which is replaced; a process that dies unlocks it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    beside = path.with_name(f".{path.name}.lock")
+    while True:
+        with beside.open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise Unusable(
+                    f"{path} is being written by process {lock.read()}, expected no other run in this folder: wait "
+                    "for it, or give --out another folder"
+                ) from None
+            if not os.fstat(lock.fileno()).st_nlink:
+                continue  # the one before has just removed it
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            try:
+                yield
+            finally:
+                beside.unlink(missing_ok=True)
+            return
+
+
+class Results:
+    """The rows of one device in `folder`/<device>.csv, old ones and new.
+
+    As a context: rows given to `add` are in the file at once, whatever happens afterwards. A row that one of them
+    replaces (`newest`) is not read any more, and leaves the file at the end.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        ops: tuple[str, ...],
-        device: torch.device,
-        replaced: Callable[[Row], bool] = lambda row: True,
-    ):
+    def __init__(self, folder: Path, device: torch.device):
         name = device_name(device)
         self.path = folder / f"{slug(name)}.csv"
-        self.ops, self.replaced = ops, replaced
         self.rows: list[Row] = []
         self._same = {
             "device": name,
@@ -121,21 +158,27 @@ class Results:
         }
 
     def __enter__(self) -> "Results":
-        old = read(self.path) if self.path.exists() else []
-        kept = [row for row in old if not (row.op in self.ops and self.replaced(row))]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.path))
+            self._tidy()  # what a killed run left half written must not run into the first row of this one
+            self._file = stack.enter_context(self.path.open("a", newline=""))
+            self._leave = stack.pop_all()
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        return self
+
+    def __exit__(self, *_) -> None:
+        with self._leave:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """The file written anew: whole rows, the newest of each kind."""
+        kept = read(self.path) if self.path.exists() else []
         fresh = self.path.with_suffix(".tmp")
         with fresh.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             writer.writerows(_cells(row) for row in kept)
         fresh.replace(self.path)
-        self._file = self.path.open("a", newline="")
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._file.close()
 
     def add(self, row: Row) -> Row:
         for name, value in self._same.items():
@@ -151,19 +194,79 @@ def _cells(row: Row) -> list[str]:
     return ["" if v is None else f"{v:.5g}" if isinstance(v, float) else str(v) for v in asdict(row).values()]
 
 
+# What tells measurements of one device apart: of two rows with the same, the later one holds.
+KEY = ("op", "model", "layer", "provider", "pass_", "M", "N", "K", "r", "u", "dtype", "mode")
+
+
+def newest(rows: list[Row]) -> list[Row]:
+    """The rows that hold, in the order of the file: of each KEY the last.
+
+    A row that was "not measured" replaces no measurement. One that says why there is no time may leave fields empty (a
+    provider that was not installed has no M): it holds until there is a later row of what it is about.
+    """
+    held: dict[tuple, Row] = {}
+    for row in rows:
+        key = tuple(getattr(row, name) for name in KEY)
+        if key in held and row.note.startswith("not measured") and not _untimed(held[key]):
+            continue
+        held.pop(key, None)  # the later one stands where it was written
+        held[key] = row
+    whole = list(held.values())
+    return [
+        row
+        for i, row in enumerate(whole)
+        if not (_untimed(row) and any(_covers(later, row) for later in whole[i + 1 :]))
+    ]
+
+
+def _untimed(row: Row) -> bool:
+    return row.note.startswith(("not measured", "wrong", "failed"))
+
+
+def _covers(later: Row, row: Row) -> bool:
+    return all(getattr(row, name) in (None, "", getattr(later, name)) for name in KEY)
+
+
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV; a last line that was cut short is left out."""
-    types = {f.name: f.type for f in fields(Row)}
+    """The rows of a CSV that hold (`newest`); a last line that was cut short is left out. Unusable, with the place,
+    where somebody's edit left anything else."""
+    kinds = {f.name.rstrip("_"): f.type for f in fields(Row)}
+
+    def bad(line: int, column: str, why: str) -> Unusable:
+        return Unusable(f"{path}, line {line}, column {column}: {why}")
+
+    def value(text: str, line: int, column: str):
+        kind, what = {int | None: (int, "a whole number"), float | None: (float, "a number")}.get(
+            kinds[column], (str, "")
+        )
+        try:
+            return kind(text) if text or kind is str else None
+        except ValueError:
+            raise bad(line, column, f"{text!r}, expected {what}") from None
+
     rows = []
-    with path.open(newline="") as file:
-        for cells in csv.DictReader(file):
-            if None in cells.values():
+    with path.open(newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
+        lines = csv.reader(file)
+        columns = next(lines, COLUMNS)
+        for place, column in enumerate(columns, 1):
+            if column not in kinds:
+                raise bad(1, str(place), f"{column!r}, expected one of {', '.join(COLUMNS)}")
+        for column in COLUMNS[:5]:
+            if column not in columns:
+                raise bad(1, column, "is missing")
+        short = None  # the line that was
+        for cells in lines:
+            if cells == columns or not cells:
                 continue
-            values = {}
-            for column, text in cells.items():
-                name = "pass_" if column == "pass" else column
-                kind = types[name]
-                convert = int if kind == (int | None) else float if kind == (float | None) else str
-                values[name] = convert(text) if text or convert is str else None
-            rows.append(Row(**values))
-    return rows
+            if short:
+                raise bad(*short)
+            if len(cells) > len(columns):
+                more = f"{len(cells)} cells, expected {len(columns)}"
+                raise bad(lines.line_num, str(len(columns) + 1), more)
+            if len(cells) < len(columns):
+                short = lines.line_num, str(len(cells) + 1), f"{len(cells)} cells, expected {len(columns)}"
+                continue
+            named = zip(columns, cells, strict=True)
+            values = {column: value(text, lines.line_num, column) for column, text in named}
+            rows.append(Row(pass_=values.pop("pass"), **values))
+    return newest(rows)

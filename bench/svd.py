@@ -1,7 +1,12 @@
 """`python -m bench svd`: what it takes to start TinyLoRA on one layer, and whether the factors span the right space."""
 
+import contextlib
 import math
+import os
+import tempfile
 import time
+from collections.abc import Iterator
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +60,8 @@ def run(
     layer = next(layer for layer in shapes.layers(model) if layer.projections[0] in ("q_proj", "query"))
     with tqdm(total=2 * len(spectra), desc="svd", unit="svd", dynamic_ncols=True) as bar:
         for spectrum in spectra:
-            W = weight(spectrum, layer.N, layer.K, device)
+            # A bf16 checkpoint's numbers, loaded in fp32: tinylora decomposes a weight rounded to bf16, PEFT as it is.
+            W = weight(spectrum, layer.N, layer.K, device).bfloat16().float()
 
             def row(provider, spectrum=spectrum, **values):
                 row = Row("svd", model, spectrum, provider, "startup", None, layer.N, layer.K, r, dtype="fp32")
@@ -82,23 +88,38 @@ def run(
             row(who.OURS, p50_ms=seconds * 1e3, angle_deg=degrees, rounds=1)
 
 
-def _ours(W, r, device):
-    from tinylora.adapters.svd import truncated_svd
+@contextlib.contextmanager
+def no_cache() -> Iterator[None]:
+    """tinylora finds no decomposition on disk, and keeps none: in here everything starts for the first time."""
+    with tempfile.TemporaryDirectory() as empty, mock.patch.dict(os.environ, XDG_CACHE_HOME=empty):
+        yield
 
-    small = W[: 8 * r, : 8 * r].contiguous()
-    truncated_svd(small, r)  # the libraries' own start-up is not the algorithm's
-    found = []
-    seconds = timing.once(lambda: found.extend(truncated_svd(W, r)), device)
-    U, _, Vh = found
-    return seconds, (Vh, U)
+
+def _linear(W) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
+    linear.weight = nn.Parameter(W, requires_grad=False)
+    return linear
+
+
+def _ours(W, r, device):
+    """As with PEFT all that it takes to have the layer: the weight's digest, and the file, too."""
+    import tinylora
+
+    config = tinylora.TinyLoraConfig(r=r, u=1)
+    with no_cache():
+        small = _linear(W[: 8 * r, : 8 * r].contiguous())
+        tinylora.Linear.from_linear(small, config)  # the libraries' own start-up is not the algorithm's
+        linear, made = _linear(W), []
+        seconds = timing.once(lambda: made.append(tinylora.Linear.from_linear(linear, config)), device)
+    adapter = made[0].adapters["default"]
+    return seconds, (adapter.down, adapter.up)
 
 
 def _peft(W, r, device):
     import peft
 
-    with torch.device("meta"):
-        linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
-    linear.weight = nn.Parameter(W, requires_grad=False)
+    linear = _linear(W)
     config = peft.TinyLoraConfig(r=r, u=1, target_modules=["proj"])
     made = []
     seconds = timing.once(lambda: made.append(peft.get_peft_model(nn.ModuleDict({"proj": linear}), config)), device)

@@ -1,10 +1,12 @@
 """Times of several providers, taken in turns so that whatever else the machine does hits all of them alike."""
 
+import contextlib
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -18,6 +20,7 @@ except ImportError:  # not on Windows; there a busy machine only widens the spre
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 400
 SHORT = 5e-3  # seconds
+UNEVEN = 0.5  # shares of calls left alone that lie further apart are worth a warning
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def alternate(
     graphs: bool = True,
     each: int = 1,
     prepare: Callable[[str], None] | None = None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Times]:
     """Times of every call in `calls`, at least MIN_ROUNDS each and about `budget` seconds together.
 
@@ -62,23 +66,40 @@ def alternate(
     rotate:  rotate(i) puts the i-th of `buffers` sets of operands in place, outside the timed region
     each:    how many calls one of `calls` makes: times are of one
     prepare: prepare(provider) comes before every call of its, outside the timed region
+    failed:  failed(provider, error) is told of one that raises, which has no times then; without it the error is raised
     graphs:  on CUDA, time CUDA graphs (the device's work alone) and not eager calls (launches and Python as well)
     """
     prepare = prepare or _nothing
-    if device.type == "cuda":
-        calls = {name: _on_device(call, rotate, buffers, graphs) for name, call in calls.items()}
-        rotate, buffers = _nothing, 1
-    else:
-        calls = {name: _on_host(call) for name, call in calls.items()}
+    timers: dict[str, Callable[[], float]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     quiet: dict[str, list[float]] = {name: [] for name in calls}
+
+    @contextlib.contextmanager
+    def alone(name: str) -> Iterator[None]:
+        """One that raises in here leaves the others alone."""
+        try:
+            yield
+        except Exception as error:
+            if failed is None:
+                raise
+            for of in (timers, seconds, quiet):
+                of.pop(name, None)
+            failed(name, error)
+
+    for name, call in calls.items():
+        with alone(name):
+            cuda = device.type == "cuda"
+            timers[name] = _on_device(call, rotate, buffers, graphs) if cuda else _on_host(call)
+    if device.type == "cuda":
+        rotate, buffers = _nothing, 1
     slowest = 0.0
-    for i, (name, call) in enumerate(calls.items()):  # the second call counts: the first compiles, loads and allocates
-        for _ in range(2):
-            rotate(i % buffers)
-            prepare(name)
-            took = call()
-        slowest = max(slowest, took)
+    for i, (name, timer) in enumerate(list(timers.items())):
+        with alone(name):
+            for _ in range(2):  # the second call counts: the first compiles, loads and allocates
+                rotate(i % buffers)
+                prepare(name)
+                took = timer()
+            slowest = max(slowest, took)
     # In a model the layer before ran the same code, on other weights: a short call is timed after an untimed one of
     # its own provider. Straight after another's, its code is not in the caches, and a call of 0.5 ms takes 6 % longer.
     untimed, timed = (1, 2) if slowest < SHORT else (0, 1)
@@ -89,20 +110,35 @@ def alternate(
             break
         # Nobody always runs after the same neighbour, whose memory and caches it takes over.
         order.shuffle(names)
-        for name in names:
-            for repeat in range(untimed + timed):
-                rotate(next(turn) % buffers)
-                prepare(name)
-                before = _preemptions()
-                elapsed = calls[name]()
-                if repeat >= untimed:
-                    seconds[name].append(elapsed)
-                    if _preemptions() == before:
-                        quiet[name].append(elapsed)
-    # A call during which the kernel gave one of our cores to somebody else measures that somebody (two threads then
-    # wait for each other for whole scheduler ticks); without it, unless hardly any call was left alone.
-    chosen = {name: q if len(q) >= MIN_ROUNDS else seconds[name] for name, q in quiet.items()}
-    return {name: Times.of([s / each for s in found], seconds[name]) for name, found in chosen.items()}
+        for name in [name for name in names if name in timers]:
+            with alone(name):
+                for repeat in range(untimed + timed):
+                    rotate(next(turn) % buffers)
+                    prepare(name)
+                    before = _preemptions()
+                    elapsed = timers[name]()
+                    if repeat >= untimed:
+                        seconds[name].append(elapsed)
+                        if _preemptions() == before:
+                            quiet[name].append(elapsed)
+    found = _counted(seconds, quiet)
+    return {name: Times.of([s / each for s in counted], seconds[name]) for name, counted in found.items()}
+
+
+def _counted(seconds: dict[str, list[float]], quiet: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The calls that count: of everybody those that were left alone, or of everybody all.
+
+    A call during which the kernel gave one of our cores to somebody else measures that somebody (two threads then wait
+    for each other for whole scheduler ticks). Where one provider has hardly any other call, though, its were all slow,
+    and the others' quick ones would be no comparison.
+    """
+    shares = {name: len(quiet[name]) / len(calls) for name, calls in seconds.items()}
+    least, most = min(shares, key=shares.get, default=None), max(shares, key=shares.get, default=None)
+    enough = all(len(calls) >= 2 * MIN_ROUNDS for calls in seconds.values())  # a share of fewer is chance
+    if shares and enough and shares[most] - shares[least] > UNEVEN:
+        said = f"{shares[most]:.0%} of {most}'s, {shares[least]:.0%} of {least}'s"
+        warnings.warn(f"a busy machine, unevenly: calls that nobody interrupted: {said}", stacklevel=3)
+    return quiet if all(len(left) >= MIN_ROUNDS for left in quiet.values()) else seconds
 
 
 def _preemptions() -> int:
@@ -149,15 +185,18 @@ def _on_device(call, rotate, buffers, graphs) -> Callable[[], float]:
 
 def captured(sweep) -> torch.cuda.CUDAGraph:
     """A CUDA graph of this call, after three calls of it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side, own = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(own)
     with torch.cuda.stream(side):  # lazy handles and compilation must happen before the capture
         for _ in range(3):
             sweep()
-    torch.cuda.current_stream().wait_stream(side)
+    own.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        sweep()
+    try:
+        with torch.cuda.graph(graph):
+            sweep()
+    finally:
+        torch.cuda.set_stream(own)  # a capture that fails leaves its own stream behind, and everybody else on it
     return graph
 
 

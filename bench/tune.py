@@ -24,6 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import rows, shapes, timing
+from bench.check import reason
+from bench.children import end_with_parent
 from bench.rows import version
 
 FORWARD, BACKWARD = DIRECTIONS = ("forward", "backward")
@@ -33,6 +35,7 @@ MARGIN = 0.02
 LAUNCH = 0.01
 # At how many rows the candidates for batch invariance are timed: rollouts of some widths, and training.
 PINNED_AT = (16, 128, 1024, 8192)
+LEFT = 3  # the exit status where the minutes were over before all cells were measured
 CHECKED = 64  # rows that are held against fp64
 DRY = ((16, False), (130, False), (130, True))  # M, pinned
 
@@ -203,7 +206,7 @@ def compile_all(wanted: list[Cell], capability, workers: int) -> None:
         jobs += [(cell, fresh[i : i + 4]) for i in range(0, len(fresh), 4)]
     if not jobs:
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         running = [pool.submit(compile_once, *job) for job in jobs]
         for done in tqdm(as_completed(running), total=len(jobs), desc="compile", unit="job"):
             done.result()
@@ -225,17 +228,23 @@ def measure(cell: Cell, capability, device: torch.device, budget: float) -> list
         if not row.note:
             calls[row.candidate] = lambda choice=choice: operands.run(choice)
     if calls:
-        for i, t in timing.alternate(calls, operands.place, operands.buffers, budget, device).items():
+
+        def failed(i, error):
+            found[i].note = reason(error)
+
+        times = timing.alternate(calls, operands.place, operands.buffers, budget, device, failed=failed)
+        for i, t in times.items():
             found[i].p50_ms, found[i].p20_ms, found[i].p80_ms, found[i].rounds = t.p50, t.p20, t.p80, t.rounds
     return found
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of finished cells; what a killed run left of its last one is left out."""
+    """The rows of finished cells; what a killed run left of its last one is left out. Of a cell that two devices
+    measured the later one's."""
     if not path.exists():
         return []
     kinds = {f.name: f.type for f in fields(Row)}
-    found: dict[Cell, list[Row]] = {}
+    found: dict[tuple[Cell, str], list[Row]] = {}
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
             if None in line.values():
@@ -245,8 +254,13 @@ def read(path: Path) -> list[Row]:
                 kind = {int: int, bool: "True".__eq__, int | None: int, float | None: float}.get(kinds[name], str)
                 values[name] = kind(text) if text or kind is str else None
             row = Row(**values)
-            found.setdefault(row.cell, []).append(row)
-    return [row for cell in found.values() if len(cell) == cell[0].of for row in cell]
+            found.setdefault((row.cell, row.device), []).append(row)
+    whole: dict[Cell, list[Row]] = {}
+    for (cell, _), of_cell in found.items():
+        if len(of_cell) == of_cell[0].of:
+            whole.pop(cell, None)
+            whole[cell] = of_cell
+    return [row for of_cell in whole.values() for row in of_cell]
 
 
 def entries(measured: list[Row]) -> list[dict]:
@@ -281,8 +295,11 @@ def _launches(choice: str) -> int:
 
 
 def write_table(path: Path, file: "Rows") -> None:
-    """The table, written whole and then put in place."""
-    head = {name: file.same[name] for name in ("device", "torch", "triton", "commit")}
+    """The table, written whole and then put in place. Its head says where its rows were measured."""
+    head = {
+        name: ", ".join(sorted({getattr(row, name) for row in file.measured} or {file.same[name]}))
+        for name in ("device", "torch", "triton", "commit")
+    }
     lines = ",\n".join(json.dumps(entry) for entry in entries(file.measured))
     fresh = path.with_suffix(".tmp")
     fresh.write_text(json.dumps(head | {"rows": file.path.name})[:-1] + f', "entries": [\n{lines}\n]}}\n')
@@ -320,7 +337,8 @@ class Rows:
             for name, value in self.same.items():
                 setattr(row, name, value)
             row.date = now
-        self.measured += found
+        cells = {row.cell for row in found}
+        self.measured = [row for row in self.measured if row.cell not in cells] + found
         self._write(found, "a")
 
 
@@ -346,8 +364,9 @@ def run(
     else:
         wanted = cells(models, dtypes, ranks, buckets or list(tiles.BUCKETS))
     file = Rows(out / f"{name}.csv", device)
-    done = {row.cell for row in file.measured}
+    done = {row.cell for row in file.measured if row.device == file.same["device"]}
     left = [cell for cell in wanted if cell not in done]
+    before = len(left)
     deadline = time.perf_counter() + 60 * minutes
     if not dry and os.cpu_count() > 2:
         compile_all(left, capability, os.cpu_count() - 1)
@@ -357,7 +376,8 @@ def run(
             bar.set_postfix_str(f"M = {cell.M}, {cell.N} x {cell.K} {cell.direction}")
             file.add(measure(cell, capability, device, seconds))
             bar.update()
-    write_table(out / f"{name}.json", file)
+    if len(left) < before or not (out / f"{name}.json").exists():
+        write_table(out / f"{name}.json", file)
     count = len(json.loads((out / f"{name}.json").read_text())["entries"])
     print(f"{out / name}.json: {count} entries from {len(file.measured)} rows; {len(left)} of {len(wanted)} cells left")
     return len(left)

@@ -3,8 +3,12 @@
 import csv
 import dataclasses
 import importlib.util
+import subprocess
+import sys
 import time
+import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,7 +153,7 @@ def test_a_wrong_provider_gets_no_time_and_the_row_says_why(small, monkeypatch, 
         return make(name, linear, factors)
 
     monkeypatch.setattr(providers, "make", broken)
-    with rows.Results(tmp_path, ("linear",), CPU) as results:
+    with rows.Results(tmp_path, CPU) as results:
         linear.run(plan(dtypes=("fp32",), providers=("bare", "plain", "ours")), results, CPU)
     found = rows.read(results.path)
     assert {r.provider for r in found if r.p50_ms} == {"bare", "plain"}
@@ -167,29 +171,119 @@ def test_a_crash_keeps_what_was_measured(small, monkeypatch, tmp_path):
         return cell(*args)
 
     monkeypatch.setattr(linear, "_cell", crashing)
-    results = rows.Results(tmp_path, ("linear",), CPU)
+    results = rows.Results(tmp_path, CPU)
     with pytest.raises(KeyboardInterrupt), results:
         linear.run(plan(providers=("bare", "plain")), results, CPU)
     found = rows.read(results.path)
     assert len(found) == 4 and all(r.p50_ms > 0 for r in found)
 
 
-def test_rows_round_trip_and_replace_their_own_op_only(tmp_path):
+def test_rows_round_trip_and_replace_those_of_the_same_key_alone(tmp_path):
     row = rows.Row("svd", "m", "gaussian", "ours", "startup", None, 3, 4, 2, p50_ms=1.25, angle_deg=0.5, note='a, "b"')
-    with rows.Results(tmp_path, ("svd",), CPU) as results:
+    with rows.Results(tmp_path, CPU) as results:
         results.add(row)
     assert rows.read(results.path) == [row]
-    with rows.Results(tmp_path, ("linear",), CPU) as results:
-        results.add(rows.Row("linear", "m", "q_proj", "ours", "forward", 1, 3, 4))
-    assert [r.op for r in rows.read(results.path)] == ["svd", "linear"]
-    with rows.Results(tmp_path, ("linear",), CPU) as results:
-        pass
-    assert [r.op for r in rows.read(results.path)] == ["svd"]
-    with results.path.open("a") as file:
-        file.write("linear,m,cut sho")  # what a killed process may leave
-    assert [r.op for r in rows.read(results.path)] == ["svd"]
+    times = {}
+    for M, ms in ((1, 1.0), (16, 2.0), (1, 3.0)):
+        with rows.Results(tmp_path, CPU) as results:
+            times[M] = results.add(rows.Row("linear", "m", "q_proj", "ours", "forward", M, 3, 4, p50_ms=ms))
+            assert times[M] in rows.read(results.path)
+    assert rows.read(results.path) == [row, times[16], times[1]] and times[1].p50_ms == 3
     with results.path.open(newline="") as file:
         assert next(csv.reader(file)) == rows.COLUMNS
+        assert len(list(csv.reader(file))) == 3  # what was replaced has left the file
+    with results.path.open("a") as file:
+        file.write("linear,m,cut sho")  # what a killed process may leave
+    assert len(rows.read(results.path)) == 3
+    with rows.Results(tmp_path, CPU) as results:
+        results.add(dataclasses.replace(row, layer="decaying"))
+    assert len(rows.read(results.path)) == 4
+
+
+def test_a_run_that_ends_early_loses_no_row(tmp_path):
+    def row(ms=None, note=""):
+        return rows.Row("linear", "m", "q_proj", "ours", "forward", 1, 3, 4, p50_ms=ms, note=note)
+
+    with rows.Results(tmp_path, CPU) as results:
+        old = results.add(row(1.0))
+    with pytest.raises(KeyboardInterrupt), rows.Results(tmp_path, CPU):
+        assert rows.read(results.path) == [old]  # and so after SIGKILL now
+        raise KeyboardInterrupt
+    assert rows.read(results.path) == [old]
+    with rows.Results(tmp_path, CPU) as results:
+        results.add(row(note="not measured: no time was left"))
+    assert rows.read(results.path) == [old]
+    with rows.Results(tmp_path, CPU) as results:
+        wrong = results.add(row(note="wrong: y"))
+    assert rows.read(results.path) == [wrong]
+
+
+def test_a_second_run_into_a_folder_is_refused_until_the_first_one_ends(tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    script = f"""
+import torch; from pathlib import Path; from bench import rows
+with rows.Results(Path({str(tmp_path)!r}), torch.device("cpu")) as results:
+    results.add(rows.Row("linear", "m", "q_proj", "ours", "forward", 1, 3, 4, p50_ms=1.0))
+    print(flush=True)
+    input()
+"""
+    command = ["svd", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        assert main(command) == 2
+        assert f"is being written by process {first.pid}" in capsys.readouterr().err
+        first.kill()
+    with rows.Results(tmp_path, CPU) as results:  # a killed process holds no lock
+        assert len(rows.read(results.path)) == 1
+        with pytest.raises(rows.Unusable), rows.Results(tmp_path, CPU):
+            pass
+    assert [p.name for p in tmp_path.iterdir()] == [results.path.name]
+
+
+def test_a_file_edited_by_hand_is_read_or_refused_with_the_place(tmp_path, capsys):
+    with rows.Results(tmp_path, CPU) as results:
+        for M in (16, 64):
+            results.add(rows.Row("linear", "m", "q_proj", "ours", "forward", M, 3, 4, p50_ms=1.0))
+    header, first, second = results.path.read_text().splitlines()
+    n = len(rows.COLUMNS)
+
+    def written(*lines):
+        results.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return rows.read(results.path)
+
+    assert written(header, first, second) == results.rows
+    assert written("\ufeff" + header, first, header, "", second) == results.rows
+    assert written(header, first, second[:40]) == results.rows[:1]
+    for lines, message in (
+        ((header, first + ",", second), f"line 2, column {n + 1}: {n + 1} cells, expected {n}"),
+        ((header, first, second + first), f"line 3, column {n + 1}: {2 * n - 1} cells"),
+        ((header, first[:40], second), "line 2, column"),
+        ((header + ",", first, second), f"line 1, column {n + 1}: '', expected one of op, model"),
+        ((header, first, second.replace(",64,", ",64.0,")), "line 3, column M: '64.0', expected a whole number"),
+        ((header, first, second.replace(",1,", ",fast,", 1)), "line 3, column p50_ms: 'fast', expected a number"),
+        ((header.replace("pass,", ""), first), "line 1, column pass: is missing"),
+    ):
+        with pytest.raises(ValueError, match=f"{results.path.name}, {message}"):
+            written(*lines)
+    assert main(["table", "--results", str(tmp_path)]) == 2
+    assert "column pass: is missing" in capsys.readouterr().err
+    text = results.path.read_text()
+    with pytest.raises(rows.Unusable), rows.Results(tmp_path, CPU):
+        pass
+    assert results.path.read_text() == text
+
+
+def test_why_there_is_no_time_holds_until_there_is_one(tmp_path):
+    def row(provider, pass_="", M=None, **values):
+        return rows.Row("layer", "m", "block", provider, pass_, M, **values)
+
+    with rows.Results(tmp_path, CPU) as results:
+        results.add(row("peft", note="not measured: no module named peft"))
+        results.add(row("ours", "forward", 1, p50_ms=1.0))
+    assert len(rows.read(results.path)) == 2
+    with rows.Results(tmp_path, CPU) as results:
+        results.add(row("peft", "forward", 1, p50_ms=2.0))
+    assert [(r.provider, r.p50_ms) for r in rows.read(results.path)] == [("ours", 1.0), ("peft", 2.0)]
 
 
 def test_linear_from_the_command_line(small, tmp_path, capsys):
@@ -235,12 +329,53 @@ def test_providers_come_in_another_order_each_round_and_are_prepared_outside_the
     order = order[6:]  # two of each are not timed
     found = {"".join(order[i : i + 3]) for i in range(0, len(order), 3)}
     assert len(found) > 2 and all(sorted(turn) == ["a", "b", "c"] for turn in found)
-    assert len(prepared) == len(order) + 6 and len({t.rounds for t in times.values()}) == 1
+    assert len(prepared) == len(order) + 6 and len({len(t.seconds) for t in times.values()}) == 1
+
+
+def test_one_that_raises_while_it_is_timed_leaves_the_others_alone():
+    calls, told = {}, {}
+    for name, last in (("at once", 0), ("in the third round", 6), ("never", 10**9)):
+        counter = iter(range(last))
+        calls[name] = lambda counter=counter: next(counter)  # StopIteration at its end
+    times = timing.alternate(calls, lambda i: None, 1, 0, CPU, failed=told.__setitem__)
+    assert list(times) == ["never"] and times["never"].rounds >= timing.MIN_ROUNDS
+    assert {name: type(error) for name, error in told.items()} == dict.fromkeys(list(calls)[:2], StopIteration)
+    with pytest.raises(StopIteration):
+        timing.alternate(calls, lambda i: None, 1, 0, CPU)
+
+
+def test_out_of_memory_in_one_pass_is_a_row(small, monkeypatch, tmp_path):
+    call = linear._call
+
+    def starving(provider, rotation, pass_):
+        def starved():
+            raise torch.OutOfMemoryError("8 GiB")
+
+        return starved if (provider.name, pass_) == ("plain", "forward") else call(provider, rotation, pass_)
+
+    monkeypatch.setattr(linear, "_call", starving)
+    with rows.Results(tmp_path, CPU) as results:
+        linear.run(plan(dtypes=("fp32",), rows=(1,), providers=("bare", "plain", "ours")), results, CPU)
+    assert {(r.provider, r.pass_): r.note for r in results.rows if r.note} == {
+        ("plain", "forward"): "failed: OutOfMemoryError: 8 GiB"
+    }
+    assert len(results.rows) == 6 and "8 GiB" in report.linear_table(results.rows)
+
+
+def test_quiet_calls_count_for_everybody_or_for_nobody():
+    """One whose every call was interrupted may not stand beside the quiet calls of another."""
+    every = {"a": [1.0] * 9 + [5.0], "b": [5.0] * 10}
+    with pytest.warns(UserWarning, match="90% of a's, 10% of b's"):
+        assert timing._counted(every, {"a": [1.0] * 9, "b": [5.0]}) == every
+    few = {"a": [1.0] * 9, "b": [5.0] * timing.MIN_ROUNDS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert timing._counted(every, few) == few
 
 
 def test_the_summary_says_ours_and_pefts_and_hides_no_loss():
-    def row(provider, ratio, M, device="NVIDIA H200"):
-        found = rows.Row("layer", "Qwen2.5-7B", "block", provider, "forward", M, None, None, dtype="bf16")
+    def row(provider, ratio, M, device="NVIDIA H200", r=2):
+        found = rows.Row("layer", "Qwen2.5-7B", "block", provider, "forward", M, None, None, r, 13, dtype="bf16")
         return dataclasses.replace(found, mode="captured", p50_ms=ratio, ratio_to_bare=ratio, device=device)
 
     def lines(found):
@@ -250,6 +385,7 @@ def test_the_summary_says_ours_and_pefts_and_hides_no_loss():
 
     bare = [row("bare", 1.0, M) for M in (8, 2, 16)]
     found = [*bare, row("ours", 0.5, 8), row("peft", 2.0, 8), row("ours", 1.25, 2), row("peft", 3.0, 16)]
+    found += [row("bare", 1.0, 8, r=64), row("ours", 9.0, 8, r=64)]
     header, _, *cells = lines(found)
     assert header == ["linear layers of a block, Qwen2.5-7B, bf16", "forward, captured"]
     assert cells == [["2 rows", "1.25"], ["8 rows", "0.50 / 2.00"]]
@@ -259,10 +395,29 @@ def test_the_summary_says_ours_and_pefts_and_hides_no_loss():
 
 def test_svd(monkeypatch, tmp_path):
     pytest.importorskip("peft")
-    with rows.Results(tmp_path, ("svd",), CPU) as results:
+    with rows.Results(tmp_path, CPU) as results:
         svd.run(results, CPU, "all-MiniLM-L6-v2")
     assert [(r.layer, r.provider) for r in results.rows] == [(s, p) for s in svd.SPECTRA for p in ("peft", "ours")]
     assert all(r.angle_deg < 0.1 for r in results.rows if r.provider == "ours")
+
+
+def test_the_start_of_a_layer_is_its_first(monkeypatch, tmp_path):
+    """All of it, and nothing of it from the cache: the layer as its users make it."""
+    from tinylora.adapters import factor_cache
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    decomposed, truncated = [], factor_cache.truncated_svd
+
+    def counted(weight, *rest):
+        decomposed.append(tuple(weight.shape))
+        return truncated(weight, *rest)
+
+    monkeypatch.setattr(factor_cache, "truncated_svd", counted)
+    W = svd.weight("decaying", 48, 32, CPU)
+    for _ in range(2):
+        _, (down, up) = svd._ours(W, 2, CPU)
+        assert down.shape == (2, 32) and up.shape == (48, 2)
+    assert decomposed == 2 * [(16, 16), (48, 32)] and not list(tmp_path.iterdir())
 
 
 def test_the_gate_of_whole_models():
@@ -301,7 +456,7 @@ def test_model(tmp_path, monkeypatch):
         return whole
 
     monkeypatch.setattr(model, "load", shallow)
-    with rows.Results(tmp_path, ("model",), CPU) as results:
+    with rows.Results(tmp_path, CPU) as results:
         model.run(results, CPU, dtypes=("fp32",), budget=0.1, sentences=2, tokens=16)
     assert not [r.note for r in results.rows if r.note]
     timed = [(r.pass_, r.provider) for r in results.rows if r.pass_ != "startup"]
@@ -310,7 +465,7 @@ def test_model(tmp_path, monkeypatch):
 
 def test_the_table_is_written_between_the_marks_and_again_the_same(small, tmp_path):
     out = tmp_path / "results"
-    with rows.Results(out, ("linear",), CPU) as results:
+    with rows.Results(out, CPU) as results:
         linear.run(plan(providers=("bare", "plain", "ours")), results, CPU)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -329,9 +484,18 @@ def test_the_table_is_written_between_the_marks_and_again_the_same(small, tmp_pa
         main(command)
 
 
+def test_where_it_was_measured_is_said_of_all_rows():
+    row = rows.Row("svd", "m", "gaussian", "ours", "startup", device="NVIDIA H200", torch="2.8", triton="3.6", peft="1")
+    row.date = "2026-11-22T07:27:09Z"
+    assert report._where([row]) == "**NVIDIA H200**; torch 2.8, triton 3.6, PEFT 1; 2026-11-22"
+    other = dataclasses.replace(row, torch="2.9", peft="", date="2026-11-20T07:27:09Z")
+    said = "**NVIDIA H200**; torch 2.8 and 2.9, triton 3.6, PEFT 1; 2026-11-20 to 2026-11-22"
+    assert report._where([row, other]) == said
+
+
 def test_means_are_over_qwen_at_16_rows_and_more():
-    def cell(model, M, ours, peft):
-        common = (model, "q_proj"), ("forward", M, 8, 8)
+    def cell(model, M, ours, peft, rank=(linear.R, linear.U)):
+        common = (model, "q_proj"), ("forward", M, 8, 8, *rank)
         return [
             rows.Row("linear", *common[0], name, *common[1], dtype="bf16", p50_ms=ms)
             for name, ms in (("bare", 1.0), ("peft", peft), ("ours", ours))
@@ -339,7 +503,9 @@ def test_means_are_over_qwen_at_16_rows_and_more():
 
     found = cell("Qwen2.5-0.5B", 16, 1.0, 2.0) + cell("Qwen2.5-7B", 64, 4.0, 4.0)
     found += cell("Qwen2.5-7B", 1, 9.0, 1.0) + cell("Llama-3-8B", 64, 9.0, 1.0)
+    found += cell("Qwen2.5-7B", 64, 9.0, 1.0, (8, 13)) + cell("Qwen2.5-7B", 64, 9.0, 1.0, (2, 1))  # beside, never in it
     met, missed = report.bars(found)
+    assert report.linear_table(found).count("Qwen2.5-7B, r = 8, u = 13") == 1
     assert met == "ours / peft: 0.707 over 2 cells, bar 0.85: met"
     assert missed == "ours / bare: 2.000 over 2 cells, bar 1.25: MISSED"
 
@@ -349,6 +515,28 @@ def test_an_option_before_the_command_is_no_silent_default(tmp_path, capsys):
         main(["--out", str(tmp_path), "svd"])
     assert "options come after the command: python -m bench svd --out" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command, wrong",
+    [
+        *(("linear", (f"--{name}", value)) for name, value in (("M", "0"), ("M", "-3"), ("r", "0"), ("u", "x"))),
+        *(("linear", (f"--{name}", value)) for name, value in (("threads", "-2"), ("budget", "0"), ("budget", "nan"))),
+        *(("rollout", (f"--{name}", "0")) for name in ("batch", "adapters", "new", "blocks", "budget")),
+        *(("analysis", (f"--{name}", "0")) for name in ("steps", "pretraining")),
+        *(("tune", (f"--{name}", "-1")) for name in ("M", "r", "seconds", "minutes")),
+    ],
+)
+def test_counts_are_above_zero(command, wrong, capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args([command, *wrong])
+    assert f"argument {wrong[0]}: {wrong[1]!r} is not a" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_an_error(tmp_path, capsys):
+    assert main(["svd", "--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert "There is no CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_help_names_every_command(capsys):
@@ -371,7 +559,7 @@ def test_rollout_measures_speed_and_agreement(tmp_path, monkeypatch):
     tiny = {**shapes.config("Qwen2.5-0.5B"), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
     monkeypatch.setattr(shapes, "config", lambda model: tiny)
-    with rows.Results(tmp_path, ("rollout",), CPU) as results:
+    with rows.Results(tmp_path, CPU) as results:
         rollout.run(results, tmp_path, CPU, "Qwen2.5-0.5B", [2, 4], [2, 4], 3, 0.1, rows=16)
     written = rows.read(results.path)
     asked = {(r.M, r.provider) for r in written if r.pass_ == "generate"}
@@ -393,6 +581,44 @@ def test_rollout_measures_speed_and_agreement(tmp_path, monkeypatch):
     independent = [row for row in bits if "batch_invariant" in row.provider or "query by query" in row.provider]
     assert len(bits) == 46 and len(independent) == 14
     assert all(row.note.startswith("0 of 44 tokens differ between 4 rows and 44, 0 between 1") for row in independent)
+
+
+def test_rollout_without_peft_matplotlib_and_whoever_fails(tmp_path, monkeypatch, capsys):
+    from bench import rollout
+
+    tiny = {**shapes.config("Qwen2.5-0.5B"), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    monkeypatch.setattr(shapes, "config", lambda model: tiny)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    rolled_out = rollout.rolled_out
+    seen = []
+
+    def failing(model, *args):
+        with results.path.open() as file:
+            seen.append(sum("log p" in line for line in file))
+        if len(seen) == 2:  # ours; PEFT's comes to nothing before
+            raise RuntimeError("lost")
+        return rolled_out(model, *args)
+
+    monkeypatch.setattr(rollout, "rolled_out", failing)
+    with rows.Results(tmp_path, CPU) as results:
+        rollout.run(results, tmp_path, CPU, "Qwen2.5-0.5B", [2], [2, 8], 3, 0.1, questions=("speed", "agreement"))
+        rollout.run(results, tmp_path, CPU, "Qwen2.5-0.5B", [1], [1], 1, 0.1, questions=("speed",))
+    one = [r.note for r in rows.read(results.path) if r.layer == "generate, 1 tokens" and r.p50_ms]
+    assert len(one) == 4 and all(note.endswith(" tokens/s") for note in one)  # there is no step after the first token
+    found = {(r.pass_, r.provider): r.note for r in rows.read(results.path) if r.M != 1}
+    assert found["generate", "peft"].startswith("not measured: import of peft")
+    assert found["generate", "ours, 8 adapters"] == "not measured: no batch has room for 8 different adapters"
+    assert {p for (kind, p), note in found.items() if kind == "generate" and "tokens/s" in note} == {
+        "bare", "ours", rollout.INVARIANT, "ours, 2 adapters"
+    }  # fmt: skip
+    assert found["log p", "ours"] == "failed: RuntimeError: lost"
+    assert found["log p", "peft"].startswith("not measured") and "mean" in found["log p", "merged"]
+    assert seen[:3] == [0, 2, 3]  # each row is there before the next one is measured
+    assert rows.NO_PLOT in capsys.readouterr().out
+    report.summary(rows.read(results.path))
 
 
 def test_rollout_by_steps_gives_the_tokens_of_generate(monkeypatch):
@@ -442,6 +668,11 @@ def test_analysis_trains_and_compares(tmp_path, monkeypatch, capsys):
     (written,) = (tmp_path / "analysis").glob("*.csv")
     assert len(written.read_text().splitlines()) == 3 and written.with_suffix(".png").exists()
     assert "full fine-tuning" in capsys.readouterr().out
+    before = written.read_text()
+    monkeypatch.setattr(analysis.analysis, "compare", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        analysis.run(tmp_path, pretraining=1, steps=1)
+    assert written.read_text() == before
 
 
 def providers_lora():
@@ -453,7 +684,7 @@ def providers_lora():
 def test_peft_patched_and_not(tmp_path):
     from bench import peft
 
-    with rows.Results(tmp_path, ("peft",), CPU) as results:
+    with rows.Results(tmp_path, CPU) as results:
         peft.run(results, CPU, ("fp32",), ("LoRA", "TinyLoRA"), 0.1, {"tiny": (64, 2, (128,))}, sequences=1)
     found = {(r.layer, r.pass_, r.provider): r for r in rows.read(results.path)}
     assert len(found) == 12 and all(r.p50_ms > 0 and not r.note for r in found.values())
@@ -464,13 +695,81 @@ def test_peft_patched_and_not(tmp_path):
     assert peft.PATCHED in report.model_table(results.rows, "peft")
 
 
+def test_folders_look_for_room_before_they_write(tmp_path, monkeypatch):
+    from models import qwen2
+
+    from bench import folders
+
+    qwen2().config.to_json_file(tmp_path / "tiny.json")
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(folders, "write_base", lambda *_: pytest.fail("there is no room"))
+    with rows.Results(tmp_path, CPU) as results:
+        folders.run(results, tmp_path / "tiny.json", tmp_path)
+    (row,) = results.rows
+    assert row.note.startswith("not measured: 1e-06 GB free") and row.note in report.folders_table(results.rows)
+
+
+def test_every_step_goes_back_as_far_as_the_bare_models():
+    """Or the base alone computes dX of the first layers, and the adapters' cost is less than nothing there."""
+    peft_ = pytest.importorskip("peft")
+    from bench import model as whole
+    from bench import peft
+
+    tokens = torch.arange(12).view(2, 6)
+    bare, adapted = (peft.model(torch.float32, CPU, 16, 1) for _ in range(2))
+    adapted = peft_.get_peft_model(adapted, peft.adapter("LoRA")[0])  # which starts as the base
+    runs = [peft.Run(one, tokens, tokens) for one in (bare, adapted)]
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    bodies = [bare.model, peft.model(torch.float32, CPU, 16, 1).model]
+    tinylora.apply(bodies[1], tinylora.TinyLoraConfig(u=3))
+    trains = [[], list(tinylora.adapter_parameters(bodies[1]))]
+    steps = [whole.Adapted(body, those, inputs) for body, those in zip(bodies, trains, strict=True)]
+    for one, other in (runs, steps):
+        mine, theirs = one.gradients()[-1], other.gradients()[-1]
+        assert mine.shape == theirs.shape == (2, 6, 16) and mine.abs().max() > 0
+        torch.testing.assert_close(theirs, mine)
+
+
+def test_peft_without_peft_is_a_row(tmp_path, monkeypatch):
+    from bench import peft
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with rows.Results(tmp_path, CPU) as results:
+        peft.run(results, CPU)
+    assert [r.note.split(":")[0] for r in results.rows] == ["not measured"]
+    assert "not measured" in report.model_table(results.rows, "peft")
+
+
+@pytest.mark.parametrize("command", ["demo", "analysis", "svd"])
+def test_out_that_is_a_file_is_refused_at_once(command, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([command, "--out", str(tmp_path / "file" / "below")]) == 2
+    assert "expected a folder" in capsys.readouterr().err
+
+
+def test_folders_take_the_cpu_and_as_many_threads_as_their_rows_say(monkeypatch):
+    from bench import folders
+
+    monkeypatch.setattr(folders, "COMMAND", "import os, torch; print(torch.get_num_threads(), os.getpid())")
+    ran, run = [], subprocess.run
+    monkeypatch.setattr(folders.subprocess, "run", lambda *a, **k: ran.append(run(*a, **k)) or ran[-1])
+    for library in ("OMP", "MKL"):
+        monkeypatch.setenv(f"{library}_NUM_THREADS", "2")
+    torch.set_num_threads(1)
+    folders.measured()
+    assert ran[0].stdout.split()[0] == "1"
+    for command in ("folders", "analysis"):  # which know no other device
+        with pytest.raises(SystemExit):
+            parser().parse_args([command, "--device", "cpu"])
+
+
 def test_folders(tmp_path):
     from models import qwen2
 
     from bench import folders
 
     qwen2().config.to_json_file(tmp_path / "tiny.json")
-    with rows.Results(tmp_path, ("folders",), CPU) as results:
+    with rows.Results(tmp_path, CPU) as results:
         folders.run(results, tmp_path / "tiny.json", tmp_path, ("TinyLoRA",))
     found = rows.read(results.path)
     assert [r.pass_ for r in found] == ["merge", "convert to lora", "convert to tinylora"]

@@ -1,10 +1,19 @@
 """`bench gpu`: a dry run of every stage; stages that fail or hang leave the others alone; a second call goes on."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
-from bench import gpu, rows
+from bench import gpu, rows, tune
 from bench.__main__ import COMMANDS, main
+from tinylora.ops import dispatch
 
 CPU = torch.device("cpu")
 
@@ -74,14 +83,89 @@ def test_stages_that_fail_or_hang_leave_the_others_alone(tmp_path, monkeypatch, 
     assert not (tmp_path / "survived").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stage_ends_with_the_run_that_is_ended(tmp_path, number):
+    if number == signal.SIGKILL and not sys.platform.startswith("linux"):
+        pytest.skip("Linux alone tells a process that its parent is gone")
+    script = f"""
+from pathlib import Path; from bench import gpu
+class Stage:
+    name, what, bench, keep, dry = "hangs", "", "", "", ()
+    def arguments(self, out, dry):
+        statement = "import os, time; print(os.getpid(), file=open(r'{tmp_path}/pid', 'w'), flush=True); time.sleep(90)"
+        return ["timeit", "-n1", "-r1", statement]
+gpu.STAGES = (Stage(),)
+gpu.run(Path(r"{tmp_path}/out"), (), False, ())
+"""
+    with subprocess.Popen([sys.executable, "-c", script], cwd=rows.ROOT, stdout=subprocess.DEVNULL) as run:
+        pid = _wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip())
+        run.send_signal(number)
+    assert run.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    assert _wait_for(lambda: not _runs(int(pid)))
+    assert statuses(tmp_path / "out") == {"hangs": gpu.STARTED}  # a second call takes it up again
+
+
+def _wait_for(condition, seconds=60.0):
+    deadline = time.perf_counter() + seconds
+    while not (found := condition()) and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")  # nobody may have asked for a dead one's status
+    return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
 def test_what_a_stage_writes_elsewhere_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    stage = Fake("tune", "open('tables/sm_90.json', 'w').write('[]')")
+    monkeypatch.setattr(gpu, "KEPT_EVERY", 1)
+    kept = f"import os, time; open('tables/sm_90.json', 'w').write('[]'); there = r'{tmp_path}/out/tables'"
+    # It waits for its copy, and has then more to do.
+    stage = Fake("tune", f"{kept}\nwhile not os.path.exists(there): time.sleep(0.1)\nos._exit({tune.LEFT})")
     stage.keep = "tables"
     (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "sm_90.tmp").touch()
     monkeypatch.setattr(gpu, "STAGES", (stage,))
-    assert gpu.run(tmp_path / "out", (), False, ()) == 0
-    assert (tmp_path / "out/tables/sm_90.json").read_text() == "[]"
+    assert gpu.run(tmp_path / "out", (), False, (), limit=60) == 1
+    assert [p.name for p in (tmp_path / "out/tables").iterdir()] == ["sm_90.json"]
+    assert statuses(tmp_path / "out") == {"tune": gpu.LATE}
+
+
+def test_the_table_is_written_again_after_every_measurement(tmp_path, monkeypatch):
+    table = Fake("table", f"open(r'{tmp_path}/written', 'a').write('.')")
+    monkeypatch.setattr(gpu, "STAGES", (Fake("one", "pass"), Fake("two", "pass"), table))
+    for names, written in (((), 1), ((), 1), (("two",), 2), (("table",), 3)):
+        assert gpu.run(tmp_path / "out", names, False, ()) == 0
+        assert (tmp_path / "written").read_text() == "." * written
+
+
+def test_a_table_says_where_its_rows_were_measured(tmp_path, monkeypatch):
+    """Another machine's cells are measured again, and until then its table stays as it is, name and all."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(tune, "compile_all", lambda *_: None)
+    monkeypatch.setattr(dispatch, "capability_of", lambda device: (9, 0))
+    cells = [tune.Cell(64, 32, "bf16", 2, tune.FORWARD, M) for M in (16, 64)]
+    monkeypatch.setattr(tune, "cells", lambda *_: cells)
+    monkeypatch.setattr(
+        tune, "measure", lambda cell, *_: [tune.Row(**vars(cell), candidate=0, of=1, choice="{}", p50_ms=1.0)]
+    )
+
+    def run(device, minutes):
+        monkeypatch.setattr(rows, "device_name", lambda _: device)
+        left = tune.run(tmp_path, CPU, [], [], [], None, minutes)
+        return left, json.loads((tmp_path / "sm_90.json").read_text())["device"]
+
+    assert run("H200", 1) == (0, "H200")
+    before = (tmp_path / "sm_90.json").stat().st_mtime_ns
+    assert run("H200", 1) == (0, "H200") and run("H100", 0) == (2, "H200")
+    assert (tmp_path / "sm_90.json").stat().st_mtime_ns == before
+    assert run("H100", 1) == (0, "H100") and run("H200", 0) == (2, "H100")
+    assert [row.device for row in tune.read(tmp_path / "sm_90.csv")] == ["H100", "H100"]
 
 
 def test_a_dry_run_and_measurements_do_not_mix(tmp_path):

@@ -83,7 +83,7 @@ def test_a_second_call_decides_nothing_anew(M):
             asked = [f.cache_info().misses for f in (tiles.choose, tiles.thin_tile, tiles.core_gradient_tile)]
             torch.autograd.grad(ours.forward(x), [x, ours.trains], dy)
     assert [f.cache_info().misses for f in (tiles.choose, tiles.thin_tile, tiles.core_gradient_tile)] == asked
-    assert tiles.choose.cache_info().hits > 0
+    assert asked[0] > 0
 
 
 def test_siblings_spare_launches():
