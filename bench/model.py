@@ -63,9 +63,10 @@ class Adapted:
     def __init__(self, model: nn.Module, trains: list[Tensor], inputs: dict[str, Tensor]):
         self.model, self.trains = model, trains
         # The step of the base trains nothing: its input embeddings ask for a gradient, so that the backward runs
-        # through every layer. Everybody's do, so that all of them compute the same dX: what is left is the adapters'.
-        embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+        # through every layer. That is the floor under a step that trains adapters.
+        embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach()
         self.inputs = {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"]}
+        self.step_inputs = self.inputs if trains else self.inputs | {"inputs_embeds": embeddings.requires_grad_()}
         self.optimizer = torch.optim.AdamW(trains, lr=1e-3) if trains else None
 
     @torch.no_grad()
@@ -73,12 +74,11 @@ class Adapted:
         return self.model(**self.inputs).last_hidden_state
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """Of what trains, then of the input embeddings."""
-        loss = self.model(**self.inputs).last_hidden_state.float().square().mean()
-        return torch.autograd.grad(loss, [*self.trains, self.inputs["inputs_embeds"]])
+        loss = self.model(**self.step_inputs).last_hidden_state.float().square().mean()
+        return torch.autograd.grad(loss, self.trains or [self.step_inputs["inputs_embeds"]])
 
     def step(self) -> None:
-        *grads, _ = self.gradients()
+        grads = self.gradients()
         if self.optimizer:
             for p, grad in zip(self.trains, grads, strict=True):
                 p.grad = grad
@@ -172,8 +172,7 @@ def _errors(adapted: Adapted, inputs) -> dict[str, float]:
     model64 = copy.deepcopy(adapted.model).double()
     exact = Adapted(model64, [p for p in model64.parameters() if p.requires_grad], inputs)
     y, y64 = adapted.forward().double(), exact.forward().double()
-    own = slice(len(adapted.trains) or 1)  # the base has none but its embeddings'
-    grads, grads64 = (torch.cat([g.double().flatten() for g in a.gradients()[own]]) for a in (adapted, exact))
+    grads, grads64 = (torch.cat([g.double().flatten() for g in a.gradients()]) for a in (adapted, exact))
     with torch.no_grad():
         for p in adapted.trains:
             p.zero_()

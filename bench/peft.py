@@ -65,7 +65,7 @@ class Run:
         self.model, self.prompts, self.batch = model, prompts, batch
         self.trains = [p for p in model.parameters() if p.requires_grad]
         # The bare model's step trains nothing: its input embeddings ask for a gradient, so that the backward runs
-        # through every layer. Everybody's do, so that all of them compute the same dX.
+        # through every layer.
         self.embeddings = model.get_input_embeddings()(batch).detach().requires_grad_()
         self.optimizer = torch.optim.AdamW(self.trains, lr=1e-4, fused=True) if self.trains else None
 
@@ -74,13 +74,15 @@ class Run:
             input_ids=self.prompts, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
         )
 
+    def loss(self) -> Tensor:
+        inputs = {"input_ids": self.batch} if self.trains else {"inputs_embeds": self.embeddings}
+        return self.model(**inputs, labels=self.batch).loss
+
     def gradients(self) -> tuple[Tensor, ...]:
-        """Of what trains, then of the input embeddings."""
-        loss = self.model(inputs_embeds=self.embeddings, labels=self.batch).loss
-        return torch.autograd.grad(loss, [*self.trains, self.embeddings])
+        return torch.autograd.grad(self.loss(), self.trains or [self.embeddings])
 
     def step(self) -> None:
-        *grads, _ = self.gradients()
+        grads = self.gradients()
         if self.optimizer:
             for p, grad in zip(self.trains, grads, strict=True):
                 p.grad = grad
@@ -176,13 +178,13 @@ def errors(adapted: Run, patched) -> dict[str, float]:
     found = Run(shaken, adapted.prompts, adapted.batch)
     with torch.no_grad():
         y64 = exact.model(input_ids=exact.batch).logits
-    grads64 = torch.cat([g.flatten() for g in exact.gradients()[:-1]])
+    grads64 = torch.cat([g.flatten() for g in exact.gradients()])
     try:
         if patched:
             patched.patch_peft()
         with torch.no_grad():
             y = found.model(input_ids=found.batch).logits.double()
-        grads = torch.cat([g.double().flatten() for g in found.gradients()[:-1]])
+        grads = torch.cat([g.double().flatten() for g in found.gradients()])
     finally:
         if patched:
             patched.unpatch_peft()

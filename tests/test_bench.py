@@ -709,27 +709,6 @@ def test_folders_look_for_room_before_they_write(tmp_path, monkeypatch):
     assert row.note.startswith("not measured: 1e-06 GB free") and row.note in report.folders_table(results.rows)
 
 
-def test_every_step_goes_back_as_far_as_the_bare_models():
-    """Or the base alone computes dX of the first layers, and the adapters' cost is less than nothing there."""
-    peft_ = pytest.importorskip("peft")
-    from bench import model as whole
-    from bench import peft
-
-    tokens = torch.arange(12).view(2, 6)
-    bare, adapted = (peft.model(torch.float32, CPU, 16, 1) for _ in range(2))
-    adapted = peft_.get_peft_model(adapted, peft.adapter("LoRA")[0])  # which starts as the base
-    runs = [peft.Run(one, tokens, tokens) for one in (bare, adapted)]
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    bodies = [bare.model, peft.model(torch.float32, CPU, 16, 1).model]
-    tinylora.apply(bodies[1], tinylora.TinyLoraConfig(u=3))
-    trains = [[], list(tinylora.adapter_parameters(bodies[1]))]
-    steps = [whole.Adapted(body, those, inputs) for body, those in zip(bodies, trains, strict=True)]
-    for one, other in (runs, steps):
-        mine, theirs = one.gradients()[-1], other.gradients()[-1]
-        assert mine.shape == theirs.shape == (2, 6, 16) and mine.abs().max() > 0
-        torch.testing.assert_close(theirs, mine)
-
-
 def test_peft_without_peft_is_a_row(tmp_path, monkeypatch):
     from bench import peft
 
