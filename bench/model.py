@@ -62,11 +62,8 @@ class Adapted:
 
     def __init__(self, model: nn.Module, trains: list[Tensor], inputs: dict[str, Tensor]):
         self.model, self.trains = model, trains
-        # The step of the base trains nothing: its input embeddings ask for a gradient, so that the backward runs
-        # through every layer. That is the floor under a step that trains adapters.
         embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach()
         self.inputs = {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"]}
-        self.step_inputs = self.inputs if trains else self.inputs | {"inputs_embeds": embeddings.requires_grad_()}
         self.optimizer = torch.optim.AdamW(trains, lr=1e-3) if trains else None
 
     @torch.no_grad()
@@ -74,8 +71,9 @@ class Adapted:
         return self.model(**self.inputs).last_hidden_state
 
     def gradients(self) -> tuple[Tensor, ...]:
-        loss = self.model(**self.step_inputs).last_hidden_state.float().square().mean()
-        return torch.autograd.grad(loss, self.trains or [self.step_inputs["inputs_embeds"]])
+        with who.first_outputs(self.model, self.trains) as asked:
+            loss = self.model(**self.inputs).last_hidden_state.float().square().mean()
+        return torch.autograd.grad(loss, self.trains or asked)
 
     def step(self) -> None:
         grads = self.gradients()

@@ -64,9 +64,6 @@ class Run:
     def __init__(self, model: nn.Module, prompts: Tensor, batch: Tensor):
         self.model, self.prompts, self.batch = model, prompts, batch
         self.trains = [p for p in model.parameters() if p.requires_grad]
-        # The bare model's step trains nothing: its input embeddings ask for a gradient, so that the backward runs
-        # through every layer.
-        self.embeddings = model.get_input_embeddings()(batch).detach().requires_grad_()
         self.optimizer = torch.optim.AdamW(self.trains, lr=1e-4, fused=True) if self.trains else None
 
     def generate(self) -> Tensor:
@@ -74,12 +71,10 @@ class Run:
             input_ids=self.prompts, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
         )
 
-    def loss(self) -> Tensor:
-        inputs = {"input_ids": self.batch} if self.trains else {"inputs_embeds": self.embeddings}
-        return self.model(**inputs, labels=self.batch).loss
-
     def gradients(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.loss(), self.trains or [self.embeddings])
+        with who.first_outputs(self.model, self.trains) as asked:
+            loss = self.model(input_ids=self.batch, labels=self.batch).loss
+        return torch.autograd.grad(loss, self.trains or asked)
 
     def step(self) -> None:
         grads = self.gradients()

@@ -27,6 +27,30 @@ ADDMM, COMPILED_ADDMM, ALONE = (
 )
 
 
+FIRST = ("q_proj", "k_proj", "v_proj", "query", "key", "value")
+
+
+@contextlib.contextmanager
+def first_outputs(model: nn.Module, trains: list[Tensor]) -> Iterator[list[Tensor]]:
+    """What a bare model's step takes gradients of, as it trains nothing: what its first q, k and v give, where a step
+    that trains adapters ends as well. Filled as the model runs; nothing where something trains."""
+    asked: list[Tensor] = []
+
+    def ask(layer, inputs, output):
+        asked.append(output.requires_grad_())
+
+    first: dict[str, nn.Module] = {}
+    for name, layer in model.named_modules() if not trains else ():
+        if name.rpartition(".")[2] in FIRST:
+            first.setdefault(name.rpartition(".")[2], layer)
+    hooks = [layer.register_forward_hook(ask) for layer in first.values()]
+    try:
+        yield asked
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @dataclass
 class Factors:
     """TinyLoRA's numbers for one layer: Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ with C = Σᵢ vᵢ Pᵢ.

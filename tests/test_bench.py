@@ -758,3 +758,30 @@ def test_folders(tmp_path):
     layers = folders.write_base(tmp_path / "tiny.json", tmp_path / "base")
     factors = folders.write_adapter("LoRA", layers, tmp_path / "LoRA")
     assert folders.differs(tmp_path / "base", tmp_path / "base", factors).startswith("wrong: model.layers.0")
+
+
+@pytest.mark.parametrize("kind", ["peft", "model"])
+def test_a_bare_step_goes_back_as_far_as_an_adapted_one(kind):
+    """Not to the embeddings, whose gradient no adapted step computes: its products are theirs but for the adapters'."""
+    peft_ = pytest.importorskip("peft")
+    from bench import model as whole
+    from bench import peft
+
+    tokens = torch.arange(12).view(2, 6)
+    bare, adapted = (peft.model(torch.float32, CPU, 32, 2) for _ in range(2))
+    adapted = peft_.get_peft_model(adapted, peft.adapter("LoRA")[0])
+    if kind == "peft":
+        runs = [peft.Run(one, tokens, tokens) for one in (bare, adapted)]
+    else:
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        trains = [p for p in adapted.parameters() if p.requires_grad]
+        bodies = bare.model, adapted.base_model.model.model
+        runs = [whole.Adapted(body, those, inputs) for body, those in zip(bodies, ([], trains), strict=True)]
+    products = []
+    for run in runs:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            grads = run.gradients()
+        assert len(grads) == (3 if run is runs[0] else 28) and sum(g.abs().sum() for g in grads) > 0
+        sizes = [e.input_shapes for e in profile.events() if e.name in ("aten::mm", "aten::addmm")]
+        products.append(sum(all(8 not in size for size in shapes) for shapes in sizes))  # LoRA's have a side of r = 8
+    assert products[0] == products[1] > 20

@@ -126,12 +126,12 @@ def folder(tmp_path_factory):
     return path
 
 
-def quantised(folder, dtype=f32):
+def quantised(folder, dtype=f32, compute=None):
     settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=compute or dtype,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=dtype)
     return model.train()
@@ -448,3 +448,78 @@ def test_eager_adds_to_what_was_multiplied():
     z = eager.add_low_rank(y, x, down, core, up, None, None)
     want, own_z = eager.forward(x, weight, down, core, up, bias, None, None)
     assert torch.equal(y, want) and torch.equal(z, own_z)
+
+
+def test_eval_changes_no_layer_of_an_adapted_model(folder):
+    """bitsandbytes changes 4-bit layers in eval() on some CPUs; those beside ours would then pass no gradient on."""
+    model = quantised(folder)
+    tinylora.apply(model, tinylora.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    shake(model)
+    first = step(model)
+    grads = [p.grad.clone() for p in tinylora.adapter_parameters(model)]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens()).logits, first)
+    assert torch.equal(step(model.train()), first)
+    for p, g in zip(tinylora.adapter_parameters(model), grads, strict=True):
+        assert torch.equal(p.grad, g) and g.abs().sum() > 0
+
+
+def test_one_base_in_whatever_dtype_it_is_computed(folder, tmp_path):
+    model = tinylora.apply(quantised(folder, compute=torch.float16), CONFIGS["TinyLoRA"])
+    shake(model)
+    tinylora.save(model, tmp_path)
+    for dtype in (f32, bf16):
+        other = tinylora.load(quantised(folder, compute=dtype), tmp_path)
+        for ours, theirs in zip(*(tinylora.nn.model.adapted_layers(m).values() for m in (model, other)), strict=True):
+            for a, b in zip(*(layer.adapters["default"].factors() for layer in (ours, theirs)), strict=True):
+                torch.testing.assert_close(a.float(), b.float(), rtol=0.01, atol=0.01)
+
+
+def test_batch_invariant_with_the_adapter_off(folder):
+    model = quantised(folder)
+    tinylora.apply(model, CONFIGS["TinyLoRA"], batch_invariant=True)
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(40, 128)
+    with tinylora.disabled(model):
+        assert torch.equal(layer(x)[:1], layer(x[:1])) and torch.equal(layer(x)[7:20], layer(x[7:20]))
+        torch.testing.assert_close(layer(x), x @ FourBit.of(layer.weight).dense(f32).T)
+
+
+def test_what_is_lost_or_cannot_train_is_said(folder, tmp_path):
+    model = quantised(folder)
+    for name in ("down_proj", "mlp"):
+        with pytest.raises(ValueError, match="is quantised: it cannot train whole"):
+            tinylora.apply(model, tinylora.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[name]))
+    assert tinylora.adapter_names(model) == []
+    tinylora.apply(model, CONFIGS["LoRA"])
+    model.dequantize()
+    with pytest.raises(ValueError, match=r"q_proj has lost adapter 'default': something replaced it"):
+        tinylora.save(model, tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+
+
+def test_what_trains_stays_fp32_in_trl(tmp_path):
+    """TRL casts what trains of a quantised model to bf16, in which a step of 1e-4 is none."""
+    import datasets
+    import trl
+
+    from tinylora.integrations.trl import adapter_trainer
+
+    write_model(tmp_path / "model")
+    model, tokenizer = load_model(tmp_path / "model", "nf4")
+    tinylora.apply(model, tinylora.TinyLoraConfig(u=1, n_tie=14))
+    (v,) = tinylora.adapter_parameters(model)
+    torch.nn.init.constant_(v, 0.123456)
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path / "run"), learning_rate=2e-4, max_steps=2, report_to=[], use_cpu=True, bf16=False,
+        lr_scheduler_type="constant", per_device_train_batch_size=2,
+    )  # fmt: skip
+    rows = datasets.Dataset.from_dict({"prompt": ["How many?"] * 4, "completion": ["\\n#### 7"] * 4})
+    trainer = adapter_trainer(trl.SFTTrainer)(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    assert v.dtype == f32 and v.item() == pytest.approx(0.123456, rel=1e-6)
+    trainer.train()
+    assert v.dtype == f32 and 1e-5 < abs(v.item() - 0.123456) < 1e-3
+    assert not model._hf_peft_config_loaded
+    preferences = datasets.Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
+    with pytest.raises(ValueError, match="DPOTrainer would load its reference by name, not quantised"):
+        adapter_trainer(trl.DPOTrainer)(model=model, train_dataset=preferences, processing_class=tokenizer)

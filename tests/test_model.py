@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 
 import pytest
 import torch
@@ -360,6 +361,10 @@ def test_accelerate_writes_every_tensor_of_siblings(tmp_path):
     pointers = {n: p.data_ptr() for n, p in model.named_parameters()}
     assert all(t.data_ptr() == pointers.get(n, t.data_ptr()) for n, t in state.items()), "no copies"
     assert all(model.state_dict(keep_vars=True)[n] is p for n, p in model.named_parameters())
+    with torch.inference_mode():
+        inferred = model.state_dict()
+    copied = tinylora.apply(qwen2(seed=1), tinylora.TinyLoraConfig(r=2, u=3))
+    copied.load_state_dict(inferred, assign=True)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
@@ -375,17 +380,36 @@ def test_what_a_mixture_and_mamba_leave_out(recwarn):
     tinylora.apply(mamba, tinylora.LoraXSConfig(r=2))
     assert {n.rpartition(".")[2] for n in tinylora.nn.model.adapted_layers(mamba)} == {"in_proj"}
     assert not [w for w in recwarn if "experts" in str(w.message)]
-    with pytest.raises(
-        ValueError, match=r"layers\.0\.mixer\.out_proj, whose weight Mamba's kernels multiply by themselves"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.0\.mixer\.out_proj, by whose weight its parent multiplies without"):
         tinylora.apply(MambaForCausalLM(mamba.config), tinylora.LoraXSConfig(r=2, target_modules=["out_proj"]))
     config = Qwen3MoeConfig(
         **sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, moe_intermediate_size=32
     )
-    with pytest.warns(
-        UserWarning, match=r"experts\.gate_up_proj and 3 more are the weights of all experts in one tensor"
-    ):
+    with pytest.warns(UserWarning, match=r"experts\.gate_up_proj and 3 more hold several matrices in one tensor"):
         tinylora.apply(Qwen3MoeForCausalLM(config), tinylora.TinyLoraConfig())
+
+
+def test_layers_that_a_parent_reads_and_never_calls():
+    """WavLM's attention hands q, k, v and out to torch as weights; Qwen3-Next's gated DeltaNet calls its out_proj."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM, WavLMConfig, WavLMModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    wavlm = WavLMModel(WavLMConfig(**sizes, conv_dim=(32, 32), conv_stride=(5, 2), conv_kernel=(10, 3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # its convolutions are no experts
+        tinylora.apply(wavlm, tinylora.LoraConfig(r=2))
+    adapted = {n.rpartition(".")[2] for n in tinylora.nn.model.adapted_layers(wavlm)}
+    assert "intermediate_dense" in adapted and not adapted & {"q_proj", "k_proj", "v_proj", "out_proj"}
+    config = Qwen3NextConfig(
+        **sizes, vocab_size=64, num_key_value_heads=2, head_dim=8, num_experts=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    model = tinylora.apply(Qwen3NextForCausalLM(config), tinylora.LoraConfig(r=2, target_modules=["out_proj"]))
+    for p in tinylora.adapter_parameters(model):
+        nn.init.normal_(p)
+    model(tokens(vocabulary=64), labels=tokens(vocabulary=64)).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in tinylora.adapter_parameters(model))
 
 
 def test_pefts_own_layers_are_no_targets():

@@ -143,8 +143,11 @@ def own_storages(state: dict, prefix: str, names: Iterable[str]) -> None:
     """
     for name in names:
         t = state.get(prefix + name)
-        if type(t) is Tensor and not t.is_meta and t.untyped_storage().nbytes() != t.nbytes and t.is_contiguous():
-            state[prefix + name] = torch.from_dlpack(t)
+        if type(t) is not Tensor or t.layout is not torch.strided or t.is_meta or t.is_shared():
+            continue
+        if t.is_contiguous() and t.untyped_storage().nbytes() != t.nbytes:
+            with torch.inference_mode(t.is_inference()):
+                state[prefix + name] = torch.from_dlpack(t)
 
 
 class Owner(KeepsFp32):

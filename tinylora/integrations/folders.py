@@ -96,6 +96,7 @@ class ModelFolder:
         if found != shape or dtype not in DTYPES:
             raise ValueError(
                 f"{self.folder}: {name} is {dtype} {found}, expected one of {', '.join(DTYPES)} and {shape}"
+                + (" (a base of four bits? take the one it was quantised from)" if dtype == "U8" else "")
             )
         return self.shard_of[name]
 

@@ -362,7 +362,7 @@ def _on_four_bits(compute, layer, name, x) -> Tensor | str:
     base = layer["_modules"]["base_layer"]
     if x.is_cpu and not base.training:
         return "4 bits on a CPU in eval(): bitsandbytes packs them for it"
-    if getattr(base.weight.quant_state, "packing_format_for_cpu", False):
+    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
         return "4 bits that bitsandbytes has packed for this CPU"
     dtype, autocast = base.compute_dtype or x.dtype, _autocast_of(x.device.type)
     if dtype.itemsize < x.dtype.itemsize and not autocast:

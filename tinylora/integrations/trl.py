@@ -18,6 +18,7 @@ A model that PEFT adapted passes through: TRL knows those, and only the data ord
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import sys
@@ -58,6 +59,10 @@ def adapter_trainer(trainer: type) -> type:
             beta = getattr(config, "beta", 0.0) if ours and _has_reference(trainer) else 0.0
             if ours:
                 _refuse(model, config, trainer)
+                if getattr(model, "is_quantized", False) and _loads_one(trainer) and not kwargs.get("ref_model"):
+                    raise ValueError(
+                        f"{trainer.__name__} would load its reference by name, not quantised: expected a ref_model"
+                    )
             if beta:
                 config.beta = 0.0  # while it builds, for with another one it loads the base model a second time
             try:
@@ -101,16 +106,24 @@ def adapter_trainer(trainer: type) -> type:
 def _known_to_be_adapted(model: nn.Module) -> Iterator[None]:
     """transformers' Trainer refuses a quantised model (4 bits) unless it knows of an adapter, and knows PEFT's alone.
 
-    While it is built only: the mark would make save_pretrained look for PEFT's adapter.
+    While it is built only: the mark would make save_pretrained look for PEFT's adapter. What trains keeps its numbers:
+    on a quantised model TRL casts them to bf16, in which v would stand still.
     """
     marked = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
+    kept = [(p, p.data) for p in model.parameters() if p.requires_grad and marked]
     if marked:
         model._hf_peft_config_loaded = True
     try:
         yield
     finally:
+        for p, numbers in kept:
+            p.data = numbers.to(p.device)
         if marked:
             del model._hf_peft_config_loaded
+
+
+def _loads_one(trainer: type) -> bool:
+    return "ref_model" in inspect.signature(trainer.__init__).parameters
 
 
 def _has_reference(trainer: type) -> bool:

@@ -58,6 +58,12 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
     shared = shared_of(model, name)
     tensors = {n: _whole(p.detach()).cpu().contiguous() for n, p in named_numbers(model, name).items()}
     layers = {n: layer for n, layer in adapted_layers(model).items() if name in layer.adapters}
+    lost = [site.name for site in shared.sites if site.name not in layers]
+    if lost:
+        raise ValueError(
+            f"{lost[0] or 'the layer'} has lost adapter {name!r}: something replaced it (model.dequantize() does "
+            "that), expected to save before"
+        )
     factors = factors or shared.foreign
     if shared.foreign:
         for n, t in _rebuilt(shared).items():

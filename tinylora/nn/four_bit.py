@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tinylora.nn.linear import Linear, low_rank
 from tinylora.ops.four_bit import FourBit
-from tinylora.ops.linear import adapted_linear, plain, unchecked
+from tinylora.ops.linear import adapted_linear, frozen_linear, plain, unchecked
 
 
 def is_four_bit(module: nn.Module) -> bool:
@@ -24,10 +24,14 @@ def is_four_bit(module: nn.Module) -> bool:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight that adapters are made for, [N, K]; of four bits, in the dtype that is computed in."""
+    """The weight that adapters are made for, [N, K]; of four bits, in the dtype that is computed in.
+
+    fp32 for fp16, which rounds otherwise than bf16: four bits are one base, in whatever dtype they are computed.
+    """
     if isinstance(layer, FourBitLinear) or is_four_bit(layer):
         packed = packed_weight(layer)
-        return packed.dense(layer.compute_dtype or layer.weight.quant_state.dtype)
+        dtype = layer.compute_dtype or layer.weight.quant_state.dtype
+        return packed.dense(torch.float32 if dtype is torch.float16 else dtype)
     return layer.weight.detach()
 
 
@@ -37,6 +41,14 @@ def packed_weight(layer: nn.Module) -> FourBit:
     if getattr(weight, "quant_state", None) is None and getattr(layer, "quant_state", None) is not None:
         weight.quant_state = layer.quant_state  # lost by whoever made the parameter anew
     return FourBit.of(weight)
+
+
+def keep_as_loaded(root: nn.Module) -> None:
+    """On some CPUs bitsandbytes changes a layer's numbers and its layout in eval(), after which it has no gradient: not
+    in a model of ours, whichever layers have the adapter."""
+    for module in root.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def wrapped(layer: nn.Linear) -> Linear:
@@ -58,13 +70,17 @@ class FourBitLinear(Linear):
     def wrap(cls, linear: nn.Module) -> "FourBitLinear":
         packed_weight(linear)
         layer = super(FourBitLinear, around(type(linear))).wrap(linear)
-        layer.support_avx512bf16_for_cpu = False
         layer.weight.module = layer  # where .to() leaves a new quant_state
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         name = self.active
         if name is None:
+            if self.batch_invariant:
+                inner = x.to(self.compute_dtype or x.dtype)
+                bias = None if self.bias is None else self.bias.to(inner.dtype)
+                weight = packed_weight(self).dense(inner.dtype)
+                return frozen_linear(inner, weight, bias, batch_invariant=True).to(x.dtype)
             return self.foreign.forward(self, x)
         adapter = self._modules["adapters"]._modules[name]
         down, core, up, basis = adapter.factors()

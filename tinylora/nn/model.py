@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from tinylora.adapters import AdapterConfig, Shared
 from tinylora.adapters.factor_cache import digest
-from tinylora.nn.four_bit import dense_weight, wrapped
+from tinylora.nn.four_bit import dense_weight, keep_as_loaded, wrapped
 from tinylora.nn.linear import Linear
 from tinylora.nn.saved_module import SavedModule
 from tinylora.nn.siblings import group, ungroup
@@ -52,8 +52,8 @@ def apply(
     left = fused_experts(model) if config.target_modules is None else []
     if left:
         warnings.warn(
-            f"{left[0]} and {len(left) - 1} more are the weights of all experts in one tensor, not linear layers: no "
-            f"adapter goes there. Adapted: {', '.join(sorted({n.rpartition('.')[2] for n in targets}))}",
+            f"{left[0]} and {len(left) - 1} more hold several matrices in one tensor (experts, heads), no linear "
+            f"layers: no adapter goes there. Adapted: {', '.join(sorted({n.rpartition('.')[2] for n in targets}))}",
             stacklevel=2,
         )
     attach(model, targets, config, name, siblings=siblings)
@@ -119,6 +119,7 @@ def attach(
     activate(root, name)
     (group if siblings else ungroup)(root)
     _call_the_layers(root)
+    keep_as_loaded(root)
     return shared
 
 
@@ -199,8 +200,9 @@ def shared_of(model: nn.Module, name: str) -> Shared:
 
 def _what_to_do(model: nn.Module) -> str:
     inner = getattr(model, "module", None)
-    wrapped = isinstance(inner, nn.Module) and STORE in inner._modules
-    return "expected model.module, which it wraps" if wrapped else "tinylora.apply first"
+    if isinstance(inner, nn.Module) and STORE in inner._modules:
+        return "expected model.module, which it wraps"
+    return "expected the model that was compiled" if hasattr(model, "_orig_mod") else "tinylora.apply first"
 
 
 def named_numbers(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

@@ -1,7 +1,11 @@
 """Which layers of a model an adapter goes to."""
 
+import ast
+import inspect
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from torch import nn
 
@@ -32,20 +36,52 @@ def in_a_block(model: nn.Module, name: str) -> bool:
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """Parameters in blocks that hold a matrix for each expert of a mixture, [experts, .., ..], by name."""
+    """Parameters in blocks that hold several matrices, of a mixture's experts or of heads, [.., .., ..], by name."""
     return [
         f"{name}.{own}"
         for name, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd) and in_a_block(model, f"{name}.")
+        if not isinstance(module, nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList)
+        and in_a_block(model, f"{name}.")
         for own, p in module._parameters.items()
         if p is not None and p.dim() == 3 and min(p.shape) > 1
     ]
 
 
 def _read_by_its_parent(model: nn.Module, name: str) -> bool:
-    """Whether the parent multiplies by this layer's weight itself, at least in training: Mamba's kernels do."""
+    """Whether the parent multiplies by this layer's weight itself: Mamba's in training, WavLM's attention always."""
     parent, _, own = name.rpartition(".")
-    return own in ("dt_proj", "x_proj", "out_proj") and hasattr(model.get_submodule(parent), "A_log")
+    module = model.get_submodule(parent)
+    mamba = own in ("dt_proj", "x_proj", "out_proj") and hasattr(module, "A_log") and hasattr(module, "D")
+    return mamba or own in only_read(type(module))
+
+
+_NO_NUMBERS = {"dtype", "device", "shape", "size", "dim", "is_meta", "requires_grad"}
+
+
+@cache
+def only_read(parent: type[nn.Module]) -> frozenset[str]:
+    """Names of the children whose weight this class's methods read, and which none of them calls or hands on."""
+    read, otherwise = set(), set()
+    own = [cls for cls in parent.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
+    methods = [(name, inspect.unwrap(f)) for cls in own for name, f in vars(cls).items() if callable(f)]
+    for name, method in methods:
+        if not inspect.isfunction(method) or name == "__init__":
+            continue
+        try:
+            (function,) = ast.parse(textwrap.dedent(inspect.getsource(method))).body
+            self_name = function.args.args[0].arg
+        except (OSError, TypeError, SyntaxError, ValueError, IndexError, AttributeError):  # no source to be had
+            return frozenset()
+        nodes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+        around = {id(node.value): node for node in nodes}
+        for node in nodes:
+            if isinstance(node.value, ast.Name) and node.value.id == self_name:
+                weight = around.get(id(node))
+                if weight is None:
+                    otherwise.add(node.attr)
+                elif weight.attr == "weight" and getattr(around.get(id(weight)), "attr", None) not in _NO_NUMBERS:
+                    read.add(node.attr)
+    return frozenset(read - otherwise)
 
 
 def _special(model: nn.Module, name: str, layer: nn.Linear) -> bool:
@@ -77,8 +113,8 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str | None) -> dict[
     passed_over = [n for n in found if _read_by_its_parent(model, n)]
     if passed_over:
         raise ValueError(
-            f"target_modules {targets!r} names {passed_over[0]}, whose weight Mamba's kernels multiply by themselves: "
-            "an adapter there would not train, expected in_proj or other layers"
+            f"target_modules {targets!r} names {passed_over[0]}, by whose weight its parent multiplies without calling "
+            "it (Mamba's kernels do in training): an adapter there would not act, expected other layers"
         )
     if not found:
         asked = (
@@ -103,6 +139,9 @@ def find_modules_to_save(
             raise ValueError(
                 f"modules_to_save names {wanted!r}, but {clash[0]} gets the adapter: expected one or the other"
             )
+        whole = [f"{n}.{o}" for n, m in matched.items() for o, p in m.named_parameters() if not p.is_floating_point()]
+        if whole:
+            raise ValueError(f"modules_to_save names {wanted!r}, but {whole[0]} is quantised: it cannot train whole")
         found |= matched
     return found
 
