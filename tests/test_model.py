@@ -402,7 +402,8 @@ def test_layers_that_a_parent_reads_and_never_calls():
     assert "intermediate_dense" in adapted and not adapted & {"q_proj", "k_proj", "v_proj", "out_proj"}
     config = Qwen3NextConfig(
         **sizes, vocab_size=64, num_key_value_heads=2, head_dim=8, num_experts=2, num_experts_per_tok=1,
-        moe_intermediate_size=16, shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16, linear_num_key_heads=2,
+        linear_num_value_heads=2, linear_key_head_dim=8,
         linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
     )  # fmt: skip
     model = tinylora.apply(Qwen3NextForCausalLM(config), tinylora.LoraConfig(r=2, target_modules=["out_proj"]))
