@@ -376,7 +376,8 @@ def markdown(rows: list[Row]) -> str:
     if "host" in ops:
         parts.append("Microseconds of the host for one call of a tiny layer.\n\n" + host_table(rows))
     if "svd" in ops:
-        parts.append("Start-up of one layer, with nothing in the cache: `Linear.from_linear`, and PEFT's `get_peft_model`.\n\n" + svd_table(rows))
+        what = "Start-up of one layer, with nothing in the cache: `Linear.from_linear`, and PEFT's `get_peft_model`."
+        parts.append(f"{what}\n\n" + svd_table(rows))
     if "rollout" in ops:
         brief = [r for r in rows if r.layer != "operation" and not r.provider.endswith(" alone")]
         brief = [r for r in brief if ", all but " not in r.provider]
