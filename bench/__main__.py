@@ -46,7 +46,7 @@ Rows go to <out>/<device>.csv as they are measured; <device>.md then has this ru
 
 EXAMPLES = """\
 examples:
-  python -m bench                                            everything, on the GPU if there is one
+  python -m bench                                            svd, model and linear, on the GPU if there is one
   python -m bench linear --models Qwen2.5-7B --M 1 16        two row counts on one model's shapes
   python -m bench linear --layers all --budget 1800          every distinct shape, every M
   python -m bench --out bench/results && python -m bench table    renew the results in git and in the README"""

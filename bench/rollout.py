@@ -1,6 +1,6 @@
 """`python -m bench rollout`: generating with an adapter in place: tokens per second, and whether training agrees.
 
-Models are built from real configs with random weights. Two questions:
+Models are built from real configs with random weights. Four questions:
 
 Speed: tokens per second of greedy generate() by the base, by PEFT's TinyLoRA, by ours with one adapter, and by ours
 with many different ones in the batch, and the median time of one step of decoding; providers alternate. On a GPU once

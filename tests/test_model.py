@@ -361,6 +361,10 @@ def test_accelerate_writes_every_tensor_of_siblings(tmp_path):
     pointers = {n: p.data_ptr() for n, p in model.named_parameters()}
     assert all(t.data_ptr() == pointers.get(n, t.data_ptr()) for n, t in state.items()), "no copies"
     assert all(model.state_dict(keep_vars=True)[n] is p for n, p in model.named_parameters())
+    with pytest.MonkeyPatch.context() as patched:  # torch says of every CUDA tensor that it is shared
+        patched.setattr(torch.Tensor, "is_cpu", property(lambda t: False))
+        patched.setattr(torch.Tensor, "is_shared", lambda t: True)
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in model.state_dict().values())
     with torch.inference_mode():
         inferred = model.state_dict()
     copied = tinylora.apply(qwen2(seed=1), tinylora.TinyLoraConfig(r=2, u=3))
@@ -385,7 +389,7 @@ def test_what_a_mixture_and_mamba_leave_out(recwarn):
     config = Qwen3MoeConfig(
         **sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, moe_intermediate_size=32
     )
-    with pytest.warns(UserWarning, match=r"experts\.gate_up_proj and 3 more hold several matrices in one tensor"):
+    with pytest.warns(UserWarning, match=r"experts\.gate_up_proj \(4 of the kind\) is several matrices in one tensor"):
         tinylora.apply(Qwen3MoeForCausalLM(config), tinylora.TinyLoraConfig())
 
 

@@ -18,7 +18,7 @@ from tinylora.integrations import folders
 from tinylora.integrations.peft import covered
 from tinylora.integrations.transformers import meta_model
 from tinylora.nn.checkpoint import FILE, read
-from tinylora.nn.targets import find_targets, fused_experts, sites_of
+from tinylora.nn.targets import find_targets, several_in_one, sites_of
 from tinylora.ops import dispatch
 from tinylora.ops.four_bit import FEW
 
@@ -116,8 +116,8 @@ def _params(options: argparse.Namespace) -> None:
     rows += [(name, what, config.count(sites)) for name, what, config in others]
     rows += [("full fine-tuning", "", total)]
     types = ", ".join(dict.fromkeys(site.name.rpartition(".")[2] for site in sites))
-    experts = fused_experts(model) if options.target_modules is None else []
-    left = f"; none in {len(experts)} tensors of fused experts" if experts else ""
+    others = several_in_one(model) if options.target_modules is None else []
+    left = f"; none in {len(others)} tensors that hold several matrices" if others else ""
     print(f"{type(model).__name__}: {total:,} parameters, {len(sites)} modules to adapt ({types}){left}\n")
     table = [(name, what, f"{n:,}", _bytes(2 * n), f"{100 * n / total:.3g} %") for name, what, n in rows]
     headers = ("adapter", "settings", "trainable", "in bf16", "of the model")
@@ -186,7 +186,7 @@ def _machine_rows() -> list[tuple[str, object]]:
         *((f"batch_invariant on {d}", _invariant(d, path(d, bf16))) for d in (torch.device("cpu"), *gpus)),
         (
             "4-bit bases",
-            f"up to {FEW} rows on a GPU by bitsandbytes' kernels, the correction added; else W is made in x's dtype "
+            f"up to {FEW} rows on a GPU by bitsandbytes' product, the correction added; else W is made in x's dtype "
             "for as long as a matmul reads it",
         ),
         ("patch_peft", f"covers {', '.join(covered())}" if version("peft") != "not installed" else "needs peft"),

@@ -122,7 +122,8 @@ def _train(options: argparse.Namespace) -> None:
         folder = training.run(options.command, settings, options.out, options.resume)
     processes.end()
     if processes.rank() == 0:
-        print(f"{folder}: score it with tinylora eval --model {settings['model']} --adapter {folder}")
+        base = f"--model {settings['model']} --dtype {settings['dtype']}"
+        print(f"{folder}: score it with tinylora eval {base} --adapter {folder}")
 
 
 def _add_eval(commands) -> None:
@@ -157,6 +158,12 @@ def _eval(options: argparse.Namespace) -> None:
         value = options.limit if name == "limit" else settings["eval"][name]
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
+    if options.split and Path(settings["data"]).is_file():
+        raise ValueError(
+            f"split is {options.split!r}, but {settings['data']} is one file, expected a folder or no split"
+        )
+    if options.adapter and not Path(options.adapter).is_dir():
+        raise ValueError(f"adapter is {options.adapter!r}, expected a folder with an adapter in it")
     if options.out and Path(options.out).exists():
         raise ValueError(f"{options.out} exists, expected a new file to write to")
     if options.out:  # said before hours of generating, not after

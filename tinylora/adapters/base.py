@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -114,7 +115,7 @@ class Rows:
         B, first = len(self.ids), x.shape[0]
         several = x.dim() > 2
         if (several and self.batch is not None and first != self.batch) or (first % B if several else first != B):
-            expected = B if self.batch is None or not several else self.batch
+            expected = self.batch if several and self.batch not in (None, first) else B
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, expected a first dimension of {expected}: adapter_ids came for {B} "
                 "sequences, and rows that are packed, flattened or in another order do not say whose they are"
@@ -139,13 +140,15 @@ class PackedRows(Rows):
 def own_storages(state: dict, prefix: str, names: Iterable[str]) -> None:
     """Give tensors of a state_dict that are parts of one storage (siblings' weights, their v) a storage each, uncopied.
 
-    accelerate and safetensors know a tensor by its storage, and of several in one they write the first.
+    accelerate and safetensors know a tensor by its storage, and of several in one they write the first. In a CPU's
+    shared memory they stay: what goes through dlpack is not known as shared any more.
     """
     for name in names:
         t = state.get(prefix + name)
-        if type(t) is not Tensor or t.layout is not torch.strided or t.is_meta or t.is_shared():
+        if type(t) is not Tensor or t.layout is not torch.strided or t.is_meta or not t.is_contiguous():
             continue
-        if t.is_contiguous() and t.untyped_storage().nbytes() != t.nbytes:
+        shared = t.is_cpu and t.is_shared()  # by processes; torch says so of every CUDA tensor
+        if not shared and t.untyped_storage().nbytes() != t.nbytes:
             with torch.inference_mode(t.is_inference()):
                 state[prefix + name] = torch.from_dlpack(t)
 
@@ -219,7 +222,8 @@ class AdapterConfig:
     """What all adapters' configs have.
 
     seed:            of everything drawn at random
-    target_modules:  None is every linear layer inside the transformer blocks; a list of names matches a module's
+    target_modules:  None is every linear layer inside the transformer blocks that its parent calls, and that has more
+                     than one row and column; a list of names matches a module's
                      full name or its last parts ("q_proj", "mlp.up_proj"); a string is a regular expression for
                      the full name
     dropout:         of x on the adapter's branch, in training, 0 to below 1; it costs the fusion while it acts
@@ -237,7 +241,13 @@ class AdapterConfig:
 
     def __post_init__(self):
         require(self, "seed", type(self.seed) is int and self.seed >= 0, "an integer of 0 or more")
-        require(self, "dropout", 0 <= self.dropout < 1, "0 to below 1")
+        number = type(self.dropout) in (int, float)
+        require(self, "dropout", number and 0 <= self.dropout < 1, "0 to below 1")
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                require(self, "target_modules", False, f"a regular expression ({error})")
         for name in ("target_modules", "modules_to_save"):
             names = getattr(self, name)
             if names is not None and not (isinstance(names, str) and name == "target_modules"):

@@ -65,6 +65,10 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
     training.check_counts("es", settings)
     if settings["reward"] not in gsm8k.SCORERS:
         raise ValueError(f"reward is {settings['reward']!r}, expected one of {', '.join(gsm8k.SCORERS)}")
+    if es["population"] % 2:
+        raise ValueError(f"es.population is {es['population']}, expected an even number: pairs v ± σ ε")
+    if not es["sigma"] > 0:
+        raise ValueError(f"es.sigma is {es['sigma']}, expected a number above 0")
     if processes.count() > 1 and es["population"] < processes.count():
         raise ValueError(
             f"es.population is {es['population']}, expected at least {processes.count()}: so many processes share it"

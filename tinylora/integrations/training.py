@@ -199,6 +199,7 @@ def check_counts(command: str, settings: dict[str, Any]) -> None:
     """ValueError for a number that no run can have."""
     own = settings[command]
     whole = {"steps": settings.get("steps"), "save_every": settings["save_every"]}
+    whole["micro_batch_size"] = settings["micro_batch_size"]
     names = ("num_generations", "max_completion_length", "max_length", "population", "prompts")
     whole |= {f"{command}.{n}": own.get(n) for n in names}
     for name, value in whole.items():
@@ -393,7 +394,7 @@ def require_trl() -> None:
 def versions() -> dict[str, str]:
     """What ran: for run.json and the results of an evaluation."""
     found = {"tinylora": tinylora.__version__}
-    for package in ("torch", "transformers", "trl", "peft"):
+    for package in ("torch", "transformers", "trl", "peft", "bitsandbytes"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

@@ -48,8 +48,8 @@ def adapter_trainer(trainer: type) -> type:
         Trainer = adapter_trainer(trl.GRPOTrainer)
         Trainer(model=tinylora.apply(model, config), args=..., reward_funcs=..., train_dataset=...).train()
 
-    Everything else is the trainer's own: arguments, callbacks, logs. ValueError on construction for an adapter on
-    lm_head, use_vllm or sync_ref_model (see above).
+    Everything else is the trainer's own: arguments, callbacks, logs. ValueError on construction for what is refused
+    (see above), and for a quantised model where the trainer would load a reference of its own (DPO).
     """
 
     class AdapterTrainer(trainer):
@@ -59,7 +59,7 @@ def adapter_trainer(trainer: type) -> type:
             beta = getattr(config, "beta", 0.0) if ours and _has_reference(trainer) else 0.0
             if ours:
                 _refuse(model, config, trainer)
-                if getattr(model, "is_quantized", False) and _loads_one(trainer) and not kwargs.get("ref_model"):
+                if getattr(model, "is_quantized", False) and _takes_ref_model(trainer) and not kwargs.get("ref_model"):
                     raise ValueError(
                         f"{trainer.__name__} would load its reference by name, not quantised: expected a ref_model"
                     )
@@ -122,7 +122,7 @@ def _known_to_be_adapted(model: nn.Module) -> Iterator[None]:
             del model._hf_peft_config_loaded
 
 
-def _loads_one(trainer: type) -> bool:
+def _takes_ref_model(trainer: type) -> bool:
     return "ref_model" in inspect.signature(trainer.__init__).parameters
 
 

@@ -169,8 +169,9 @@ def restore(
     if base != header["base"]:
         raise ValueError(
             f"{path} was trained on another base model: it was made for weights {header['base'][:12]}, "
-            f"this {type(model).__name__} has {base[:12]}. The numbers mean nothing here (float16 weights are another "
-            "base than bfloat16 or float32 ones: they are rounded differently)"
+            f"this {type(model).__name__} has {base[:12]}. The numbers mean nothing here (float16 weights, and "
+            "those of four bits, are another base than bfloat16 or float32 ones: load it in the dtype that it was "
+            "trained on, --dtype in eval)"
         )
     if existing:
         refuse_merged(model)

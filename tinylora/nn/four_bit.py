@@ -109,7 +109,9 @@ class FourBitLinear(Linear):
             elif inner.shape[-1:] == (self.in_features,) and inner.device == down.device:
                 y = unchecked(inner, packed_weight(self), down, core, up, bias, None, basis, invariant)
             else:
-                y = adapted_linear(inner, packed_weight(self), down, core, up, bias, basis=basis)
+                y = adapted_linear(
+                    inner, packed_weight(self), down, core, up, bias, basis=basis, batch_invariant=invariant
+                )
         return y.to(x.dtype)
 
     def refuse_merge(self) -> None:

@@ -83,7 +83,9 @@ class Linear(nn.Linear):
         from tinylora.nn.model import attach
 
         if type(linear) is not nn.Linear and not is_four_bit(linear):
-            raise ValueError(f"linear is a {type(linear).__name__}, expected a torch.nn.Linear")
+            raise ValueError(
+                f"linear is a {type(linear).__name__}, expected a torch.nn.Linear or a bitsandbytes.nn.Linear4bit"
+            )
         layer = wrapped(linear)
         attach(layer, {"": layer}, config, "default")
         return layer

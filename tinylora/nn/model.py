@@ -17,7 +17,7 @@ from tinylora.nn.four_bit import dense_weight, keep_as_loaded, wrapped
 from tinylora.nn.linear import Linear
 from tinylora.nn.saved_module import SavedModule
 from tinylora.nn.siblings import group, ungroup
-from tinylora.nn.targets import find_modules_to_save, find_targets, fused_experts, sites_of, uncompiled
+from tinylora.nn.targets import find_modules_to_save, find_targets, several_in_one, sites_of, uncompiled
 
 READERS = 8  # threads
 STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
@@ -40,7 +40,8 @@ def apply(
     Several adapters can live on a model under different names; `tinylora.activate` switches.
 
     siblings: layers that receive one tensor (q, k, v; gate, up) run as one operator and keep their weights in one
-    storage, where the adapter's core alone trains (TinyLoRA, LoRA-XS). Same names, same results up to rounding.
+    storage, where the adapter's core alone trains (TinyLoRA, LoRA-XS) and the base is not of four bits. Same names,
+    same results up to rounding.
     batch_invariant: sets `Linear.batch_invariant` on every adapted layer, for rollouts whose log-probabilities must be
     the training forward's; what else of the model depends on the batch stays so (attention, the head). Siblings
     then compute alone.
@@ -49,11 +50,11 @@ def apply(
     compiled or sharded already.
     """
     targets = find_targets(model, config.target_modules)
-    left = fused_experts(model) if config.target_modules is None else []
+    left = several_in_one(model) if config.target_modules is None else []
     if left:
         warnings.warn(
-            f"{left[0]} and {len(left) - 1} more hold several matrices in one tensor (experts, heads), no linear "
-            f"layers: no adapter goes there. Adapted: {', '.join(sorted({n.rpartition('.')[2] for n in targets}))}",
+            f"{left[0]} ({len(left)} of the kind) is several matrices in one tensor (experts, heads), no linear "
+            f"layer: no adapter goes there. Adapted: {', '.join(sorted({n.rpartition('.')[2] for n in targets}))}",
             stacklevel=2,
         )
     attach(model, targets, config, name, siblings=siblings)
@@ -232,7 +233,8 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Param
     """What trains of an adapter, each parameter once: an optimiser's argument. Its own numbers are fp32, the copies of
     `modules_to_save` as their modules were.
 
-    The numel() sum to the count that `tinylora params` prints. ValueError if there is no adapter of that name.
+    The numel() sum to the count that `tinylora params` prints, but for `modules_to_save`. ValueError if there is no
+    adapter of that name.
     """
     return [t for t in named_numbers(model, name).values() if isinstance(t, nn.Parameter)]
 

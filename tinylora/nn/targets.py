@@ -35,7 +35,7 @@ def in_a_block(model: nn.Module, name: str) -> bool:
     return any(isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(1, len(parts)))
 
 
-def fused_experts(model: nn.Module) -> list[str]:
+def several_in_one(model: nn.Module) -> list[str]:
     """Parameters in blocks that hold several matrices, of a mixture's experts or of heads, [.., .., ..], by name."""
     return [
         f"{name}.{own}"
@@ -114,13 +114,15 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str | None) -> dict[
     if passed_over:
         raise ValueError(
             f"target_modules {targets!r} names {passed_over[0]}, by whose weight its parent multiplies without calling "
-            "it (Mamba's kernels do in training): an adapter there would not act, expected other layers"
+            "it (Mamba's kernels, WavLM's attention): an adapter there would not act, expected other layers"
         )
     if not found:
         asked = (
             "no target_modules (every linear layer in a block)" if targets is None else f"target_modules {targets!r}"
         )
-        raise ValueError(f"{type(model).__name__} with {asked}: nothing to adapt, {_what_there_is(model, layers)}")
+        alone = type(model) is nn.Linear or is_four_bit(model)
+        what = "a layer by itself: tinylora.Linear.from_linear" if alone else _what_there_is(model, layers)
+        raise ValueError(f"{type(model).__name__} with {asked}: nothing to adapt, {what}")
     return found
 
 

@@ -2,8 +2,8 @@
 
     Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ,   W[n, k] = code[q[n, k]] · absmax[(n K + k) // block], rounded to X's dtype
 
-W exists for as long as a matmul reads it, once for Y and once for dX, and is never saved. Few rows on a GPU do without:
-bitsandbytes' kernels multiply by the packed numbers, and the correction is added to what they give.
+W exists for as long as a matmul reads it, once for Y and once for dX, and is never saved. Few rows on a GPU go through
+bitsandbytes' own product, which multiplies by the packed numbers, and the correction is added to what it gives.
 """
 
 from types import ModuleType, SimpleNamespace
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tinylora.ops.eager import in_rows, like_rows
 
-# Up to so many rows bitsandbytes multiplies without making W, on any card (16 to 64, by how many columns there are).
+# Beyond so many rows bitsandbytes' product makes W itself on every card; on 9.0 for 7B's shapes from 6 to 49 rows on. Where
+# it does below, a pass over Y is lost; where it does not, all of W is spared.
 FEW = 64
 
 
