@@ -206,3 +206,34 @@ def test_the_command_says_what_does_not_fit(gsm8k, tmp_path, capsys, more, messa
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_step_leaves_the_model_s_stack_and_settings():
+    es = evolution(TinyLoraConfig(u=3, n_tie=4))
+    model, ids = es.model, torch.tensor([PROMPTS[1], PROMPTS[1]])
+    sets = [{n: torch.randn(3) for n in es._parameters()} for _ in range(2)]
+    tinylora.stack(model, sets)
+    model.generation_config.suppress_tokens = [CHARS.convert_tokens_to_ids("3")]
+    settings = model.generation_config
+    with tinylora.adapter_ids(model, [0, 1]):
+        before = model(ids).logits
+    first = es.rewards(torch.randn(2, len(es.numbers()), generator=torch.Generator().manual_seed(1)), PROMPTS, ANSWERS)
+    with tinylora.adapter_ids(model, [0, 1]):
+        assert torch.equal(model(ids).logits, before)
+    assert model.generation_config is settings
+    model.generation_config.suppress_tokens = None
+    again = es.rewards(torch.randn(2, len(es.numbers()), generator=torch.Generator().manual_seed(1)), PROMPTS, ANSWERS)
+    assert torch.equal(first, again), "a checkpoint's own settings do not act"
+
+
+def test_rewards_that_differ_by_rounding_are_no_step():
+    """The same rewards in another order, for every adapter."""
+
+    def reward(completions, answers):
+        return [[0.1, 0.2, 0.3, 0.7][(i % 4 + i // 4) % 4] for i in range(len(completions))]
+
+    es = evolution(TinyLoraConfig(u=3, n_tie=4), reward=reward)
+    assert es.step(PROMPTS, ANSWERS).moved == 0 and es.numbers().abs().max() == 0
+    for wrong in ({"sigma": float("inf")}, {"lr": float("nan")}, {"temperature": float("nan")}):
+        with pytest.raises(ValueError, match="expected"):
+            evolution(TinyLoraConfig(u=3, n_tie=4), **wrong)

@@ -1,7 +1,10 @@
 """A different adapter in every row of a batch."""
 
+import asyncio
+import copy
 import functools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -171,3 +174,87 @@ def test_other_things_than_sequences_are_refused():
             with pytest.raises(ValueError, match="expected a first dimension of 2"):
                 model(tokens(batch=2), torch.randn(images, 5, 16))
         assert model(tokens(batch=4), torch.randn(4, 5, 16)).shape == (4, 5, 16)  # two samples of each
+
+
+def test_contexts_of_other_tasks_and_threads_are_refused():
+    """Which adapters run is the model's state: two at once would run each other's, and leave it wrong."""
+    model, _ = stacked(tinylora.TinyLoraConfig(u=2, n_tie=5), 3)
+    want = model(tokens()).logits
+
+    async def request(context):
+        with context():
+            await asyncio.sleep(0.01)
+
+    def together(*contexts):
+        async def both():
+            return await asyncio.gather(*(request(c) for c in contexts), return_exceptions=True)
+
+        return [e for e in asyncio.run(both()) if e is not None]
+
+    def rows():
+        return tinylora.adapter_ids(model, [0, 1])
+
+    def off():
+        return tinylora.disabled(model)
+
+    for contexts, message in (((rows, rows), "adapter_ids of 'default' is in use"), ((off, off), "is disabled by")):
+        (error,) = together(*contexts)
+        assert isinstance(error, ValueError) and message in str(error)
+        assert torch.equal(model(tokens()).logits, want)
+    with rows(), ThreadPoolExecutor(1) as thread, pytest.raises(ValueError, match="by another thread or task"):
+        thread.submit(lambda: rows().__enter__()).result()
+    with rows(), rows(), off(), off():
+        pass
+    first, second = rows(), rows()
+    first.__enter__(), second.__enter__()
+    with pytest.raises(ValueError, match="ended before one that began within it"):
+        first.__exit__(None, None, None)
+    assert torch.equal(model(tokens()).logits, want)
+
+
+def test_what_would_end_a_context_is_refused_and_copies_are_outside():
+    model, _ = stacked(tinylora.TinyLoraConfig(u=2, n_tie=5), 3)
+    tinylora.apply(model, tinylora.LoraConfig(r=2), "other")
+    tinylora.activate(model, "default")
+    want = model(tokens()).logits
+    with tinylora.adapter_ids(model, [0, 1]):
+        mixed = model(tokens()).logits
+        for change in (tinylora.merge, lambda m: tinylora.activate(m, "other")):
+            with pytest.raises(ValueError, match="within adapter_ids of 'default'"):
+                change(model)
+        assert torch.equal(model(tokens()).logits, mixed)
+        copied = copy.deepcopy(model)
+    assert torch.equal(copied(tokens()).logits, want)
+
+
+def test_what_cannot_be_stacked_is_said(tmp_path):
+    config = tinylora.TinyLoraConfig(u=2, n_tie=5)
+    model, sets = stacked(config, 2)
+    for wrong in ("folder", tmp_path, sets[0]):
+        with pytest.raises(ValueError, match=r"adapters is one .*, expected a sequence"):
+            tinylora.stack(model, wrong)
+    tinylora.stack(model, ({n: t.numpy() for n, t in s.items()} for s in sets))
+    whole = tinylora.TinyLoraConfig(u=2, n_tie=5, modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="has modules_to_save"):
+        tinylora.stack(tinylora.apply(qwen2(tie_word_embeddings=False), whole), sets)
+    other = tinylora.apply(qwen2(), config)
+    for layer in tinylora.nn.model.adapted_layers(other).values():  # as another machine's decomposition may have them
+        layer.adapters["default"].down.neg_()
+    tinylora.save(other, tmp_path / "other", factors=True)
+    with pytest.raises(ValueError, match="other frozen factors than the adapter on the model"):
+        tinylora.stack(model, [tmp_path / "other"])
+    with pytest.raises(ValueError, match="other frozen factors than the adapter on the model"):
+        tinylora.load(model, tmp_path / "other")
+    tinylora.load(model, tmp_path / "other", "another")
+    tinylora.save(model, tmp_path / "own", factors=True)
+    tinylora.stack(tinylora.load(model, tmp_path / "own"), [tmp_path / "own"])
+
+
+def test_a_stack_made_in_inference_mode_trains_later():
+    model, sets = stacked(tinylora.TinyLoraConfig(u=2, n_tie=5), 2)
+    with torch.inference_mode():
+        tinylora.stack(model, sets)
+    with tinylora.adapter_ids(model, [0, 1]):
+        embeddings = model.get_input_embeddings()(tokens()).detach().requires_grad_()
+        model(inputs_embeds=embeddings, labels=tokens()).loss.backward()
+    assert embeddings.grad.abs().sum() > 0

@@ -10,7 +10,9 @@ After Salimans et al., arXiv 1703.03864 (antithetic pairs; one step size). Stand
 advantage, taken over adapters in the place of completions: it makes η the length of a step where the fitness is linear.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from tinylora.adapters import noise
 from tinylora.nn.model import named_numbers, shared_of
-from tinylora.nn.rows import adapter_ids, stack
+from tinylora.nn.rows import adapter_ids, stack, stack_of_before
 
 Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -40,6 +42,21 @@ def ends_of_text(model: nn.Module, tokenizer) -> set[int]:
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return {end for end in (tokenizer.eos_token_id, *ends) if end is not None}
+
+
+@contextlib.contextmanager
+def own_settings(model: nn.Module) -> Iterator[None]:
+    """Of the model's generation settings the special tokens alone: what is asked of generate() acts, and nothing else.
+
+    A checkpoint's own (Qwen2.5's penalise repetition, others forbid tokens) would act wherever a call leaves them out.
+    """
+    before = model.generation_config
+    special = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    model.generation_config = type(before)(**{name: getattr(before, name, None) for name in special})
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def until_end(tokens: list[int], ends: set[int]) -> list[int]:
@@ -94,15 +111,14 @@ class Evolution:
         if population < 2 or population % 2:
             raise ValueError(f"population is {population}, expected an even number, 2 or more: pairs v ± σ ε")
         for what, value in (("sigma", sigma), ("lr", lr)):
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise ValueError(f"{what} is {value}, expected a number above 0")
-        if temperature < 0:
+        if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or above")
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer has no pad_token, expected one: prompts of a batch differ in length")
         self.model, self.tokenizer, self.reward, self.name = model, tokenizer, reward, name
         self.population, self.sigma, self.lr, self.seed, self.number = population, sigma, lr, seed, number
-        # Of the model's own generation settings only its ends of text act: Qwen2.5's would penalise repetition.
         self.generation = {"max_new_tokens": max_new_tokens, "num_beams": 1, "repetition_penalty": 1.0}
         self.ends = ends_of_text(model, tokenizer)
         self.generation |= {"pad_token_id": tokenizer.pad_token_id, "do_sample": temperature > 0}
@@ -119,11 +135,11 @@ class Evolution:
         half = noise.normal(self.seed, f"generation {self.number}", self.population // 2, len(mean))
         epsilon = torch.cat((half, -half))
         rewards = self.rewards(mean + self.sigma * epsilon, prompts, answers)
-        fitness = rewards.mean(1)
+        fitness = rewards.double().mean(1)
         spread = fitness.std(correction=0)
         step = torch.zeros_like(mean)
-        if spread > 0:  # otherwise all did equally well, and there is nowhere to go
-            step = self.lr * (epsilon.T @ ((fitness - fitness.mean()) / spread)) / self.population
+        if spread > 1e-6 * fitness.abs().max():  # otherwise all did equally well, and there is nowhere to go
+            step = self.lr * (epsilon.T @ ((fitness - fitness.mean()) / spread).float()) / self.population
             self._write(mean + step)
         done = (fitness.mean(), fitness.max(), spread, step.norm())
         self.number += 1
@@ -137,8 +153,21 @@ class Evolution:
         """What each of `adapters` [n, d] earns on each prompt, [n, m]: one generate() of n · m rows."""
         if len(prompts) != len(answers) or not prompts:
             raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers, expected as many, at least one")
-        stack(self.model, [self._named(numbers) for numbers in adapters], self.name)
-        count, width, device = len(adapters), max(map(len, prompts)), self._device()
+        with stack_of_before(self.model, self.name):
+            stack(self.model, [self._named(numbers) for numbers in adapters], self.name)
+            out, width = self._generated(len(adapters), prompts)
+        rows = [until_end(tokens, self.ends) for tokens in out[:, width:].tolist()]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        found = torch.tensor([float(r) for r in self.reward(texts, list(answers) * len(adapters))])
+        if len(found) != len(texts) or not found.isfinite().all():
+            raise ValueError(
+                f"reward gave {len(found)} numbers for {len(texts)} completions, or one not finite: expected as many"
+            )
+        return found.view(len(adapters), len(prompts))
+
+    def _generated(self, count: int, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+        """What `count` adapters make of the prompts, [count m, tokens], and how wide the prompts are in it."""
+        width, device = max(map(len, prompts)), self._device()
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -148,20 +177,13 @@ class Evolution:
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
                 torch.manual_seed(self.seed * 1_000_003 + self.number)
-                with adapter_ids(self.model, of_row, self.name):
+                with adapter_ids(self.model, of_row, self.name), own_settings(self.model):
                     out = self.model.generate(
                         input_ids=ids.repeat(count, 1), attention_mask=mask.repeat(count, 1), **self.generation
                     )
         finally:
             self.model.train(training)
-        rows = [until_end(tokens, self.ends) for tokens in out[:, width:].tolist()]
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        found = torch.tensor([float(r) for r in self.reward(texts, list(answers) * count)])
-        if len(found) != len(texts) or not found.isfinite().all():
-            raise ValueError(
-                f"reward gave {len(found)} numbers for {len(texts)} completions, or one not finite: expected as many"
-            )
-        return found.view(count, len(prompts))
+        return out, width
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {n: t for n, t in named_numbers(self.model, self.name).items() if isinstance(t, nn.Parameter)}

@@ -103,6 +103,7 @@ class Rows:
     def __init__(self, ids: Tensor):
         self.ids = ids
         self.batch: int | None = None
+        self.owner: tuple | None = None  # the thread and task that came with them
 
     def of(self, x: Tensor) -> Tensor:
         """One id per row of x ([B', ..., K]), flattened: [M].
@@ -182,6 +183,9 @@ class Shared(Owner):
         self.__dict__["layers"] = {}  # site name -> Adapter, not registered: the layers own them
         self.rows: Rows | None = None  # which of the stacked numbers each row of the batch uses
         self.own(config.shared(sites))
+
+    def __getstate__(self):
+        return {**self.__dict__, "rows": None}  # a copy made within `adapter_ids` is not within it
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{n}={tuple(p.shape)}" for n, p in self.named_parameters())

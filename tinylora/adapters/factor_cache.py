@@ -34,7 +34,11 @@ def cached_svd(weight: Tensor, r: int, name: str, weight_digest: str | None = No
 
     A file that cannot be read, or does not fit, is computed anew; a folder that cannot be written is no error.
     """
-    path = cache_folder() / f"svd-{VERSION}-r{r}-{weight_digest or digest(weight)}.safetensors"
+    try:
+        folder = cache_folder()
+    except RuntimeError:  # no home, as in containers whose user has no name
+        return truncated_svd(weight, r, name)
+    path = folder / f"svd-{VERSION}-r{r}-{weight_digest or digest(weight)}.safetensors"
     shapes = {"U": (weight.shape[0], r), "S": (r,), "Vh": (r, weight.shape[1])}
     with contextlib.suppress(OSError, SafetensorError):
         kept = load_file(path)

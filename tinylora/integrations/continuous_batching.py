@@ -32,7 +32,10 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
     adapter; its batches are prepared one after the other and neither captured nor compiled, because the ids of a
     packed batch are made anew for each. No manager outlives the context: requests that it finds running fail.
 
-    ValueError: no stack, ids out of range, a merged model, dropout while training; in the forward, a layer that sees
+    One thread or task at a time, and what is checkpointed with reentry must run its backward within.
+
+    ValueError: no stack, ids out of range, a merged model, dropout while training, another thread or task within one, a
+    merge or another adapter activated within; in the forward, a layer that sees
     packed or flattened rows, which do not say whose they are; in generate_batch(), another number of prompts than
     ids, a persistent manager, tensor parallelism, or a config that asks for asynchronous batching, CUDA graphs or
     compilation.

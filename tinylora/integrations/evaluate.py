@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from tinylora.evolution import ends_of_text, until_end
+from tinylora.evolution import ends_of_text, own_settings, until_end
 from tinylora.integrations import processes
 from tinylora.integrations.transformers import prompt_ids
 from tinylora.tasks import gsm8k
@@ -19,9 +19,8 @@ from tinylora.tasks.intervals import wilson
 def complete(model: nn.Module, tokenizer, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[str]:
     """The model's greedy completion of every prompt, in their order: one `generate` a batch, longest prompts first.
 
-    Each prompt is a user's turn of the chat template where there is one. Of the model's own generation settings neither
-    beams nor sampling nor the repetition penalty act, which Qwen2.5 has even in a greedy search; its end-of-text tokens
-    do, and tokens that it forbids.
+    Each prompt is a user's turn of the chat template where there is one. Of the model's own generation settings its
+    special tokens alone act: Qwen2.5's would penalise repetition even in a greedy search.
     """
     ids = [prompt_ids(tokenizer, text) for text in prompts]
     ends = ends_of_text(model, tokenizer)
@@ -37,11 +36,12 @@ def complete(model: nn.Module, tokenizer, prompts: Sequence[str], *, max_new_tok
             width = max(len(ids[i]) for i in batch)
             rows = [[tokenizer.pad_token_id] * (width - len(ids[i])) + ids[i] for i in batch]
             mask = [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch]
-            out = model.generate(
-                input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device),
-                max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-                eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
+            with own_settings(model):
+                out = model.generate(
+                    input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device),
+                    max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None,
+                    pad_token_id=tokenizer.pad_token_id,
+                )  # fmt: skip
             for i, tokens in zip(batch, out[:, width:].tolist(), strict=True):
                 completions[i] = tokenizer.decode(until_end(tokens, ends), skip_special_tokens=True)
             bar.update(len(batch))

@@ -175,6 +175,7 @@ def restore(
         )
     if existing:
         refuse_merged(model)
+        refuse_other_factors(path, header, tensors, shared_of(model, name))
     trained = {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
     saved = find_modules_to_save(model, config.modules_to_save, layers)
     _check_names(path, trained, config, sites_of(layers), saved)
@@ -252,6 +253,19 @@ def _rebuilt(shared: Shared) -> dict[str, Tensor]:
     return {n: t for n, t in shared.named_buffers() if n in rebuilt and not n.startswith(STACKED)}
 
 
+def refuse_other_factors(path: str | os.PathLike, header: dict, tensors: Mapping[str, Tensor], shared: Shared) -> None:
+    """ValueError if the file's numbers belong to other frozen factors than this adapter has, beyond rounding."""
+    layers = shared.layers.items()
+    own = {f"frozen.{site}.{n}": layer.get_buffer(n) for site, layer in layers for n in layer.from_weight}
+    other = header.get("foreign", False) != shared.foreign
+    for name, t in tensors.items():
+        if name in own and not other:
+            mine = own[name].detach().cpu().float()
+            other = mine.shape != t.shape or bool((mine - t.float()).abs().max() > 0.02 * t.float().abs().max())
+    if other:
+        raise ValueError(f"{path} has other frozen factors than the adapter on the model: load it under another name")
+
+
 def _check_names(path, trained, config, sites, saved: Mapping[str, nn.Module]) -> None:
     expected = {n: tuple(spec.shape) for n, spec in config.numbers(sites).items() if spec.trains or spec.saved}
     for module_name, module in saved.items():
@@ -274,7 +288,10 @@ def _checksum(header: dict, tensors: dict[str, Tensor]) -> str:
 
 
 def umask() -> int:
-    """The process's file mode creation mask, which can only be read by setting it."""
+    """The process's file mode creation mask."""
+    with contextlib.suppress(OSError, StopIteration):  # Linux says it; elsewhere it can only be read by setting it
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
     mask = os.umask(0)
     os.umask(mask)
     return mask

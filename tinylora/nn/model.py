@@ -1,8 +1,10 @@
 """Adapters on a whole model: put them on, switch between them, merge them."""
 
+import asyncio
 import contextlib
 import hashlib
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -240,10 +242,15 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Param
 
 
 def activate(model: nn.Module, name: str | None) -> None:
-    """Make an adapter the one that runs and trains; None is the base model. ValueError on a merged model."""
+    """Make an adapter the one that runs and trains; None is the base model.
+
+    What ran before does not train any more: where two take turns within one loss, activate the one that trains again
+    before its backward. ValueError on a merged model, and within `adapter_ids`.
+    """
     if name is not None:
         shared_of(model, name)
     refuse_merged(model)
+    _refuse_rows(model)
     for other in adapter_names(model):
         for p in adapter_parameters(model, other):
             p.requires_grad_(other == name)
@@ -253,10 +260,35 @@ def activate(model: nn.Module, name: str | None) -> None:
         module.active = name if name in module.copies else None
 
 
+_DISABLED_BY = "_tinylora_disabled_by"
+
+
+def whereabouts() -> tuple:
+    """The thread, and the task of asyncio where there is one, that asks."""
+    try:
+        task = id(asyncio.current_task())
+    except RuntimeError:  # no event loop
+        task = None
+    return threading.get_ident(), task
+
+
+def _refuse_rows(model: nn.Module) -> None:
+    within = [name for name in adapter_names(model) if shared_of(model, name).rows is not None]
+    if within:
+        raise ValueError(f"within adapter_ids of {within[0]!r}, expected its end first")
+
+
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """`with tinylora.disabled(model):` runs the base model: GRPO's reference policy, or a baseline."""
+    """`with tinylora.disabled(model):` runs the base model: GRPO's reference policy, or a baseline.
+
+    One thread or task at a time: ValueError for another, and on a merged model.
+    """
     refuse_merged(model)
+    held = model.__dict__.get(_DISABLED_BY)
+    if held not in (None, whereabouts()):
+        raise ValueError("the adapter is disabled by another thread or task, expected one at a time")
+    model.__dict__[_DISABLED_BY] = whereabouts()
     switched = [*adapted_layers(model).values(), *saved_modules(model).values()]
     before = [module.active for module in switched]
     for module in switched:
@@ -266,6 +298,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, active in zip(switched, before, strict=True):
             module.active = active
+        model.__dict__[_DISABLED_BY] = held
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -274,6 +307,7 @@ def merge(model: nn.Module) -> nn.Module:
     The originals are kept in host memory until `unmerge`. Until then state_dict, and so save_pretrained, holds the
     modules of `modules_to_save` under their own names. ValueError if no adapter is active.
     """
+    _refuse_rows(model)
     layers = [layer for layer in adapted_layers(model).values() if layer.active is not None]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no active adapter to merge: tinylora.apply or activate first")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tinylora.adapters import STACKED, Rows
-from tinylora.nn.checkpoint import FILE, read
-from tinylora.nn.model import adapted_layers, named_numbers, refuse_merged, shared_of
+from tinylora.nn.checkpoint import FILE, read, refuse_other_factors
+from tinylora.nn.model import adapted_layers, named_numbers, refuse_merged, shared_of, whereabouts
 
 
 def stack(
@@ -22,10 +22,19 @@ def stack(
     "<layer>.core") to tensors. All share the frozen factors of `name`, so a folder must have its config and base.
     The stack takes A times the adapter's numbers, in fp32 beside the model; a new one replaces it.
 
-    ValueError: no adapters, a folder of another config or base, names or shapes that do not fit, an adapter whose
-    thin factors train (LoRA, VeRA, AdaLoRA, Tied-LoRA: one batch cannot hold several of those).
+    ValueError: no adapters, a folder of another config or base or with other frozen factors, names or shapes that do
+    not fit, an adapter whose thin factors train (LoRA, VeRA, AdaLoRA, Tied-LoRA: one batch cannot hold several of
+    those), or with modules_to_save.
     """
+    if isinstance(adapters, str | os.PathLike | Mapping):
+        raise ValueError(f"adapters is one {type(adapters).__name__}, expected a sequence of folders or mappings")
+    adapters = list(adapters)
     shared = shared_of(model, name)
+    if shared.config.modules_to_save:
+        raise ValueError(
+            f"adapter {name!r} has modules_to_save {list(shared.config.modules_to_save)}, expected none: they are "
+            "whole weights, and one batch holds one of each"
+        )
     trains = {n: t for n, t in named_numbers(model, name).items() if isinstance(t, nn.Parameter)}
     if not adapters:
         raise ValueError("adapters is empty, expected at least one")
@@ -39,26 +48,45 @@ def stack(
             header, tensors = read(path)
             if header["base"] != shared.fingerprint or header["config"] != _as_json(shared.config.to_dict()):
                 raise ValueError(f"{path} has another config or base model than adapter {name!r}, expected the same")
+            refuse_other_factors(path, header, tensors, shared)
             adapter = {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
         found, expected = ({n: tuple(t.shape) for n, t in d.items()} for d in (adapter, trains))
         if found != expected:
             odd = sorted(set(found.items()) ^ set(expected.items()))[0]
             raise ValueError(f"adapters[{i}] does not fit {name!r}: {odd[0]} with shape {odd[1]} is on one side only")
         sets.append(adapter)
-    for module in (shared, *shared.layers.values()):
-        for own, parameter in list(module.named_parameters()):
-            full = next(n for n, t in trains.items() if t is parameter)
-            values = torch.stack([numbers[full].detach().to(parameter) for numbers in sets])
-            module.register_buffer(STACKED + own, values, persistent=False)
+    with torch.inference_mode(False):  # what is made in inference mode could not train later
+        for module in (shared, *shared.layers.values()):
+            for own, parameter in list(module.named_parameters()):
+                full = next(n for n, t in trains.items() if t is parameter)
+                values = torch.stack([torch.as_tensor(numbers[full]).detach().to(parameter) for numbers in sets])
+                module.register_buffer(STACKED + own, values, persistent=False)
     return model
+
+
+@contextlib.contextmanager
+def stack_of_before(model: nn.Module, name: str) -> Iterator[None]:
+    """Whatever stack the model has, or none, it has again afterwards."""
+    shared = shared_of(model, name)
+    modules = (shared, *shared.layers.values())
+    before = [{n: t for n, t in m._buffers.items() if n.startswith(STACKED)} for m in modules]
+    try:
+        yield
+    finally:
+        for module, kept in zip(modules, before, strict=True):
+            for n in [n for n in module._buffers if n.startswith(STACKED)]:
+                delattr(module, n)
+            for n, t in kept.items():
+                module.register_buffer(n, t, persistent=False)
 
 
 @contextlib.contextmanager
 def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "default") -> Iterator[nn.Module]:
     """`tinylora.adapter_ids` (integrations/continuous_batching.py) without its part for continuous batching.
 
-    ValueError: no stack, ids out of range, a merged model, an adapter that is not active, dropout while training; in
-    the forward, a layer that sees packed or flattened rows, which do not say whose they are.
+    ValueError: no stack, ids out of range, a merged model, an adapter that is not active, dropout while training,
+    another thread or task that is within one; in the forward, a layer that sees packed or flattened rows, which do not
+    say whose they are.
     """
     shared = shared_of(model, name)
     refuse_merged(model)
@@ -78,7 +106,11 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
         raise ValueError(f"adapter_ids is {ids.tolist()[:8]}, expected -1 (no adapter) to {len(stacked) - 1}")
     if shared.config.dropout and model.training:
         raise ValueError(f"dropout is {shared.config.dropout} and the model trains: expected model.eval()")
-    before, shared.rows = shared.rows, (rows := Rows(ids))
+    before = shared.rows
+    if before is not None and before.owner != whereabouts():
+        raise ValueError(f"adapter_ids of {name!r} is in use by another thread or task, expected one at a time")
+    shared.rows = rows = Rows(ids)
+    rows.owner = whereabouts()
 
     hooks = (
         model.register_forward_pre_hook(partial(_enter, rows), with_kwargs=True),
@@ -87,13 +119,16 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
     try:
         yield model
     finally:
-        shared.rows = before
+        in_turn, shared.rows = shared.rows is rows, before
         for hook in hooks:
             hook.remove()
+    if not in_turn:
+        shared.rows = None
+        raise ValueError(f"adapter_ids of {name!r} ended before one that began within it, expected them in turn")
 
 
 def _enter(rows: Rows, model: nn.Module, args: tuple, kwargs: dict) -> None:
-    rows.batch = _sequences(args, kwargs)
+    rows.batch = _sequences(args, kwargs) or len(rows.ids)
 
 
 def _leave(rows: Rows, *_) -> None:
@@ -103,7 +138,7 @@ def _leave(rows: Rows, *_) -> None:
 def _sequences(args: Sequence, kwargs: Mapping) -> int | None:
     """How many sequences a model is called with, where its arguments say so: token ids, or what is named as theirs."""
     named = (kwargs.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"))
-    tokens = (t for t in args if isinstance(t, Tensor) and not t.is_floating_point())
+    tokens = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and not t.is_floating_point())
     first = next((t for t in (*named, *tokens) if isinstance(t, Tensor) and t.dim() > 0), None)
     return None if first is None else first.shape[0]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tinylora.ops.eager import in_rows, like_rows
 
-# Beyond so many rows bitsandbytes' product makes W itself on every card; on 9.0 for 7B's shapes from 6 to 49 rows on. Where
-# it does below, a pass over Y is lost; where it does not, all of W is spared.
+# Beyond so many rows bitsandbytes' product makes W itself on every card; on 9.0 for 7B's shapes from 6 to 49 rows on.
+# Where it does so below, a pass over Y is lost; where it does not, all of W is spared.
 FEW = 64
 
 
