@@ -21,7 +21,6 @@ are, where PEFT rounds them, and everything at rank r, to autocast's dtype. The 
 on this path.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 from importlib import import_module
@@ -36,7 +35,7 @@ from tinylora.ops.checks import fits
 from tinylora.ops.cpu import linear_on_cpu
 from tinylora.ops.dispatch import interpreting
 from tinylora.ops.four_bit import FourBit
-from tinylora.ops.linear import unchecked
+from tinylora.ops.linear import autocasts, unchecked, without_autocast
 
 # Asked in every call, in which a look at a module of torch's is one more.
 _is_compiling = torch.compiler.is_compiling
@@ -300,7 +299,7 @@ def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, giv
             and (compiling or not _watched())
         ):
             bias = own["_parameters"].get("bias", own.get("bias"))
-            if _autocasts() and _autocast_of(x.device.type):
+            if _autocasts() and autocasts(x.device.type):
                 found = _under_autocast(compute, layer, name, x, weight, bias, compiling or kernels_on_cpu)
                 if gives_dtype_of_x and type(found) is not str:
                     found = found.to(x.dtype)
@@ -324,11 +323,6 @@ def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, giv
         return original(self, x, *args, **kwargs)
 
     return forward
-
-
-def _autocast_of(device: str) -> bool:
-    """Whether autocast acts on this device; torch's own question is an error where there is none (meta)."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 _DIFFER = "x and the base weight differ in dtype or device"
@@ -364,10 +358,10 @@ def _on_four_bits(compute, layer, name, x) -> Tensor | str:
         return "4 bits on a CPU in eval(): bitsandbytes packs them for it"
     if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
         return "4 bits that bitsandbytes has packed for this CPU"
-    dtype, autocast = base.compute_dtype or x.dtype, _autocast_of(x.device.type)
-    if dtype.itemsize < x.dtype.itemsize and not autocast:
+    dtype = base.compute_dtype or x.dtype
+    if dtype.itemsize < x.dtype.itemsize and not autocasts(x.device.type):
         return "4 bits computed in less than x's dtype: PEFT adds the correction in that"
-    with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
+    with without_autocast(x.device.type):
         bias = None if base.bias is None else base.bias.to(dtype)
         found = compute(layer, name, x.to(dtype), packed_weight(base), bias, False)
     return found if type(found) is str else found.to(x.dtype)

@@ -3,7 +3,6 @@
 bitsandbytes is not imported here: whoever has such a layer has it loaded.
 """
 
-import contextlib
 from functools import cache
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from tinylora.nn.linear import Linear, low_rank
 from tinylora.ops.four_bit import FourBit
-from tinylora.ops.linear import adapted_linear, frozen_linear, plain, unchecked
+from tinylora.ops.linear import adapted_linear, frozen_linear, plain, unchecked, without_autocast
 
 
 def is_four_bit(module: nn.Module) -> bool:
@@ -85,15 +84,9 @@ class FourBitLinear(Linear):
         adapter = self._modules["adapters"]._modules[name]
         down, core, up, basis = adapter.factors()
         rows, invariant = adapter.shared.rows, self.batch_invariant
-        dropped = adapter.dropout > 0 and self.training
-        if dropped and invariant:
-            raise ValueError(
-                f"dropout is {adapter.dropout} and the layer trains: what is dropped from a row depends on the "
-                "others, expected no dropout with batch_invariant, or eval()"
-            )
+        dropped = self.drops(adapter)
         dtype = self.compute_dtype or x.dtype
-        autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        with without_autocast(x.device.type):
             inner = x.to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
             if rows is not None:

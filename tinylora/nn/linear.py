@@ -123,12 +123,7 @@ class Linear(nn.Linear):
         if rows is not None:
             core = adapter.row_core()
             return adapted_linear(x, weight, down, core, up, bias, rows.of(x), basis=basis, batch_invariant=invariant)
-        if adapter.dropout and self.training:
-            if invariant:
-                raise ValueError(
-                    f"dropout is {adapter.dropout} and the layer trains: what is dropped from a row depends on the "
-                    "others, expected no dropout with batch_invariant, or eval()"
-                )
+        if adapter.dropout and self.drops(adapter):
             # Two inputs, so two calls: the frozen layer on x, and the correction on what dropout left of it.
             dropped = F.dropout(x, adapter.dropout)
             return F.linear(x, weight, bias) + low_rank(dropped, down, core, up, basis)
@@ -139,6 +134,16 @@ class Linear(nn.Linear):
                 self._keep(Operands(weight, down, core, [core], up, bias, basis, [len(weight)]))
             return y
         return adapted_linear(x, weight, down, core, up, bias, None, basis=basis, batch_invariant=invariant)
+
+    def drops(self, adapter: Adapter) -> bool:
+        """Whether its dropout acts. ValueError where that is no answer, with batch_invariant."""
+        acts = adapter.dropout > 0 and self.training
+        if acts and self.batch_invariant:
+            raise ValueError(
+                f"dropout is {adapter.dropout} and the layer trains: what is dropped from a row depends on the "
+                "others, expected no dropout with batch_invariant, or eval()"
+            )
+        return acts
 
     def _keep(self, operands: Operands) -> None:
         """Have later calls on these operands take fewer steps."""

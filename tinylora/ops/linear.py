@@ -6,6 +6,8 @@ at the call from outside (torch.compile, torch.export, dispatch modes, tensor su
 the custom op `tinylora::adapted_linear`, with the same two functions as its body.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -122,6 +124,15 @@ def plain(x: Tensor) -> bool:
         and not torch._C._is_any_autocast_enabled()
         and forward_ad._current_level < 0
     )
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast acts on this device; torch's own question is an error where there is none (meta)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager:
+    return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
 def _seen_from_outside(x, weight, down, core, up) -> bool:
