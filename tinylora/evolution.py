@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tinylora.adapters import noise
 from tinylora.nn.model import named_numbers, shared_of
-from tinylora.nn.rows import adapter_ids, stack, stack_of_before
+from tinylora.nn.rows import adapter_ids, refuse_whole_modules, stack, stack_of_before
 
 Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -103,11 +103,7 @@ class Evolution:
         kind = type(shared.config).__name__
         if not next(iter(shared.layers.values())).core_alone_trains:
             raise ValueError(f"adapter {name!r} is of {kind}, expected TinyLoraConfig or LoraXSConfig: see stack")
-        if shared.config.modules_to_save:
-            raise ValueError(
-                f"adapter {name!r} has modules_to_save {list(shared.config.modules_to_save)}, expected none: "
-                "they are whole weights, and one batch holds one of each"
-            )
+        refuse_whole_modules(shared, name)
         if population < 2 or population % 2:
             raise ValueError(f"population is {population}, expected an even number, 2 or more: pairs v ± σ ε")
         for what, value in (("sigma", sigma), ("lr", lr)):
@@ -119,7 +115,7 @@ class Evolution:
             raise ValueError("tokenizer has no pad_token, expected one: prompts of a batch differ in length")
         self.model, self.tokenizer, self.reward, self.name = model, tokenizer, reward, name
         self.population, self.sigma, self.lr, self.seed, self.number = population, sigma, lr, seed, number
-        self.generation = {"max_new_tokens": max_new_tokens, "num_beams": 1, "repetition_penalty": 1.0}
+        self.generation = {"max_new_tokens": max_new_tokens}
         self.ends = ends_of_text(model, tokenizer)
         self.generation |= {"pad_token_id": tokenizer.pad_token_id, "do_sample": temperature > 0}
         self.generation |= {"eos_token_id": sorted(self.ends)} if self.ends else {}

@@ -31,11 +31,11 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from tinylora.nn.four_bit import is_four_bit, packed_weight
-from tinylora.ops.checks import fits
+from tinylora.ops.checks import autocasts, fits
 from tinylora.ops.cpu import linear_on_cpu
 from tinylora.ops.dispatch import interpreting
 from tinylora.ops.four_bit import FourBit
-from tinylora.ops.linear import autocasts, unchecked, without_autocast
+from tinylora.ops.linear import unchecked, without_autocast
 
 # Asked in every call, in which a look at a module of torch's is one more.
 _is_compiling = torch.compiler.is_compiling

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tinylora.adapters import STACKED, Rows
+from tinylora.adapters import STACKED, Rows, Shared
 from tinylora.nn.checkpoint import FILE, read, refuse_other_factors
 from tinylora.nn.model import adapted_layers, named_numbers, refuse_merged, shared_of, whereabouts
 
@@ -30,11 +30,7 @@ def stack(
         raise ValueError(f"adapters is one {type(adapters).__name__}, expected a sequence of folders or mappings")
     adapters = list(adapters)
     shared = shared_of(model, name)
-    if shared.config.modules_to_save:
-        raise ValueError(
-            f"adapter {name!r} has modules_to_save {list(shared.config.modules_to_save)}, expected none: they are "
-            "whole weights, and one batch holds one of each"
-        )
+    refuse_whole_modules(shared, name)
     trains = {n: t for n, t in named_numbers(model, name).items() if isinstance(t, nn.Parameter)}
     if not adapters:
         raise ValueError("adapters is empty, expected at least one")
@@ -62,6 +58,15 @@ def stack(
                 values = torch.stack([torch.as_tensor(numbers[full]).detach().to(parameter) for numbers in sets])
                 module.register_buffer(STACKED + own, values, persistent=False)
     return model
+
+
+def refuse_whole_modules(shared: Shared, name: str) -> None:
+    """ValueError if the adapter has `modules_to_save`."""
+    if shared.config.modules_to_save:
+        raise ValueError(
+            f"adapter {name!r} has modules_to_save {list(shared.config.modules_to_save)}, expected none: they are "
+            "whole weights, and one batch holds one of each"
+        )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,11 @@ import torch
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast acts on this device; torch's own question is an error where there is none (meta)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def check(x, weight, down, core, up, bias, adapter_ids, basis) -> None:
     """ValueError, naming the operand, what came and what was expected, unless everything fits together."""
     if not fits(x, weight, down, core, up, bias, adapter_ids, basis):
@@ -85,7 +90,7 @@ def explain(x, weight, down, core, up, bias, adapter_ids, basis) -> None:
                 f"adapter_ids has shape {tuple(adapter_ids.shape)}, expected {tuple(x.shape[:-1])}: one per row of x"
             )
 
-    autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    autocast = autocasts(x.device.type)
     named = {"weight": weight, "x": x, "bias": bias, "down": down, "core": core, "up": up, "basis": basis}
     for name, t in named.items():
         if t is None:

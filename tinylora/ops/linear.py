@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from tinylora.ops import eager, invariant, reference
 from tinylora.ops.backward import first_order
-from tinylora.ops.checks import check
+from tinylora.ops.checks import autocasts, check
 from tinylora.ops.dispatch import TORCH, interpreting, route_of
 from tinylora.ops.four_bit import Around, FourBit
 
@@ -124,11 +124,6 @@ def plain(x: Tensor) -> bool:
         and not torch._C._is_any_autocast_enabled()
         and forward_ad._current_level < 0
     )
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast acts on this device; torch's own question is an error where there is none (meta)."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:
