@@ -415,6 +415,30 @@ def test_offsets_past_two_to_the_31():
     torch.testing.assert_close(again, want, rtol=1e-4, atol=1e-4)
 
 
+def test_steps_past_two_to_the_31():
+    """Columns so far apart that a block of them passes int32: of x, and of W as dX sees it."""
+    M, N, K, r = 2, 16, 100, 2
+    far = 1 << 26
+    (x, weight, down, core, up, _), _, _ = Problem(M, N, K, r, torch.float16).operands()
+    try:
+        room = torch.UntypedStorage(2 * far * K)
+    except RuntimeError:
+        pytest.skip("needs 13 GB of address space")
+
+    def spread(t, strides):
+        return torch.empty(0, dtype=t.dtype).set_(room, 0, t.shape, strides).copy_(t)
+
+    with torch.no_grad():
+        y = adapted_linear(spread(x, (1, far)), weight, down, core, up)
+    torch.testing.assert_close(y, adapted_linear(x, weight, down, core, up), rtol=0, atol=0)
+    turned, dy = weight.T.contiguous(), x
+    found = []
+    for w in (turned, spread(turned, (far, 1))):
+        a = torch.zeros(M, N, dtype=x.dtype, requires_grad=True)
+        found += torch.autograd.grad(adapted_linear(a, w, up.T.contiguous(), None, down.T.contiguous()), a, dy)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 SCRIPT = """
 import torch
 from tinylora.ops import adapted_linear, reference, eager

@@ -59,6 +59,9 @@ def _mixed_inside(core: Tensor | None, basis: Tensor | None) -> tuple[Tensor | N
     return eager.mix(core, basis), None
 
 
+# The kernels' steps along what is summed are int32: up to 256 numbers, this far apart.
+FAR = 1 << 23
+
 # How many kinds of x and dY are remembered around operands that stay.
 KINDS = 64
 
@@ -179,6 +182,13 @@ def _way(
     """How `_linear` computes operands like these."""
     if core.transposed:
         w, down, up = w.T, down.T, up.T
+    if max(t.stride(-1) for t in (x if isinstance(x, Tensor) else x[0], w, down)) >= FAR:
+
+        def nearer(x, w, down, core, up, bias, want_z, use_z):
+            x = x.contiguous() if isinstance(x, Tensor) else [t.contiguous() for t in x]
+            return _linear(x, w.contiguous(), down.contiguous(), core, up, bias, choice, pin, want_z, use_z)
+
+        return Way(nearer)
     xs = [x.reshape(-1, x.shape[-1])] if isinstance(x, Tensor) else list(x)
     shape = (*x.shape[:-1], w.shape[0]) if isinstance(x, Tensor) else (xs[0].shape[0], w.shape[0])
     M, (N, K), r = xs[0].shape[0], w.shape, down.shape[0]
