@@ -263,6 +263,13 @@ def _main(argv: list[str] | None) -> int:
             print(f"--out is {out}, expected a folder: {there} is a file", file=sys.stderr)
             return 2
     if args.what == "table":
+        for given, there, expected in (
+            (args.results, any(args.results.glob("*.csv")), "a folder with CSV files that a run wrote"),
+            (args.readme, args.readme.is_file(), "a file"),
+        ):
+            if not there:
+                print(f"{given} is not {expected}", file=sys.stderr)
+                return 2
         report.write_readme(args.readme, args.results)
         return 0
     if args.what == "demo":

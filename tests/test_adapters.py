@@ -54,7 +54,7 @@ def test_a_type_is_more_than_the_last_word():
 
 
 def test_lora_xs_counts():
-    assert LoraXSConfig(r=64).count([Site(f"layers.{i}", 8, 8) for i in range(224)]) == 917_504
+    assert LoraXSConfig(r=64).count([Site(f"layers.{i}", 64, 96) for i in range(224)]) == 917_504
 
 
 def test_p_is_normal_and_depends_on_seed_and_name_alone():

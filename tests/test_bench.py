@@ -265,6 +265,8 @@ def test_a_file_edited_by_hand_is_read_or_refused_with_the_place(tmp_path, capsy
     ):
         with pytest.raises(ValueError, match=f"{results.path.name}, {message}"):
             written(*lines)
+    for arguments in (["--results", str(tmp_path / "none")], ["--readme", str(tmp_path / "none")]):
+        assert main(["table", *arguments]) == 2 and "none is not a f" in capsys.readouterr().err
     assert main(["table", "--results", str(tmp_path)]) == 2
     assert "column pass: is missing" in capsys.readouterr().err
     text = results.path.read_text()

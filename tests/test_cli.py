@@ -49,8 +49,10 @@ def test_params_of_qwen_7b_without_its_weights(as_folder, tmp_path, capsys):
 
 
 def test_errors_are_one_line(tmp_path, capsys):
+    qwen2().config.save_pretrained(tmp_path / "small")
     for arguments, message in (
         (("params", "--config", tmp_path / "none.json"), "expected a config.json, a model folder or a Hub name"),
+        (("params", "--config", tmp_path / "small", "--r", 5000), "r is 5000, expected 1 to 32: model"),
         (("info", tmp_path), "does not exist, expected an adapter"),
     ):
         code, out, err = run(capsys, *arguments)

@@ -46,6 +46,13 @@ def svd_factors(site: Site, weight: Tensor, weight_digest: str, r: int, sigma: s
     return {"down": (right[:, None] * Vh).to(dtype), "up": (U * left).to(dtype)}
 
 
+def require_rank(config: AdapterConfig, sites: Sequence[Site]) -> None:
+    """ValueError, before the first decomposition, unless every layer has r singular vectors."""
+    least = min(sites, key=lambda site: min(site.N, site.K))
+    most = min(least.N, least.K)
+    require(config, "r", config.r <= most, f"1 to {most}: {least.name} is {(least.N, least.K)} (N, K)")
+
+
 class LoraXS(Adapter):
     core_alone_trains = True
 
@@ -73,6 +80,10 @@ class LoraXSConfig(AdapterConfig):
         super().__post_init__()
         require_whole(self, "r")
         require(self, "sigma", self.sigma in SIGMAS, f"one of {', '.join(SIGMAS)}")
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Numbers]:
+        require_rank(self, sites)
+        return {}
 
     def local(self, site: Site) -> dict[str, Numbers]:
         return {"core": Numbers((self.r, self.r))}
@@ -148,6 +159,7 @@ class TinyLoraConfig(AdapterConfig):
         return list(self.groups)
 
     def shared(self, sites: Sequence[Site]) -> dict[str, Numbers]:
+        require_rank(self, sites)
         # A parameter a group, not one for all: a view of one would cost its backward three launches a layer
         groups = sorted(set(self.group_of(sites)))
         return {f"v_{group}": Numbers((self.u,)) for group in groups}
