@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     p = what.add_parser("layer", help=_first(layer), description=layer.__doc__)
     common(p)
     p.add_argument("--models", nargs="+", choices=shapes.decoders(), metavar="MODEL")
-    p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
+    p.add_argument("--dtypes", nargs="+", choices=layer.BASES, default=["bf16", "fp32"])
     p.add_argument("--M", nargs="+", type=count, help=f"rows (default {layer.CPU_ROWS}, on a GPU {layer.CUDA_ROWS})")
     p.add_argument("--providers", nargs="+", choices=block.PROVIDERS, default=list(block.PROVIDERS))
     p.add_argument("--budget", type=amount, default=110.0, help="seconds of timing (default %(default)g)")

@@ -20,6 +20,7 @@ from bench.providers import Factors
 NAMES = tuple(name for group in shapes.SIBLINGS for name in group)
 INPUTS = ("x of q, k, v", "x of o", "x of gate, up", "x of down")
 PROVIDERS = (who.BARE, who.PEFT, who.PEFT_SAME_DTYPE, who.ADDMM, who.COMPILED_ADDMM, who.ALONE, who.OURS)
+FOUR_BIT_PROVIDERS = (who.BARE, who.OURS)  # PEFT's TinyLoRA does not take them, and siblings run alone
 
 
 class Attention(nn.Module):
@@ -73,18 +74,29 @@ class Provider:
         return ys, torch.autograd.grad(ys, [*xs, *trains], dys)
 
 
+# Bytes of a number in NF4, with a scale of eight bits for each 64 and one of 32 for each 256 of these.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
 class Case:
     """The weights, factors and operands that all providers share, `buffers` times at other addresses.
 
-    shape: {projection: (N, K, bias)}
+    shape: {projection: (N, K, bias)}; nf4: the weights are bitsandbytes', of four bits a number, `dtype` is computed in
     """
 
     def __init__(
-        self, shape: dict, dtype: torch.dtype, device: torch.device, r: int, u: int, buffers: Callable[[int], int]
+        self,
+        shape: dict,
+        dtype: torch.dtype,
+        device: torch.device,
+        r: int,
+        u: int,
+        buffers: Callable[[int], int],
+        nf4: bool = False,
     ):
         g = torch.Generator(device).manual_seed(0)
         self.shape, self.dtype, self.device, self.generator = shape, dtype, device, g
-        self.buffers = buffers(sum(N * K for N, K, _ in shape.values()) * dtype.itemsize)
+        self.buffers = buffers(int(sum(N * K for N, K, _ in shape.values()) * (NF4_BYTES if nf4 else dtype.itemsize)))
         self.weights: list[dict[str, Tensor]] = [{}]
         self.biases: dict[str, Tensor | None] = {}
         self.factors: dict[str, Factors] = {}
@@ -92,8 +104,13 @@ class Case:
             self.weights[0][name] = self._normal(N, K, scale=K**-0.5)
             self.biases[name] = self._normal(N) if bias else None
             self.factors[name] = Factors.random(N, K, r, u, like=self.weights[0][name], seed=seed)
-        for _ in range(1, self.buffers):
-            self.weights.append({name: weight.clone() for name, weight in self.weights[0].items()})
+        self.packed: list[dict[str, nn.Parameter]] = []
+        if nf4:
+            self.packed = [{n: _packed(w) for n, w in self.weights[0].items()} for _ in range(self.buffers)]
+            self.weights = [{n: _unpacked(w) for n, w in self.packed[0].items()}]  # the numbers they stand for
+        else:
+            for _ in range(1, self.buffers):
+                self.weights.append({name: weight.clone() for name, weight in self.weights[0].items()})
 
     def _normal(self, *size, scale: float = 1.0) -> Tensor:
         return torch.empty(*size, dtype=self.dtype, device=self.device).normal_(0, scale, generator=self.generator)
@@ -109,18 +126,40 @@ class Case:
         """Frozen layers of this provider's own around the shared weights' i-th copy."""
         linears = {}
         for name, (N, K, bias) in self.shape.items():
+            make = _linear_4bit if self.packed else nn.Linear
             with torch.device("meta"):
-                linears[name] = nn.Linear(K, N, bias=bias, dtype=self.dtype)
-            linears[name].weight = nn.Parameter(self.weights[i][name], requires_grad=False)
+                linear = linears[name] = make(K, N, bias=bias, dtype=self.dtype)
+            linear.weight = self.packed[i][name] if self.packed else nn.Parameter(self.weights[i][name], False)
             if bias:
-                linears[name].bias = nn.Parameter(self.biases[name], requires_grad=False)
+                linear.bias = nn.Parameter(self.biases[name], requires_grad=False)
         return Block(linears)
 
     def provider(self, name: str) -> Provider:
+        if self.packed and name not in FOUR_BIT_PROVIDERS:
+            raise ValueError(f"provider is {name!r}, expected one of {', '.join(FOUR_BIT_PROVIDERS)} on four bits")
         if name in (who.ADDMM, who.COMPILED_ADDMM):
             return _addmm(name, self)
         make = {who.BARE: _bare, who.PEFT: _peft, who.PEFT_SAME_DTYPE: _peft, who.ALONE: _ours, who.OURS: _ours}
         return Provider(name, [make[name](name, self, self.block(i)) for i in range(self.buffers)])
+
+
+def _packed(weight: Tensor) -> nn.Parameter:
+    """In NF4 with double quantisation, QLoRA's."""
+    from bitsandbytes.nn import Params4bit
+
+    return Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to(weight.device)
+
+
+def _unpacked(weight: nn.Parameter) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
+def _linear_4bit(K: int, N: int, bias: bool, dtype: torch.dtype) -> nn.Linear:
+    from bitsandbytes.nn import Linear4bit
+
+    return Linear4bit(K, N, bias, compute_dtype=dtype, quant_type="nf4")
 
 
 def _bare(name, case, block):

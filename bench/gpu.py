@@ -104,6 +104,12 @@ STAGES = (
         ("layer", "--models", *BIG, "--dtypes", "bf16", "--M", "1", "8", "16", "32", "--budget", "390"),
         dry=(*SMALL, "--models", "Qwen2.5-0.5B", "--M", "1", "--providers", "bare", "addmm", "ours"),
     ),
+    Stage(
+        "four bits",
+        "the same on a base in NF4, if bitsandbytes is there",
+        ("layer", "--models", BIG[0], "--dtypes", "nf4", "--M", "1", "8", "16", "64", "2048", "--budget", "200"),
+        dry=(*SMALL, "--models", "Qwen2.5-0.5B", "--M", "1"),
+    ),
     Stage("host", "microseconds of the host per call", ("host", "--dtype", "bf16", "--budget", "60"), dry=SMALL),
     Stage(
         "memory",

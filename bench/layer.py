@@ -4,7 +4,8 @@ What is timed: a forward without gradients, and a forward with the backward to t
 `bench.block.Block`: the linear layers alone, q, k, v on one tensor and gate, up on another. On a GPU eagerly, and
 captured in a CUDA graph. Outputs and gradients of every provider are held against fp64 before. The device's ceilings
 are measured in the same run, and every row carries the least time that they allow. On a CPU `compiled addmm` is
-measured in the first dtype alone.
+measured in the first dtype alone. nf4 is a base of four bits a number, computed in bf16 (QLoRA's, by bitsandbytes):
+bare and ours alone, as PEFT's TinyLoRA does not take one.
 """
 
 import itertools
@@ -20,6 +21,8 @@ from bench.check import reason
 from bench.linear import BOTH, DTYPES, PASSES, R, U, _peak_mb
 from bench.rows import Results, Row
 
+NF4 = "nf4"
+BASES = (*DTYPES, NF4)
 EAGER, CAPTURED = "eager", "captured"
 CPU_ROWS, CUDA_ROWS = (1, 16, 256), (1, 16, 128, 1024, 8192)
 CPU_MODELS, CUDA_MODELS = ("Qwen2.5-0.5B",), ("Qwen2.5-1.5B", "Qwen2.5-7B")
@@ -41,7 +44,7 @@ class Plan:
 def run(plan: Plan, results: Results, device: torch.device) -> list[str]:
     """Measure; rows of ops "layer" and "ceilings" go to `results`. Returns what the budget did not reach, in words."""
     deadline = time.perf_counter() + plan.budget
-    ceilings, rows = roofline.measure(device, plan.dtypes, 0.05 * plan.budget)
+    ceilings, rows = roofline.measure(device, dict.fromkeys(map(_computed, plan.dtypes)), 0.05 * plan.budget)
     for row in rows:
         results.add(row)
     modes = (CAPTURED, EAGER) if device.type == "cuda" else (EAGER,)
@@ -60,18 +63,28 @@ def run(plan: Plan, results: Results, device: torch.device) -> list[str]:
                 continue
             if of != (model, dtype):
                 case = present = weights64 = None  # what the last one held goes first
-                case = block.Case(
-                    shapes.projections(model), DTYPES[dtype], device, plan.r, plan.u,
-                    lambda size: timing.buffers_past_cache(size, device),
-                )  # fmt: skip
-                weights64 = {name: weight.double() for name, weight in case.weights[0].items()}
-                present = _make(plan, case, results, model, dtype)
                 of = model, dtype
-            share = max(0.0, deadline - time.perf_counter()) * _weight(cell) / left
-            _cell(plan, case, weights64, present, cell, modes, share, ceilings, results, device)
+                try:
+                    case = block.Case(
+                        shapes.projections(model), DTYPES[_computed(dtype)], device, plan.r, plan.u,
+                        lambda size: timing.buffers_past_cache(size, device), nf4=dtype == NF4,
+                    )  # fmt: skip
+                except ImportError as error:  # bitsandbytes
+                    results.add(_row(plan, (model, dtype, None), "", "", "", note=f"not measured: {error}"))
+                else:
+                    weights64 = {name: weight.double() for name, weight in case.weights[0].items()}
+                    present = _make(plan, case, results, model, dtype)
+            if case is not None:
+                share = max(0.0, deadline - time.perf_counter()) * _weight(cell) / left
+                _cell(plan, case, weights64, present, cell, modes, share, ceilings, results, device)
             left -= _weight(cell)
             bar.update()
     return missed
+
+
+def _computed(dtype: str) -> str:
+    """What a base of this kind is computed in."""
+    return "bf16" if dtype == NF4 else dtype
 
 
 def _weight(cell: tuple[str, str, int]) -> float:
@@ -84,6 +97,8 @@ def _make(plan, case, results, model, dtype) -> dict[str, block.Provider]:
     """The providers of a block. One that cannot be made (PEFT not installed, say) leaves a row that says so."""
     present = {}
     for name in plan.providers:
+        if dtype == NF4 and name not in block.FOUR_BIT_PROVIDERS:
+            continue
         if name == who.PEFT_SAME_DTYPE and dtype == "fp32":
             continue  # an fp32 base has fp32 adapters either way: this is `peft`
         if name == who.COMPILED_ADDMM and case.device.type == "cpu" and dtype != plan.dtypes[0]:
@@ -110,7 +125,8 @@ def _cell(plan, case, weights64, present, cell, modes, budget, ceilings, results
             for pass_, mode in itertools.product(PASSES, modes):
                 results.add(_row(plan, cell, name, pass_, mode, note=reason(error)))
     del gate
-    work, size = roofline.groups(model), DTYPES[dtype].itemsize
+    work, computed = roofline.groups(model), _computed(dtype)
+    size, of_weight = DTYPES[computed].itemsize, block.NF4_BYTES if dtype == NF4 else None
     budget = max(0.0, budget - (time.perf_counter() - start))
     turn = Turn()
     for pass_ in PASSES:
@@ -127,10 +143,10 @@ def _cell(plan, case, weights64, present, cell, modes, budget, ceilings, results
                 row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds
                 row.ratio_to_bare = t.p50 / times[who.BARE].p50 if who.BARE in times else None
                 rank = 0 if name == who.BARE else plan.r
-                row.bound_ms = 1e3 * roofline.bound(work, M, rank, dtype, size, ceilings, pass_)
+                row.bound_ms = 1e3 * roofline.bound(work, M, rank, computed, size, ceilings, pass_, of_weight)
                 directions = 2 if pass_ == BOTH else 1
                 row.tflops = directions * sum(g.operations(M, 0) for g in work) / t.p50 / 1e9
-                row.gb_per_s = directions * size * sum(g.numbers(M, 0) for g in work) / t.p50 / 1e6
+                row.gb_per_s = directions * sum(g.bytes(M, 0, size, of_weight) for g in work) / t.p50 / 1e6
                 row.peak_mb = _peak_mb(calls[name], device)
                 results.add(row)
 

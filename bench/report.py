@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from bench import block, demo, peft, roofline
 from bench import providers as who
-from bench.layer import CAPTURED
+from bench.layer import CAPTURED, NF4
 from bench.linear import PASSES, R, U
 from bench.rows import NO_PLOT, Row, read
 
@@ -137,7 +137,7 @@ def layer_table(rows: list[Row]) -> str:
         lines.append([*line, f"{pair[0]:.2f}" if pair else ""])
     headers = ["model", "dtype", "M", "pass", "bound ms", "bare ms", *names, "ours / PEFT"]
     text = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
-    many = [cell for key, cell in usual(rows, "layer").items() if key[3] >= BAR_ROWS]
+    many = [cell for key, cell in usual(rows, "layer").items() if key[3] >= BAR_ROWS and key[2] != NF4]
     pairs = ((name, over(many, who.OURS, name)) for name in (who.BARE, *names) if name != who.OURS)
     means = [f"{name} {geometric_mean(found):.2f} ({len(found)} cells)" for name, found in pairs if found]
     if means:

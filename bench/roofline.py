@@ -58,9 +58,10 @@ class Group:
     def operations(self, M: int, r: int) -> float:
         return 2.0 * M * self.N * self.K + 2.0 * M * r * (len(self.Ns) * self.K + self.N)
 
-    def numbers(self, M: int, r: int) -> float:
-        """Read or written once."""
-        return float(M * self.K + self.N * self.K + M * self.N + r * (len(self.Ns) * self.K + self.N))
+    def bytes(self, M: int, r: int, size: float, of_weight: float | None = None) -> float:
+        """Read or written once, of `size` bytes a number, or `of_weight` where it is one of W's."""
+        others = M * self.K + M * self.N + r * (len(self.Ns) * self.K + self.N)
+        return size * others + (of_weight or size) * self.N * self.K
 
 
 def groups(model: str) -> tuple[Group, ...]:
@@ -69,10 +70,19 @@ def groups(model: str) -> tuple[Group, ...]:
     return tuple(Group(found[names[0]][1], tuple(found[n][0] for n in names)) for names in shapes.SIBLINGS)
 
 
-def bound(work: Iterable[Group], M: int, r: int, dtype: str, size: int, ceilings: Ceilings, pass_: str) -> float:
+def bound(
+    work: Iterable[Group],
+    M: int,
+    r: int,
+    dtype: str,
+    size: int,
+    ceilings: Ceilings,
+    pass_: str,
+    of_weight: float | None = None,
+) -> float:
     """Seconds that no way of computing these groups, one after the other, goes below; r = 0 is the frozen layer."""
     rate = ceilings.rates[dtype]
-    one = sum(max(g.operations(M, r) / rate, g.numbers(M, r) * size / ceilings.bandwidth) for g in work)
+    one = sum(max(g.operations(M, r) / rate, g.bytes(M, r, size, of_weight) / ceilings.bandwidth) for g in work)
     return one * (2 if pass_ == BOTH else 1)
 
 

@@ -40,6 +40,34 @@ def test_every_provider_passes_the_gate(dtype):
         gate.admit(case.provider(name))
 
 
+def test_a_base_of_four_bits(small, tmp_path, capsys):
+    """The same operator on NF4: the gate's exact numbers are those of the weights that the packed ones stand for."""
+    pytest.importorskip("bitsandbytes")
+    case = block.Case(SHAPE, torch.bfloat16, CPU, 2, 5, lambda size: 2, nf4=True)
+    assert case.buffers == len(case.packed) == 2 and len(case.weights) == 1
+    xs, dys = case.operands(7)
+    gate = block.Gate(case, xs[0], dys[0], {name: weight.double() for name, weight in case.weights[0].items()})
+    for name in block.FOUR_BIT_PROVIDERS:
+        gate.admit(case.provider(name))
+    bare, ours = (case.provider(name).copies for name in block.FOUR_BIT_PROVIDERS)
+    for i in range(2):
+        for name in block.NAMES:
+            assert bare[i][0].projection(name).weight is case.packed[i][name]
+            assert ours[i][0].projection(name).weight.data_ptr() == case.packed[i][name].data_ptr()
+    with pytest.raises(ValueError, match="'addmm', expected one of bare, ours"):
+        case.provider(providers.ADDMM)
+    command = ["layer", "--M", "1", "--dtypes", "nf4", "bf16", "--budget", "60", "--device", "cpu", "--threads", "1"]
+    assert main([*command, "--out", str(tmp_path), "--providers", "bare", "addmm", "ours"]) == 0
+    (path,) = tmp_path.glob("*.csv")
+    found = {(r.dtype, r.pass_): r for r in rows.read(path) if r.op == "layer" and r.provider == "ours"}
+    assert {r.dtype for r in rows.read(path) if r.provider == "addmm"} == {"bf16"} and len(found) == 4
+    moved = {
+        dtype: found[dtype, "forward"].gb_per_s * found[dtype, "forward"].p50_ms * 1e6 for dtype in ("nf4", "bf16")
+    }
+    numbers = sum(N * K for N, K, _ in SHAPE.values())
+    assert moved["bf16"] - moved["nf4"] == pytest.approx(numbers * (2 - 0.5 - 1 / 64 - 1 / 4096), rel=1e-3)
+
+
 def test_providers_share_the_weights_and_have_seven_v_each():
     pytest.importorskip("peft")
     case, _ = gate_of(torch.bfloat16)
