@@ -1,6 +1,6 @@
 # Two commands to know: `make bench` runs the main job, `make test` the tests. Both need nothing but Python and gcc.
 .DEFAULT_GOAL := help
-.PHONY: help demo test peft-test bench lint mutants test-oldest gpu gpu-test clean
+.PHONY: help demo test peft-test deepspeed-test bench lint mutants test-oldest gpu gpu-test clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,6 +12,7 @@ help:
 	@echo "make demo         GRPO, SFT and evolution strategies with 13 numbers, on a model trained here: 4 minutes in all"
 	@echo "make test         all tests"
 	@echo "make peft-test    PEFT's own tests, with PEFT patched"
+	@echo "make deepspeed-test  ZeRO 1 and 3 in two processes, with DeepSpeed installed beside"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make mutants      break each mask, index and term of the kernels once; the tests must see it"
 	@echo "make test-oldest  the kernels under the oldest Triton that is supported"
@@ -41,6 +42,16 @@ peft-test: $(VENV)/installed
 	cd build/peft-$(PEFT) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(abspath $(RUN)) -m pytest \
 		-p patched_peft -o addopts= -o filterwarnings= -p no:cacheprovider -q --timeout 120 -rfE --tb=short $(THOSE)
 
+# In an environment of its own beside that of the others: with deepspeed there, accelerate and TRL import it everywhere.
+ZERO := $(VENV)-deepspeed/bin/python
+deepspeed-test: $(VENV)/installed
+	test -x $(ZERO) || $(PYTHON) -m venv $(VENV)-deepspeed
+	$(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$($(ZERO) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth
+	$(ZERO) -m pip install --quiet setuptools
+	DS_ACCELERATOR=cpu $(ZERO) -m pip install --quiet --no-build-isolation deepspeed==0.19.8
+	$(ZERO) -m pytest tests/test_deepspeed.py
+
 bench: $(VENV)/installed
 	$(RUN) -m bench
 
@@ -66,4 +77,4 @@ gpu-test:
 	$(PYTHON) -m pytest -m gpu tests
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info bench/out
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-deepspeed build dist *.egg-info bench/out

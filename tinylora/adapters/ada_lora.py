@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from tinylora.adapters import noise
 from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Shared, Site, require, require_whole
+from tinylora.adapters.sharded import stepped_elsewhere
 
 
 class AdaLora(Adapter):
@@ -73,6 +74,8 @@ class AdaLoraShared(Shared):
         _watch(self)
 
     def before_step(self, stepping: set[int], loss_scale: float) -> None:
+        if any(stepped_elsewhere(adapter.lam) for adapter in self.layers.values()):
+            raise ValueError("AdaLoRA acts when an optimizer steps λ, and DeepSpeed steps copies: expected DDP")
         for adapter in self._of(stepping):
             if hasattr(adapter.lam, "full_tensor"):
                 raise ValueError("AdaLoRA ranks the triplets of whole layers, expected no sharding (FSDP2): DDP works")

@@ -36,6 +36,7 @@ from tinylora.adapters import (
     VeraConfig,
 )
 from tinylora.adapters.factor_cache import digest
+from tinylora.adapters.sharded import in_pieces
 from tinylora.nn import checkpoint
 from tinylora.nn.model import adapted_layers, adapter_names, attach, base_digests, named_numbers, shared_of
 from tinylora.nn.targets import find_modules_to_save, find_targets, linear_layers, sites_of
@@ -86,10 +87,10 @@ def save(
     if shared.sites[0].name == "":
         raise ValueError("a single Linear has no name that PEFT could find it by, expected a model")
     numbers = named_numbers(model, name)
-    if any(hasattr(t, "full_tensor") for t in numbers.values()):
+    if any(map(in_pieces, numbers.values())):
         raise ValueError(
-            f"format is {format!r}, but the model is sharded (FSDP2): expected the default, which every process saves, "
-            "and then `tinylora convert`"
+            f"format is {format!r}, but the model is sharded (FSDP2, ZeRO-3): expected the default, which every "
+            "process saves, and then `tinylora convert`"
         )
     layers = {site: layer.adapters[name] for site, layer in adapted_layers(model).items() if name in layer.adapters}
     _refuse_what_peft_takes_for_experts(model, shared.sites, format)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import tinylora
 from tinylora.adapters import STACKED, Shared, config_from_dict
+from tinylora.adapters.sharded import gathered, of_zero3, sharded_as, whole
 from tinylora.nn.model import (
     activate,
     adapted_layers,
@@ -52,11 +53,13 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
 
     factors: also write the frozen factors, (N + K) · r numbers a layer, for whoever must not recompute them.
     The file is written beside its place and moved there whole: an interruption leaves the previous one. Merged or
-    not, active or not, the adapter is the same. Of a model that FSDP2 has sharded every process must call it, as its
-    processes put the numbers together. ValueError if the model has no adapter of that name.
+    not, active or not, the adapter is the same. Of a model that FSDP2 or ZeRO-3 has sharded every process must call it,
+    as its processes put the numbers together. ValueError if the model has no adapter of that name.
     """
     shared = shared_of(model, name)
-    tensors = {n: _whole(p.detach()).cpu().contiguous() for n, p in named_numbers(model, name).items()}
+    numbers = named_numbers(model, name)
+    with gathered(numbers.values()):
+        tensors = {n: whole(p).cpu().contiguous() for n, p in numbers.items()}
     layers = {n: layer for n, layer in adapted_layers(model).items() if name in layer.adapters}
     lost = [site.name for site in shared.sites if site.name not in layers]
     if lost:
@@ -175,6 +178,8 @@ def restore(
         )
     if existing:
         refuse_merged(model)
+        if any(map(of_zero3, named_numbers(model, name).values())):
+            raise ValueError("the adapter is sharded (ZeRO-3), expected to load it before deepspeed.initialize")
         refuse_other_factors(path, header, tensors, shared_of(model, name))
     trained = {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
     saved = find_modules_to_save(model, config.modules_to_save, layers)
@@ -196,7 +201,7 @@ def restore(
                 t.copy_(tensors[f"foreign.{n}"])
     with torch.no_grad():
         for n, p in named_numbers(model, name).items():
-            p.copy_(_sharded_as(p, trained[n]))
+            p.copy_(sharded_as(p, trained[n]))
     if not any(layer.active == name for layer in adapted_layers(model).values()):  # else it trains what it did
         activate(model, name)
     return model
@@ -231,20 +236,6 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     if claimed != _checksum(header, tensors):
         raise ValueError(f"{path} is damaged: its checksum is not that of its contents")
     return header, tensors
-
-
-def _whole(t: Tensor) -> Tensor:
-    """A tensor that FSDP2 sharded over the processes, on each of them; any other as it is."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
-def _sharded_as(p: Tensor, t: Tensor) -> Tensor:
-    """t as `p` is: sharded over the processes if FSDP2 has sharded p, as it is if not."""
-    if not hasattr(p, "full_tensor"):
-        return t
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
 
 
 def _rebuilt(shared: Shared) -> dict[str, Tensor]:

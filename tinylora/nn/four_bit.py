@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinylora.adapters.sharded import whole
 from tinylora.nn.linear import Linear, low_rank
 from tinylora.ops.four_bit import FourBit
 from tinylora.ops.linear import adapted_linear, frozen_linear, plain, unchecked, without_autocast
@@ -31,7 +32,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
         packed = packed_weight(layer)
         dtype = layer.compute_dtype or layer.weight.quant_state.dtype
         return packed.dense(torch.float32 if dtype is torch.float16 else dtype)
-    return layer.weight.detach()
+    return whole(layer.weight)
 
 
 def packed_weight(layer: nn.Module) -> FourBit:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylora.adapters import Adapter, AdapterConfig, own_storages
+from tinylora.adapters.sharded import in_pieces
 from tinylora.nn.kept import Kept, Operands
 from tinylora.ops import adapted_linear
 from tinylora.ops.linear import frozen_linear, plain, unchecked
@@ -173,8 +174,10 @@ class Linear(nn.Linear):
 
     def refuse_merge(self) -> None:
         """ValueError if `merge` is impossible here."""
-        if hasattr(self.weight, "full_tensor"):
-            raise ValueError("the weight is sharded (FSDP2, tensor parallelism), expected a whole one to merge into")
+        if in_pieces(self.weight):
+            raise ValueError(
+                "the weight is sharded (FSDP2, ZeRO-3, tensor parallelism), expected a whole one to merge into"
+            )
 
     @torch.no_grad()
     def unmerge(self) -> None:

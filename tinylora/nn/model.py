@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from tinylora.adapters import AdapterConfig, Shared
 from tinylora.adapters.factor_cache import digest
+from tinylora.adapters.sharded import of_zero3
 from tinylora.nn.four_bit import dense_weight, keep_as_loaded, wrapped
 from tinylora.nn.linear import Linear
 from tinylora.nn.saved_module import SavedModule
@@ -88,6 +89,8 @@ def attach(
     sites = sites_of(layers)
     digests = digests or base_digests(layers)
     saved = find_modules_to_save(root, config.modules_to_save, layers)
+    if any(of_zero3(p) for module in saved.values() for p in module.parameters()):
+        raise ValueError("modules_to_save are sharded (ZeRO-3), expected to put the adapter on before deepspeed does")
     shared = config.shared_class(config, sites, fingerprint(digests))
     if frozen is None:
         with torch.no_grad():
@@ -159,6 +162,8 @@ def base_digests(layers: Mapping[str, nn.Linear]) -> dict[str, str]:
     def one(name: str) -> str:
         return digest(dense_weight(layers[name]).to(torch.bfloat16))
 
+    if any(of_zero3(layers[name].weight) for name in names):  # put together by all processes, in one order
+        return {name: one(name) for name in _progress(names, "reading weights")}
     # SHA-256 reads 2 GB/s a core: 13 GB of a 7B model's weights are 7 seconds on one, and it leaves the GIL alone.
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
         found = readers.map(one, names)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tinylora.adapters import Adapter, Factors
+from tinylora.adapters.sharded import of_zero3
 from tinylora.nn.kept import Kept, Operands
 from tinylora.nn.linear import Linear
 from tinylora.ops.dispatch import MAX_RANK
@@ -126,7 +127,7 @@ class Siblings:
         self.wide, self.places, self.ready = {}, [], None
         weights = [layer.weight for layer in self.layers]
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
-        if len({(w.device, w.dtype) for w in weights}) > 1 or weights[0].is_meta:
+        if len({(w.device, w.dtype) for w in weights}) > 1 or weights[0].is_meta or any(map(of_zero3, weights)):
             return
         if any(w.untyped_storage().nbytes() < w.nbytes for w in weights):
             return  # a skeleton's weight, one number seen as many: a copy would be all the memory it was to save
