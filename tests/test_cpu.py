@@ -255,10 +255,8 @@ def test_a_node_refuses_the_gradient_of_a_gradient_and_autocast_changes_nothing_
     up = operands[4].requires_grad_()
     y = ours(*operands)
     (want,) = torch.autograd.grad(y.square().sum(), up, retain_graph=True)
-    (once,) = torch.autograd.grad(y.square().sum(), up, create_graph=True)
-    assert torch.equal(once, want)
     with pytest.raises(RuntimeError, match="the gradient of a gradient"):
-        once.sum().backward()
+        torch.autograd.grad(y.square().sum(), up, create_graph=True)
     y = ours(*operands)
     with torch.autocast("cpu", torch.bfloat16):
         (inside,) = torch.autograd.grad(y.square().sum(), up)

@@ -339,6 +339,44 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.parametrize("config", [TinyLoraConfig(u=5), tinylora.LoraConfig(r=3)], ids=lambda c: c.kind)
+def test_transforms_of_torch_func_and_a_trace(config):
+    """Who differentiates or records call by call meets torch's own calls: exact gradients, per sample and twice, and a
+    trace whose results depend on its input."""
+    from torch.func import functional_call, grad, jvp, vmap
+
+    model, ids = tinylora.apply(qwen2(), config), tokens()
+    model.set_attn_implementation("eager")  # torch's own has no forward mode
+    with torch.no_grad():
+        for p in tinylora.adapter_parameters(model):
+            p.add_(0.05 * torch.randn_like(p))
+    numbers = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(numbers, ids):
+        return functional_call(model, numbers, (ids,), {"labels": ids, "use_cache": False}).loss
+
+    model(ids, labels=ids).loss.backward()
+    want = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    found = grad(loss)(numbers, ids)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-7)
+    samples = vmap(grad(lambda numbers, row: loss(numbers, row[None])), in_dims=(None, 0))(numbers, ids)
+    torch.testing.assert_close({n: g.mean(0) for n, g in samples.items()}, want, rtol=1e-4, atol=1e-7)
+    model.double()  # norms and softmax stay fp32
+    name, along = next(iter(numbers)), {n: torch.randn_like(t).double() for n, t in numbers.items()}
+    _, twice = jvp(lambda t: grad(loss)(t, ids), ({n: t.double() for n, t in numbers.items()},), (along,))
+    ahead, behind = ({n: t + s * along[n] for n, t in numbers.items()} for s in (1e-3, -1e-3))
+    slope = (grad(loss)(ahead, ids)[name] - grad(loss)(behind, ids)[name]) / 2e-3
+    torch.testing.assert_close(twice[name], slope, rtol=1e-2, atol=1e-2 * slope.abs().max().item())
+
+    model.float().requires_grad_(False)
+    mlp, x, other = model.model.layers[0].mlp, *torch.randn(2, 2, 3, 64)
+    for autocast in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            traced, y = torch.jit.trace(mlp, (x,), check_trace=False)(other), mlp(other)
+        assert traced.dtype == y.dtype
+        torch.testing.assert_close(traced, y, rtol=2e-2 if autocast else 1e-5, atol=1e-2 if autocast else 1e-6)
+
+
 def test_accelerate_writes_every_tensor_of_siblings(tmp_path):
     """Siblings' weights, and their v, lie in one storage, by which accelerate and safetensors tell tensors apart."""
     from accelerate import Accelerator

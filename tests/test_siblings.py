@@ -146,10 +146,8 @@ def test_the_gradient_of_a_gradient_is_refused_and_autocast_changes_nothing_in_a
         return torch.cat(adapted_linears(x, weights, down, core, up, [], ids, basis), -1).square().sum()
 
     (want,) = torch.autograd.grad(loss(), x)
-    (once,) = torch.autograd.grad(loss(), x, create_graph=True)
-    assert torch.equal(once, want)
     with pytest.raises(RuntimeError, match="the gradient of a gradient"):
-        once.sum().backward()
+        torch.autograd.grad(loss(), x, create_graph=True)
     y = loss()
     with torch.autocast("cpu", torch.bfloat16):
         (inside,) = torch.autograd.grad(y, x)

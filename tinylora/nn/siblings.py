@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from tinylora.adapters import Adapter, Factors
 from tinylora.adapters.sharded import of_zero3
 from tinylora.nn.kept import Kept, Operands
 from tinylora.nn.linear import Linear
 from tinylora.ops.dispatch import MAX_RANK
+from tinylora.ops.linear import by_torch_alone
 from tinylora.ops.siblings import adapted_linears, joined, on_torch
 
 
@@ -207,7 +207,7 @@ class Siblings:
         first = self.layers[0]
         name = first.active
         wide = self.wide.get(name)
-        if wide is None or forward_ad._current_level >= 0:
+        if wide is None or by_torch_alone():
             return None
         weights, biases, cores = [], [], []
         graded = torch.is_grad_enabled()

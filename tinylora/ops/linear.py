@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tinylora.ops import eager, invariant, reference
-from tinylora.ops.backward import first_order
+from tinylora.ops.backward import first_order, refuse_second_order
 from tinylora.ops.checks import autocasts, check
 from tinylora.ops.dispatch import TORCH, interpreting, route_of
 from tinylora.ops.four_bit import Around, FourBit
@@ -69,7 +69,7 @@ def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invaria
     if type(weight) is FourBit:
         return _on_four_bits(x, weight, down, core, up, bias, ids, basis, batch_invariant)
     if _seen_from_outside(x, weight, down, core, up):
-        if forward_ad._current_level >= 0:  # the custom op has no forward-mode rule: tangents would be zero
+        if by_torch_alone():
             return _by_formula(x, weight, down, core, up, bias, ids, basis)
         x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         y, _ = torch.ops.tinylora.adapted_linear(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
@@ -87,8 +87,23 @@ def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invaria
     return _run(module, x, weight, down, core, up, bias, ids, basis, False)[0]
 
 
+def by_torch_alone() -> bool:
+    """Whether plain torch must compute, for somebody who looks on and knows its calls alone: dual numbers, torch.func's
+    transforms, which have no rule for the custom op, and torch.jit.trace, which makes constants of what kernels write.
+    """
+    return not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def _by_formula(x, weight, down, core, up, bias, ids, basis) -> Tensor:
     """Y by plain torch, which differentiates it in every mode."""
+    if autocasts(x.device.type):
+        x, weight, bias = _as_autocast_would(x.device.type, x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return _by_formula(x, weight, down, core, up, bias, ids, basis)
     dtype = eager.rank_dtype(x, down, up, core)
     wide = (None if t is None else t.to(dtype) for t in (x, weight, down, core, up, bias))
     basis = None if basis is None else basis.to(dtype)
@@ -123,6 +138,7 @@ def plain(x: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._is_any_autocast_enabled()
         and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
     )
 
 
@@ -279,6 +295,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _op_autograd(ctx, dy, _):
+    refuse_second_order()
     need = list(ctx.needs_input_grad[:6])
     grads = torch.ops.tinylora.adapted_linear_backward(dy, *ctx.saved_tensors, need, ctx.batch_invariant)
     return (*(g if asked else None for g, asked in zip(grads, need, strict=True)), None, None, None)
@@ -291,15 +308,16 @@ _op.register_autograd(_op_autograd, setup_context=_setup_context)
 _lib = torch.library.Library("tinylora", "IMPL")
 
 
+def _as_autocast_would(device: str, *operands: Tensor | None) -> list[Tensor | None]:
+    dtype, cast = torch.get_autocast_dtype(device), (torch.float32, torch.float16, torch.bfloat16)
+    return [t.to(dtype) if t is not None and t.dtype in cast else t for t in operands]
+
+
 def _register_autocast(device: str, key: str) -> None:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant=False):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = (
-            t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.float16, torch.bfloat16) else t
-            for t in (x, weight, bias)
-        )
+        x, weight, bias = _as_autocast_would(device, x, weight, bias)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return torch.ops.tinylora.adapted_linear(
                 x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tinylora.ops import eager, linear
-from tinylora.ops.backward import first_order
+from tinylora.ops.backward import first_order, refuse_second_order
 
 
 def adapted_linears(
@@ -262,6 +262,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _op_autograd(ctx, dy, _):
+    refuse_second_order()
     z, down, core, up, adapter_ids, basis, *weights = ctx.saved_tensors
     need_x, need_core = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     dx, dcore = torch.ops.tinylora.adapted_linears_backward(
