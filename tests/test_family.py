@@ -11,6 +11,7 @@ from torch import nn
 import tinylora
 from tinylora import AdaLoraConfig, LoraConfig, LoraXSConfig, TiedLoraConfig, TinyLoraConfig, VeraConfig
 from tinylora.adapters import Site, tied_lora
+from tinylora.nn.model import named_numbers
 
 ADAPTERS = {
     "tinylora": TinyLoraConfig(u=3, n_tie=5),
@@ -419,6 +420,23 @@ def test_adalora_schedule_scores_and_penalty():
         p.grad = torch.zeros_like(p)
     torch.optim.SGD(parameters, lr=0.0).step()
     assert int(copied.tinylora["default"].steps) == 15 and int(model.tinylora["default"].steps) == 14
+
+
+def test_adalora_under_two_optimizers():
+    """Whichever steps first: orthogonality is of the factors' gradients, wherever λ's are stepped."""
+    config = AdaLoraConfig(r=4, target_r=1, total_steps=20, warmup_steps=4, final_steps=6)
+    model, ids = tinylora.apply(qwen2(), config), tokens()
+    numbers = named_numbers(model)
+    lams = [p for n, p in numbers.items() if n.endswith("lam")]
+    factors = [p for n, p in numbers.items() if n.endswith(("up", "down"))]
+    model(ids, labels=ids).loss.backward()
+    plain = [p.grad.clone() for p in factors]
+    torch.optim.SGD(factors, lr=0.0).step()
+    moved = [p.grad.clone() for p in factors]
+    assert all((a - b).abs().max() > 0 for a, b in zip(moved, plain, strict=True))
+    torch.optim.SGD(lams, lr=0.0).step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(factors, moved, strict=True))
+    assert int(model.tinylora["default"].steps) == 1
 
 
 @pytest.mark.parametrize("overflow", [False, True])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import minilm_folder, qwen2, tokens
 from torch import nn
+from torch.nn.utils import prune
 
 import tinylora
 from tinylora import LoraXSConfig, TinyLoraConfig
@@ -150,8 +151,13 @@ def test_merge_and_unmerge(dtype):
 
 def test_merging_a_tied_weight_is_refused():
     model = trained(qwen2(tie_word_embeddings=True), TinyLoraConfig(target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match=r"embed_tokens.weight and lm_head.weight are one tensor"):
-        tinylora.merge(model)
+    # loaded so, they are two parameters on one storage
+    apart = trained(qwen2(tie_word_embeddings=True), TinyLoraConfig(target_modules=["lm_head"]))
+    apart.load_state_dict(model.state_dict(), assign=True)
+    assert apart.lm_head.weight is not apart.model.embed_tokens.weight
+    for m in (model, apart):
+        with pytest.raises(ValueError, match=r"embed_tokens.weight and lm_head.weight are one tensor"):
+            tinylora.merge(m)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -429,6 +435,98 @@ def test_what_a_mixture_and_mamba_leave_out(recwarn):
     )
     with pytest.warns(UserWarning, match=r"experts\.gate_up_proj \(4 of the kind\) is several matrices in one tensor"):
         tinylora.apply(Qwen3MoeForCausalLM(config), tinylora.TinyLoraConfig())
+
+
+def test_adapters_and_whole_modules_on_one_place_are_refused():
+    """On a part of the model and on all of it, saved whole by one and adapted by another: one would run in silence."""
+    model = qwen2(tie_word_embeddings=False)
+    tinylora.apply(model.model, LoraXSConfig())
+    with pytest.raises(ValueError, match="q_proj has an adapter 'default' that this Qwen2ForCausalLM does not own"):
+        tinylora.apply(model, LoraXSConfig())
+    head = LoraXSConfig(target_modules=["lm_head"])
+    model = tinylora.apply(qwen2(tie_word_embeddings=False), head, "a")
+    with pytest.raises(ValueError, match="modules_to_save names lm_head, where an adapter is"):
+        tinylora.apply(model, TinyLoraConfig(modules_to_save=["lm_head"]), "b")
+    model = tinylora.apply(
+        qwen2(tie_word_embeddings=False), TinyLoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "b"
+    )
+    with pytest.raises(ValueError, match=r"lm_head.original is in another adapter's modules_to_save"):
+        tinylora.apply(model, LoraXSConfig(target_modules=["lm_head.original"]), "a")
+    for name in ("train", "keys", "type"):
+        with pytest.raises(ValueError, match=f"name is '{name}', expected none that torch's modules have"):
+            tinylora.apply(model, LoraXSConfig(target_modules=["q_proj"]), name)
+    assert tinylora.adapter_names(model) == ["b"]
+
+
+def test_within_disabled_nothing_is_put_on_or_activated(tmp_path):
+    model = tinylora.apply(trained(qwen2(), LoraXSConfig(), "a"), LoraXSConfig(), "b")
+    tinylora.save(model, tmp_path, "b")
+    with tinylora.disabled(model):
+        for change in (
+            lambda: tinylora.activate(model, "a"),
+            lambda: tinylora.apply(model, LoraXSConfig(), "c"),
+            lambda: tinylora.load(model, tmp_path, "b"),
+        ):
+            with pytest.raises(ValueError, match="within disabled, expected its end first"):
+                change()
+        with tinylora.disabled(model):
+            pass
+    tinylora.activate(model, "a")
+
+
+def test_a_module_inside_one_that_is_saved_whole_trains_with_it(tmp_path):
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.head = nn.Linear(64, 64), nn.Linear(64, 3)
+            self.tied = nn.Linear(64, 3)
+            self.tied.weight = self.head.weight
+
+        def forward(self, x):
+            return self.head(self.dense(x)) + self.tied(x)
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = qwen2(layers=1).model
+            torch.manual_seed(4)
+            self.head = Head()
+
+        def forward(self, ids):
+            return self.head(self.model(ids).last_hidden_state[:, -1])
+
+    model = tinylora.apply(Classifier(), LoraXSConfig(modules_to_save=["head"]))
+    optimizer = torch.optim.SGD(tinylora.adapter_parameters(model), lr=0.1)
+    before = model(tokens())
+    before.square().sum().backward()
+    optimizer.step()
+    copies = model.head.copies["default"]
+    assert all(p.requires_grad and p.grad.abs().sum() > 0 for p in copies.parameters())
+    tinylora.save(model, tmp_path)
+    want = model(tokens())
+    assert not torch.equal(want, before)
+    torch.testing.assert_close(tinylora.load(Classifier(), tmp_path)(tokens()), want)
+
+
+def test_a_root_that_runs_its_children_one_after_another():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    x = torch.randn(3, 16)
+    want = model(x)
+    tinylora.apply(model, LoraXSConfig(target_modules=["0", "2"]))
+    assert torch.equal(model(x), want) and torch.equal(model(input=x), want)
+
+
+@pytest.mark.parametrize("how", ["prune", "weight_norm", "parametrization"])
+def test_merging_into_a_weight_that_is_computed_is_refused(how):
+    model = trained(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)), LoraXSConfig(target_modules=["0"]))
+    if how == "prune":
+        prune.l1_unstructured(model[0], "weight", 0.5)
+    elif how == "weight_norm":
+        torch.nn.utils.weight_norm(model[0])
+    else:
+        torch.nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(ValueError, match="the weight is computed from others"):
+        tinylora.merge(model)
 
 
 def test_layers_that_a_parent_reads_and_never_calls():

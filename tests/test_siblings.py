@@ -9,6 +9,7 @@ import torch
 from models import minilm_folder, qwen2, tokens
 from problems import BoundByTorch, Problem, assert_as_good_as_torch, exact, grads, torch_own
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tinylora
 from tinylora import LoraConfig, LoraXSConfig, TinyLoraConfig, VeraConfig
@@ -404,6 +405,118 @@ def test_an_error_inside_the_parent_leaves_nothing_behind():
     with pytest.raises(RuntimeError, match="in between"):
         model(torch.zeros(3, 16))
     assert model.a.siblings.shares is None and not model.a.siblings.running
+
+
+def both_ways(make, run):
+    """What `run` gives of a model whose siblings compute together, and of one whose do not."""
+    return [
+        run(train(tinylora.apply(make(), TinyLoraConfig(target_modules=["a", "b"]), siblings=s))) for s in (True, False)
+    ]
+
+
+@pytest.mark.parametrize("around", ["reentrant", "no_reentrant", "no_grad"])
+def test_one_sibling_in_another_graph(around):
+    class Wrapper(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            if around == "no_grad":
+                with torch.no_grad():
+                    return self.layer(x)
+            return checkpoint(self.layer, x, use_reentrant=around == "reentrant")
+
+    def run(model):
+        model.a = Wrapper(model.a)
+        x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        model(x).square().sum().backward()
+        trains = tinylora.adapter_parameters(model)
+        return [x.grad, *(torch.zeros_like(p) if p.grad is None else p.grad for p in trains)]
+
+    together, alone = both_ways(Pair, run)
+    torch.testing.assert_close(together, alone)
+    assert together[-1].norm() > 0
+
+
+def test_what_a_layers_own_hook_does_to_its_weight_is_seen_in_the_same_call(calls):
+    """Pruning and weight_norm compute it there, ZeRO-3 gathers it."""
+
+    def double(layer, inputs):
+        layer.weight.data.mul_(2)
+
+    def run(model):
+        model(torch.zeros(1, 16))
+        model.b.register_forward_pre_hook(double)
+        return model(torch.ones(3, 16))
+
+    torch.testing.assert_close(*both_ways(Pair, run))
+    assert calls["group"] == 1
+
+
+def test_an_x_that_the_parent_changes_in_place_is_another():
+    """Where no version tells: in inference mode, and in compiled graphs. The parent's source does."""
+
+    class Item(Pair):
+        def forward(self, x):
+            first = self.a(x)
+            x[:, 0] = 0
+            return first + self.b(x)
+
+    class Out(Pair):
+        def forward(self, x):
+            first = self.a(x)
+            torch.neg(x, out=x)
+            return first + self.b(x)
+
+    class Part(Pair):
+        def forward(self, x):
+            first = self.a(x)
+            x.data[0] = 1
+            return first + self.b(x)
+
+    for kind in (Item, Out, Part):
+        with torch.inference_mode():
+            torch.testing.assert_close(*both_ways(kind, lambda model: model(torch.ones(3, 16))))
+
+
+def test_a_compiled_sibling_s_output_may_be_changed_in_place():
+    class InPlace(Pair):
+        def forward(self, x):
+            return self.a(x).mul_(2) * self.b(x).add_(1)
+
+    def run(model):
+        torch._dynamo.reset()
+        x = torch.ones(3, 16, requires_grad=True)
+        torch.compile(model, backend="aot_eager")(x).sum().backward()
+        return x.grad
+
+    torch.testing.assert_close(*both_ways(InPlace, run))
+
+
+def test_a_thawed_factor_and_a_wider_bias_compute_alone(calls):
+    model = train(tinylora.apply(Pair(), TinyLoraConfig(target_modules=["a", "b"])))
+    model.a.adapters.default.down.requires_grad_()
+    model(torch.ones(3, 16)).sum().backward()
+    assert calls["group"] == 0 and model.a.adapters.default.down.grad.norm() > 0
+    model = train(tinylora.apply(Pair().bfloat16(), TinyLoraConfig(target_modules=["a", "b"])))
+    for layer in (model.a, model.b):
+        layer.bias.data = layer.bias.data.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.ones(3, 16)).dtype == torch.bfloat16
+
+
+def test_every_v_lies_in_one_storage_after_it_was_moved():
+    """By which a card's decode step finds them without a copy; where nothing moves, they stay for graphs."""
+    model = adapted(config=CONFIGS["a v each"], layers=1)
+    v = [layer.adapters.default.v for layer in model.model.layers[0].self_attn.q_proj.siblings.layers]
+    assert joined(v) is not None
+    before = [t.data_ptr() for t in v]
+    model.to("cpu")
+    assert [t.data_ptr() for t in v] == before
+    values = [t.detach().clone() for t in v]
+    model.double().float()
+    assert joined(v) is not None and all(torch.equal(a, b) for a, b in zip(v, values, strict=True))
 
 
 @pytest.mark.parametrize("moved", ["to", "deepcopy", "pickle", "state_dict", "assign", "save_pretrained", "replaced"])

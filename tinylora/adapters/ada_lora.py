@@ -38,12 +38,12 @@ class AdaLora(Adapter):
         return Factors(self.down, self.shared.config.scale * self.lam, self.up)
 
     @torch.no_grad()
-    def add_orthogonality(self, gamma: float) -> None:
-        """Add d/dP γ ‖PᵀP - I‖² = 4 γ P (PᵀP - I), and Q's, to the gradients."""
+    def add_orthogonality(self, gamma: float, stepping: set[int]) -> None:
+        """Add d/dP γ ‖PᵀP - I‖² = 4 γ P (PᵀP - I), and Q's, to the gradients of those that step."""
         eye = torch.eye(self.lam.numel(), dtype=self.lam.dtype, device=self.lam.device)
-        if self.up.grad is not None:
+        if self.up.grad is not None and id(self.up) in stepping:
             self.up.grad.add_(self.up @ (self.up.T @ self.up - eye), alpha=4 * gamma)
-        if self.down.grad is not None:
+        if self.down.grad is not None and id(self.down) in stepping:
             self.down.grad.add_((self.down @ self.down.T - eye) @ self.down, alpha=4 * gamma)
 
     @torch.no_grad()
@@ -76,10 +76,11 @@ class AdaLoraShared(Shared):
     def before_step(self, stepping: set[int], loss_scale: float) -> None:
         if any(stepped_elsewhere(adapter.lam) for adapter in self.layers.values()):
             raise ValueError("AdaLoRA acts when an optimizer steps λ, and DeepSpeed steps copies: expected DDP")
-        for adapter in self._of(stepping):
-            if hasattr(adapter.lam, "full_tensor"):
+        for adapter in self.layers.values():
+            if hasattr(adapter.lam, "full_tensor") and id(adapter.lam) in stepping:
                 raise ValueError("AdaLoRA ranks the triplets of whole layers, expected no sharding (FSDP2): DDP works")
-            adapter.add_orthogonality(self.config.orthogonality * loss_scale)
+            if adapter.lam.requires_grad:
+                adapter.add_orthogonality(self.config.orthogonality * loss_scale, stepping)
 
     @torch.no_grad()
     def after_step(self, stepping: set[int]) -> None:

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tinylora.adapters.sharded import in_pieces
+
 
 class Site(NamedTuple):
     """One linear layer to adapt: its name within the model and its weight's shape, [N, K]."""
@@ -154,6 +156,13 @@ def own_storages(state: dict, prefix: str, names: Iterable[str]) -> None:
                 state[prefix + name] = torch.from_dlpack(t)
 
 
+def lay_together(parts: Sequence[Tensor]) -> None:
+    """Put the numbers of parts, rows one after another, into one storage."""
+    rows = torch.cat([p.data for p in parts]).split([len(p) for p in parts])
+    for part, own in zip(parts, rows, strict=True):
+        part.data = own
+
+
 class Owner(KeepsFp32):
     """A module that owns numbers."""
 
@@ -183,6 +192,20 @@ class Shared(Owner):
         self.__dict__["layers"] = {}  # site name -> Adapter, not registered: the layers own them
         self.rows: Rows | None = None  # which of the stacked numbers each row of the batch uses
         self.own(config.shared(sites))
+
+    def _apply(self, fn, recurse=True):
+        """What siblings have put into one storage (nn/siblings.py) lies in one afterwards, too."""
+        together: dict[int, list[str]] = {}
+        for name, p in self._parameters.items():
+            if type(p) is nn.Parameter and not in_pieces(p) and not p.is_meta:
+                together.setdefault(p.untyped_storage().data_ptr(), []).append(name)
+        super()._apply(fn, recurse)
+        for names in together.values():
+            parts = [self._parameters[n] for n in names]
+            if len({p.untyped_storage().data_ptr() for p in parts}) > 1 and not parts[0].is_meta:
+                with torch.inference_mode(False), torch.no_grad():
+                    lay_together(parts)
+        return self
 
     def __getstate__(self):
         return {**self.__dict__, "rows": None}  # a copy made within `adapter_ids` is not within it

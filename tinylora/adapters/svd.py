@@ -82,7 +82,7 @@ def _krylov(A: Tensor, r: int) -> tuple[Tensor, Tensor] | None:
     AQ = A.new_empty(m, most * block)
     AAQ = A.new_empty(n, most * block)  # AᵀA Q: the residual needs no further pass over A
     start = torch.Generator().manual_seed(n)
-    q = torch.linalg.qr(torch.randn(n, block, generator=start, dtype=torch.float32).to(A)).Q
+    q = torch.linalg.qr(torch.randn(n, block, generator=start, dtype=torch.float32, device="cpu").to(A)).Q
     previous = float("inf")
     for step in range(most):
         new, upto = slice(step * block, (step + 1) * block), (step + 1) * block

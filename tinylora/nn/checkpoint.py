@@ -39,6 +39,7 @@ from tinylora.nn.model import (
     fingerprint,
     named_numbers,
     refuse_merged,
+    refuse_within,
     shared_of,
 )
 from tinylora.nn.saved_module import SavedModule
@@ -60,6 +61,11 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
     numbers = named_numbers(model, name)
     with gathered(numbers.values()):
         tensors = {n: whole(p).cpu().contiguous() for n, p in numbers.items()}
+    stored: set[int] = set()
+    for n, t in tensors.items():  # a module that is saved may have tied weights, which safetensors does not take
+        if t.numel() and t.data_ptr() in stored:
+            tensors[n] = t.clone()
+        stored.add(t.data_ptr())
     layers = {n: layer for n, layer in adapted_layers(model).items() if name in layer.adapters}
     lost = [site.name for site in shared.sites if site.name not in layers]
     if lost:
@@ -160,6 +166,7 @@ def restore(
             "expected the same base model"
         )
     existing = name in adapter_names(model)
+    refuse_within(model)
     if existing and shared_of(model, name).config != config:
         raise ValueError(
             f"name is {name!r}, but the model has an adapter of that name with another config: "

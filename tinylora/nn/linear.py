@@ -100,7 +100,8 @@ class Linear(nn.Linear):
         plain = "weight" in own and "bias" in own
         return (own["weight"], own["bias"]) if plain else (self.weight, self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # named as torch.nn.Linear's, for who calls it by name
         if self.active is None or self.merged is not None:
             weight, bias = self.base()
             if self.batch_invariant:
@@ -174,6 +175,11 @@ class Linear(nn.Linear):
 
     def refuse_merge(self) -> None:
         """ValueError if `merge` is impossible here."""
+        if "weight" not in self._parameters:
+            raise ValueError(
+                "the weight is computed from others (pruning, weight_norm, a parametrization), expected a parameter to "
+                "merge into: torch.nn.utils removes such a thing again"
+            )
         if in_pieces(self.weight):
             raise ValueError(
                 "the weight is sharded (FSDP2, ZeRO-3, tensor parallelism), expected a whole one to merge into"

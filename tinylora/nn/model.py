@@ -26,6 +26,13 @@ READERS = 8  # threads
 STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
 
 
+class Store(nn.ModuleDict):
+    """The root's adapters by name. A root that runs its children one after another (Sequential) passes through it."""
+
+    def forward(self, x):
+        return x
+
+
 def apply(
     model: nn.Module,
     config: AdapterConfig,
@@ -82,13 +89,20 @@ def attach(
     """
     if not name or "." in name:
         raise ValueError(f"name is {name!r}, expected one without dots: it becomes a part of parameter names")
+    if hasattr(nn.ModuleDict, name):
+        raise ValueError(f"name is {name!r}, expected none that torch's modules have for something else")
     if name in adapter_names(root):
         raise ValueError(f"name is {name!r}, but the model has an adapter of that name: {adapter_names(root)}")
     refuse_merged(root)
+    refuse_within(root)
     _refuse_wrapped(root, layers)
+    _refuse_taken(root, layers, name)
     sites = sites_of(layers)
     digests = digests or base_digests(layers)
     saved = find_modules_to_save(root, config.modules_to_save, layers)
+    held = [path for path, module in saved.items() if any(isinstance(m, Linear) for m in module.modules())]
+    if held:
+        raise ValueError(f"modules_to_save names {held[0]}, where an adapter is: expected one or the other")
     if any(of_zero3(p) for module in saved.values() for p in module.parameters()):
         raise ValueError("modules_to_save are sharded (ZeRO-3), expected to put the adapter on before deepspeed does")
     shared = config.shared_class(config, sites, fingerprint(digests))
@@ -101,7 +115,7 @@ def attach(
 
     device = layers[sites[0].name].weight.device
     if STORE not in root._modules:
-        root.add_module(STORE, nn.ModuleDict())
+        root.add_module(STORE, Store())
     root.get_submodule(STORE)[name] = shared.to(device)
     for p in root.parameters():
         p.requires_grad_(False)
@@ -141,6 +155,18 @@ def _refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
             )
         if hasattr(layer.weight, "full_tensor"):
             raise ValueError(f"{name} is sharded (FSDP2, tensor parallelism): put the adapter on, then shard the model")
+
+
+def _refuse_taken(root: nn.Module, layers: Mapping[str, nn.Linear], name: str) -> None:
+    for path, layer in layers.items():
+        if isinstance(layer, Linear) and name in layer.adapters:
+            raise ValueError(
+                f"{path} has an adapter {name!r} that this {type(root).__name__} does not own (put on a part of it, or "
+                "on the layer by itself): expected another name, or the adapter on the whole model alone"
+            )
+        above = [root.get_submodule(path[:i]) for i, letter in enumerate(path) if letter == "."]
+        if any(isinstance(module, SavedModule) for module in above):
+            raise ValueError(f"{path} is in another adapter's modules_to_save, expected target_modules without it")
 
 
 def _call_the_layers(root: nn.Module) -> None:
@@ -250,12 +276,12 @@ def activate(model: nn.Module, name: str | None) -> None:
     """Make an adapter the one that runs and trains; None is the base model.
 
     What ran before does not train any more: where two take turns within one loss, activate the one that trains again
-    before its backward. ValueError on a merged model, and within `adapter_ids`.
+    before its backward. ValueError on a merged model, and within `adapter_ids` or `disabled`.
     """
     if name is not None:
         shared_of(model, name)
     refuse_merged(model)
-    _refuse_rows(model)
+    refuse_within(model)
     for other in adapter_names(model):
         for p in adapter_parameters(model, other):
             p.requires_grad_(other == name)
@@ -277,10 +303,13 @@ def whereabouts() -> tuple:
     return threading.get_ident(), task
 
 
-def _refuse_rows(model: nn.Module) -> None:
+def refuse_within(model: nn.Module) -> None:
+    """ValueError within `adapter_ids` or `disabled`, whose end would undo what is to come."""
     within = [name for name in adapter_names(model) if shared_of(model, name).rows is not None]
     if within:
         raise ValueError(f"within adapter_ids of {within[0]!r}, expected its end first")
+    if model.__dict__.get(_DISABLED_BY) is not None:
+        raise ValueError("within disabled, expected its end first")
 
 
 @contextlib.contextmanager
@@ -312,18 +341,18 @@ def merge(model: nn.Module) -> nn.Module:
     The originals are kept in host memory until `unmerge`. Until then state_dict, and so save_pretrained, holds the
     modules of `modules_to_save` under their own names. ValueError if no adapter is active.
     """
-    _refuse_rows(model)
+    refuse_within(model)
     layers = [layer for layer in adapted_layers(model).values() if layer.active is not None]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no active adapter to merge: tinylora.apply or activate first")
     for layer in layers:
         layer.refuse_merge()
-    merging = {id(layer.weight) for layer in layers}
+    merging = {layer.weight.data_ptr() for layer in layers}
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():  # each once: a layer under two parents is one owner
         for own, p in module._parameters.items():
-            if id(p) in merging:
-                owners.setdefault(id(p), []).append(f"{name}.{own}".lstrip("."))
+            if p is not None and p.data_ptr() in merging:
+                owners.setdefault(p.data_ptr(), []).append(f"{name}.{own}".lstrip("."))
     for names in owners.values():
         if len(names) > 1:  # a language model's head tied to its embedding: merging would change both
             raise ValueError(

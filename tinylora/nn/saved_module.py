@@ -46,4 +46,6 @@ class SavedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("__"):  # what Python asks of a class (copies, pickles) is asked of this one
+                raise
             return getattr(self.running, name)

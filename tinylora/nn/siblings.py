@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylora.adapters import Adapter, Factors
+from tinylora.adapters.base import lay_together
 from tinylora.adapters.sharded import of_zero3
 from tinylora.nn.kept import Kept, Operands
 from tinylora.nn.linear import Linear
@@ -87,6 +88,7 @@ class Siblings:
 
     def _forget(self) -> None:
         self.running = False
+        self.mode: tuple | None = None  # in which the parent runs
         self.shares: tuple[Tensor, int, list[Tensor | None]] | None = None  # x, its version, what nobody took yet
         self.wide: dict[str, Wide] = {}
         self.places: list[int] = []  # where `share` has put the weights
@@ -108,9 +110,12 @@ class Siblings:
         self.share()
 
     def _enter(self, parent: nn.Module, inputs: tuple) -> None:
-        if self.copied and not torch.compiler.is_compiling():
-            self._join()
-        self.running = True
+        if not torch.compiler.is_compiling():
+            if self.copied:
+                self._join()
+            self.mode = _mode()
+        # What a layer's own hooks do before it runs (gather its weight, compute it) comes too late for the group.
+        self.running = not any(layer._forward_pre_hooks for layer in self.layers)
 
     def _leave(self, parent: nn.Module, inputs: tuple, output: object) -> None:
         self.running, self.shares = False, None
@@ -133,9 +138,7 @@ class Siblings:
             return  # a skeleton's weight, one number seen as many: a copy would be all the memory it was to save
         for parts in (weights, biases):
             if parts and joined(parts) is None:
-                whole = torch.cat([p.data for p in parts])
-                for part, rows in zip(parts, whole.split([len(p) for p in parts]), strict=True):
-                    part.data = rows
+                lay_together(parts)
         self.places = [w.data_ptr() for w in weights]
         for name in self.layers[0].adapters:
             if all(name in layer.adapters for layer in self.layers):
@@ -150,11 +153,12 @@ class Siblings:
         """Put every v into one storage, unless somebody else has put it where it is."""
         alone = all(v.untyped_storage().nbytes() == v.nbytes for v in cores)
         if alone and len({(v.dtype, v.device, v.dim()) for v in cores}) == 1 and cores[0].dim() == 1:
-            for v, part in zip(cores, torch.cat([v.data for v in cores]).split([len(v) for v in cores]), strict=True):
-                v.data = part
+            lay_together(cores)
 
     def output(self, layer: Linear, x: Tensor) -> Tensor | None:
         """The layer's Y for x, or None: then it computes alone."""
+        if not torch.compiler.is_compiling() and _mode() != self.mode:
+            return None  # no_grad or a checkpoint around this layer alone
         place = 0
         while self.layers[place] is not layer:
             place += 1
@@ -223,12 +227,16 @@ class Siblings:
             own = adapter.factors()
             if own.down is not part.down or own.up is not part.up or own.basis is not part.basis:
                 return None  # somebody put others there
+            if graded and (own.down.requires_grad or own.up.requires_grad):
+                return None
             weights.append(weight)
             cores.append(own.core)
             if bias is not None:
                 biases.append(bias)
         weight = weights[0]
         if x.shape[-1:] != weight.shape[1:] or x.device != weight.device or len(biases) not in (0, len(weights)):
+            return None
+        if biases and biases[0].dtype != weight.dtype:
             return None
         rows = adapter.shared.rows
         ids = None
@@ -248,6 +256,11 @@ class Siblings:
             return None
         with torch.autocast(device, enabled=False):
             return list(adapted_linears(x.to(weight.dtype), *operands))
+
+
+def _mode() -> tuple:
+    """What decides which graph a call becomes a part of."""
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 # The kernels spare the zeros between siblings. For torch on a CPU they cost nothing, and C of blocks three more calls.
@@ -330,13 +343,16 @@ def _together(block: list[ast.stmt], self_name: str) -> Iterator[list[str]]:
 
 
 def _changed(statement: ast.stmt) -> Iterator[str]:
-    """Variables that it assigns, or that a call may change in place: x.add_(y), neg_(x), relu(x, inplace=True)."""
+    """Variables that it assigns, or changes in place: x[0] = 1, x.add_(y), neg_(x), relu(x, inplace=True), out=x."""
     for node in ast.walk(statement):
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            yield node.id
+        if isinstance(node, ast.Name | ast.Subscript | ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            while isinstance(node, ast.Subscript | ast.Attribute):
+                node = node.value
+            if isinstance(node, ast.Name):
+                yield node.id
         elif isinstance(node, ast.Call):
             named = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if named.endswith("_") or any(k.arg == "inplace" for k in node.keywords):
+            if named.endswith("_") or any(k.arg in ("inplace", "out") for k in node.keywords):
                 yield from (n.id for n in ast.walk(node) if isinstance(n, ast.Name))
 
 

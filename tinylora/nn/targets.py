@@ -145,7 +145,8 @@ def find_modules_to_save(
         if whole:
             raise ValueError(f"modules_to_save names {wanted!r}, but {whole[0]} is quantised: it cannot train whole")
         found |= matched
-    return found
+    # One inside another is trained with it.
+    return {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
 
 
 def _what_there_is(model: nn.Module, layers: dict[str, nn.Linear]) -> str:

@@ -52,6 +52,9 @@ def adapted_linears(
         core = _one_core(cores, basis)
         y, _ = torch.ops.tinylora.adapted_linears(x2d, list(weights), down, core, up, list(biases), ids, basis)
         y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        # Each a view of its own: of several that one call gives, none may be changed in place.
+        ends = itertools.accumulate(sizes)
+        return tuple([y.narrow(-1, end - n, n) for end, n in zip(ends, sizes, strict=True)])
     elif torch.is_grad_enabled() and (x.requires_grad or any(c is not None and c.requires_grad for c in cores)):
         return _AdaptedLinears.apply(x, _Frozen(weights, down, up, biases, ids, basis, sizes, kept), *cores)
     else:
