@@ -401,6 +401,20 @@ def test_what_pefts_layers_leave_to_peft(folder, patched):
         assert reasons(x.bfloat16()) == ["4 bits on a CPU in eval(): bitsandbytes packs them for it"]
 
 
+def test_the_first_call_that_settles_the_dtype_is_pefts(folder, patched):
+    """bitsandbytes decides by the first x where nobody did, and keeps to it."""
+    model = peft.get_peft_model(quantised(folder, bf16), PEFTS["LoRA"][1]()).train()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.base_layer.compute_dtype, layer.base_layer.compute_type_is_set = None, False
+    tinylora.patch_peft()
+    reset_counts()
+    for _ in range(2):
+        layer(torch.randn(3, 64))
+    found = counts()["LoRA, 4 bits"]
+    assert layer.base_layer.compute_dtype == f32 and found.pop("fast") == 1
+    assert found == {"4 bits whose first call decides in what dtype they are computed": 1}
+
+
 def test_a_peft_model_trains_as_without_the_patch(folder, patched):
     model = peft.get_peft_model(peft.prepare_model_for_kbit_training(quantised(folder)), PEFTS["LoRA"][1]()).train()
     shake([p for p in model.parameters() if p.requires_grad])

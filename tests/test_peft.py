@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import sys
+import threading
 
 import peft
 import pytest
@@ -705,3 +707,79 @@ def test_dual_numbers_and_meta_tensors(kind):
     ours = run()
     torch.testing.assert_close(ours[0], want[0])
     assert ours[1] == want[1]
+
+
+def test_an_fp64_model_keeps_the_scales_digits():
+    """alpha / r that no fp32 number is."""
+    model = adapted("LoRA", lora_alpha=5, r=3).double()
+    want = model(input_ids=tokens()).logits
+    tinylora.patch_peft()
+    torch.testing.assert_close(model(input_ids=tokens()).logits, want, rtol=1e-12, atol=1e-12)
+    only_fast("LoRA", 14)
+
+
+@kinds
+@pytest.mark.parametrize("width", [8, 200])
+def test_gradients_in_a_batch_and_what_an_output_is(kind, width):
+    """Small layers, folded, and larger ones: jacobians by vmap, and outputs made without gradients that meet some."""
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(width, width + 4)), CONFIGS[kind](target_modules=["0"]))
+    shake(model)
+    x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(1))
+    theirs = torch.autograd.functional.jacobian(lambda x: model(x).sum(-1), x, vectorize=True)
+    tinylora.patch_peft()
+    ours = torch.autograd.functional.jacobian(lambda x: model(x).sum(-1), x, vectorize=True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        y = model(x)
+    assert y._base is None
+    y += torch.zeros(width + 4, requires_grad=True)
+    assert y.requires_grad
+    only_fast(kind, 2)
+
+
+@pytest.mark.parametrize(("kind", "owner"), [("AdaLoRA", "lora_E"), ("AdaLoRA", "ranknum"), ("VeRA", "vera_lambda_b")])
+def test_a_parametrized_number_is_left_to_peft(kind, owner):
+    class Double(nn.Module):
+        def forward(self, t):
+            return 2 * t
+
+    layer = layer_of(adapted(kind))
+    layer.get_submodule(owner)["default"].requires_grad_(False)
+    torch.nn.utils.parametrize.register_parametrization(layer.get_submodule(owner), "default", Double())
+    x = torch.randn(3, 64)
+    want = layer(x)
+    tinylora.patch_peft()
+    assert torch.equal(layer(x), want)
+    only_fallback(kind, "computed from others")
+
+
+def test_nested_tensors_are_left_to_peft():
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(200, 12)), CONFIGS["LoRA"](target_modules=["0"]))
+    x = torch.nested.nested_tensor([torch.randn(3, 200), torch.randn(5, 200)])
+    want = model(x)
+    tinylora.patch_peft()
+    for a, b in zip(model(x).unbind(), want.unbind(), strict=True):
+        assert torch.equal(a, b)
+    only_fallback("LoRA", "nested")
+
+
+def test_counts_are_reset_beside_calls_that_count():
+    tinylora.patch_peft()
+    model, x = adapted("LoRA", layers=1), torch.randn(1, 64)
+    layer, stop, before = layer_of(model), threading.Event(), sys.getswitchinterval()
+
+    def reset():
+        while not stop.is_set():
+            reset_counts()
+
+    thread = threading.Thread(target=reset)
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        with torch.no_grad():
+            for _ in range(3000):
+                layer(x)
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(before)

@@ -315,6 +315,8 @@ def of_another_model(found):
         ({"kind": "VeRA", "save_projection": False}, "save_projection is False, expected True"),
         ({"config": {"alpha_pattern": ["q_proj"]}}, "adapter_config.json is damaged"),
         ({"config": {"alpha_pattern": {"*q": 3}}}, "adapter_config.json is damaged"),
+        ({"config": {"r": 8}}, "r is 8, expected 4, the rank that"),
+        ({"config": {"rank_pattern": {"up_proj": 2}}}, "expected 4, the rank that model.layers.0.mlp.up_proj's"),
         ({"config": {"peft_type": ["LORA"]}}, "peft_type is \"['LORA']\", expected one of TINYLORA, LORA"),
         ({"config": {"peft_type": "LOKR"}}, "peft_type is 'LOKR', expected one of TINYLORA, LORA"),
         ({"config": {"r": 3}, "kind": "TinyLoRA"}, "tinylora_A has shape (2, 64), expected (3, 64)"),

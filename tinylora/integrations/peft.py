@@ -140,7 +140,7 @@ def _lora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         and type(up) in _TENSORS
     ):
         return linear_on_cpu(x, weight, bias, down, None, up, scale)
-    return _operator(x, weight, down, _every(down.shape[0], scale, x.device), up, bias)
+    return _operator(x, weight, down, _every(down.shape[0], scale, x.device, down.dtype), up, bias)
 
 
 def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
@@ -149,6 +149,8 @@ def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
     d, b = d["_parameters"].get(name, d.get(name)), b["_parameters"].get(name, b.get(name))
     if d is None:
         return _ABSENT
+    if b is None:
+        return _COMPUTED
     if layer["quantization_backend"] is not None and type(weight) is not FourBit:
         return "a quantised base layer"
     dropout = modules["vera_dropout"].__dict__["_modules"][name]
@@ -192,6 +194,8 @@ def _adalora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
     E, ranknum = E["_parameters"].get(name, E.get(name)), ranknum["_parameters"].get(name, ranknum.get(name))
     if down is None:
         return _ABSENT
+    if up is None or E is None or ranknum is None:
+        return _COMPUTED
     dropout = modules["lora_dropout"].__dict__["_modules"][name]
     if type(dropout) is not nn.Identity and _drops(dropout):
         return _DROPS
@@ -217,6 +221,7 @@ def _adalora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
 
 _ABSENT = "the active adapter is not in this layer"
 _DROPS = "dropout acts"
+_COMPUTED = "a parameter of the adapter is computed from others (a parametrization)"
 
 
 def _drops(dropout: nn.Module) -> bool:
@@ -259,8 +264,8 @@ def _why_not(layer, x, args, kwargs, cls) -> str:
         return "casting of the input is off"
     weight = base._parameters.get("weight", base.__dict__.get("weight"))
     four_bit = is_four_bit(base)
-    if type(x) not in _TENSORS or (type(weight) not in _TENSORS and not four_bit):
-        return "a tensor subclass"
+    if type(x) not in _TENSORS or x.is_nested or (type(weight) not in _TENSORS and not four_bit):
+        return "a tensor subclass, or a nested tensor"
     if four_bit and _is_compiling():
         return "4 bits in a compiled graph"
     if four_bit and not _watched():
@@ -296,6 +301,7 @@ def _forward_of(cls: type, kind: str, original: Callable, compute: Callable, giv
             and "forward" not in own
             and type(weight := own["_parameters"].get("weight", own.get("weight"))) in _TENSORS
             and type(x) in _TENSORS
+            and not x.is_nested
             and (compiling or not _watched())
         ):
             bias = own["_parameters"].get("bias", own.get("bias"))
@@ -354,6 +360,8 @@ def _under_autocast(compute, layer, name, x, weight, bias, traced) -> Tensor | s
 def _on_four_bits(compute, layer, name, x) -> Tensor | str:
     """`compute` around bitsandbytes' Linear4bit, in its compute_dtype; the result has x's dtype, as its own has."""
     base = layer["_modules"]["base_layer"]
+    if not base.compute_type_is_set:
+        return "4 bits whose first call decides in what dtype they are computed"
     if x.is_cpu and not base.training:
         return "4 bits on a CPU in eval(): bitsandbytes packs them for it"
     if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
@@ -374,19 +382,20 @@ def _operator(x, weight, down, core, up, bias, basis=None) -> Tensor | str:
     return unchecked(x, weight, down, core, up, bias, None, basis)
 
 
-def _every(r: int, scale: float, device: torch.device) -> Tensor | None:
-    """The diagonal of scale · I, [r]; None for I."""
+def _every(r: int, scale: float, device: torch.device, factors: torch.dtype) -> Tensor | None:
+    """The diagonal of scale · I, [r], in fp32, or fp64 as the factors; None for I."""
     if scale == 1:
         return None
+    dtype = torch.float64 if factors is torch.float64 else torch.float32
     if _is_compiling():
-        return torch.full((r,), scale, device=device, dtype=torch.float32)
-    return _constant(r, scale, device)
+        return torch.full((r,), scale, device=device, dtype=dtype)
+    return _constant(r, scale, device, dtype)
 
 
 @functools.lru_cache(maxsize=1024)
-def _constant(r: int, scale: float, device: torch.device) -> Tensor:
+def _constant(r: int, scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # a tensor of inference mode could not be kept for a backward later
-        return torch.full((r,), scale, device=device, dtype=torch.float32)
+        return torch.full((r,), scale, device=device, dtype=dtype)
 
 
 def patch_peft() -> None:
@@ -432,8 +441,9 @@ def counts() -> dict[str, dict[str, int]]:
 
 def reset_counts() -> None:
     for found in _counts.values():
-        found.clear()
-        found[FAST] = 0
+        found[FAST] = 0  # never without it: other threads count
+        for reason in [r for r in found if r != FAST]:
+            found.pop(reason, None)
 
 
 def covered() -> list[str]:

@@ -448,8 +448,14 @@ class _Lora(_Reader):
             s: (self.of(s, "lora_A.weight", None, s.K), self.of(s, "lora_B.weight", s.N, None)) for s in self.sites
         }
         ranks = {s: len(A) for s, (A, _) in factors.items()}
+        for s, r in ranks.items():
+            if r != self._of_pattern("rank_pattern", s, "r"):
+                raise self.refused("r", f"{r}, the rank that {s.name}'s lora_A has")
         rslora = bool(self.config.get("use_rslora"))
-        scales = {s: self._alpha(s) / (ranks[s] ** 0.5 if rslora else ranks[s]) for s in self.sites}
+        scales = {
+            s: self._of_pattern("alpha_pattern", s, "lora_alpha") / (ranks[s] ** 0.5 if rslora else ranks[s])
+            for s in self.sites
+        }
         # One scale for all: where rank_pattern or alpha_pattern make another, the quotient goes into up.
         r = max(ranks.values())
         scale = max(Counter(scales.values()).items(), key=lambda found: (found[0] != 0, found[1]))[0]
@@ -462,11 +468,11 @@ class _Lora(_Reader):
             numbers[f"{s.name}.down"], numbers[f"{s.name}.up"] = _widen(A, r, 0), _widen(B, r, 1)
         return config, {}, {}, numbers
 
-    def _alpha(self, site: Site) -> float:
-        for pattern, alpha in (self.config.get("alpha_pattern") or {}).items():
+    def _of_pattern(self, patterns: str, site: Site, otherwise: str) -> float:
+        for pattern, value in (self.config.get(patterns) or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", site.name):  # as PEFT matches
-                return alpha
-        return self.config["lora_alpha"]
+                return value
+        return self.config[otherwise]
 
 
 class _Vera(_Reader):

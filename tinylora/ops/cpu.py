@@ -78,7 +78,11 @@ def linear_on_cpu(
         if grads and ((products > ONE) if one is not other else (one and not few)):
             return _folded(x, weight, bias, down, up, scale, None, None)
         if wide:
-            return F.linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
+            weight = torch.addmm(weight, up, down, alpha=scale)
+            if grads or x.dim() == 2:
+                return F.linear(x, weight, bias)
+            # F.linear's is a view, which made without gradients may not be changed in place with them; PEFT's is none.
+            return like_rows(F.linear(in_rows(x), weight, bias), x)
         # Exact in fp32, and a fourth of oneDNN's time, most of which is preparation. Y is rounded where it rounds.
         weight = torch.addmm(weight.float(), up, down, alpha=scale)
         return F.linear(x.float(), weight, None if bias is None else bias.float()).to(dtype)
@@ -230,7 +234,7 @@ def _apart_gradients(ctx, dy):
         t = thin(wide, up.t())  # without scale: a factor of what it is made for
     if need_x:
         dx = _product(dy, weight, None, t, down if core is None else torch.mm(core, down), scale)
-        dx = like_rows(dx, given)
+        dx = dx if given.dim() == 2 else dx.view(*given.shape[:-1], dx.shape[1])  # under vmap nothing is resized
     if need_down:
         ddown = thin_transposed(t, in_rows(x))
         ddown = _times(ddown if core is None else torch.mm(core.t(), ddown), scale)
