@@ -262,3 +262,46 @@ def test_files_that_are_no_weights_and_places_that_take_none(base, tmp_path, cap
         assert message in capsys.readouterr().err
     assert run(*arguments, "--base", base, "--out", tmp_path / "file" / "out") == 2
     assert "file" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_lies_beside_the_weights(tmp_path, capsys):
+    """One file comes before an index, as transformers has it; templates come along, an adapter does not."""
+    base = folder_of(qwen2(), tmp_path / "base", shards=False)
+    model = trained(model_of(base), TinyLoraConfig())
+    want = model(tokens()).logits
+    tinylora.save(model, tmp_path / "ours")
+    index = base / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}')
+    (base / "adapter_config.json").write_text("{}")
+    (base / "pytorch_model.bin.index.json").write_text("{}")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    merge = ["merge", "--base", base, "--adapter", tmp_path / "ours", "--out"]
+    assert run(*merge, tmp_path / "merged") == 0
+    close(model_of(tmp_path / "merged")(tokens()).logits, want)
+    files = {"config.json", "generation_config.json", "model.safetensors", "vocab.txt", "additional_chat_templates"}
+    assert {p.name for p in (tmp_path / "merged").iterdir()} == files
+    assert (tmp_path / "merged" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+
+
+def test_shards_in_a_folder_within(tmp_path, capsys):
+    base = folder_of(qwen2(), tmp_path / "base")
+    tinylora.save(trained(model_of(base), LoraConfig(r=2)), tmp_path / "ours")
+    want = tinylora.load(model_of(base), tmp_path / "ours")(tokens()).logits
+    index = base / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+
+    def places(folder):
+        index.write_text(json.dumps(listed | {"weight_map": {n: folder + f for n, f in listed["weight_map"].items()}}))
+
+    (base / "sub").mkdir()
+    for shard in base.glob("model-*.safetensors"):
+        shard.rename(base / "sub" / shard.name)
+    places("sub/")
+    merge = ["merge", "--base", base, "--adapter", tmp_path / "ours", "--out"]
+    assert run(*merge, tmp_path / "merged") == 0
+    close(model_of(tmp_path / "merged")(tokens()).logits, want)
+    for folder in ("../base/sub/", f"{base}/sub/"):
+        places(folder)
+        assert run(*merge, tmp_path / "out") == 2
+        assert "expected files within the folder" in capsys.readouterr().err and not (tmp_path / "out").exists()

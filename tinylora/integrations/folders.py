@@ -25,7 +25,11 @@ from tinylora.nn.targets import find_targets, linear_layers
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".safetensors")
+# Weights in other formats, indices of weights, and an adapter that transformers would put on: they are the base's.
+_NOT_ALONG = (
+    ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".safetensors", ".index.json", peft_files.CONFIG
+)  # fmt: skip
+_TEMPLATES = "additional_chat_templates"  # where transformers saves a tokenizer's further ones
 BLOCK = 32 << 20  # bytes read, changed and written at a time
 
 
@@ -69,15 +73,19 @@ class ModelFolder:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        if (self.folder / INDEX).is_file():
+        self.index = None  # of two, transformers takes the one file
+        names = [ONE]
+        if not (self.folder / ONE).is_file() and (self.folder / INDEX).is_file():
+            self.index = self.folder / INDEX
             try:
-                names = sorted(set(json.loads((self.folder / INDEX).read_text())["weight_map"].values()))
-                paths = [self.folder / n for n in names]
+                names = sorted(set(json.loads(self.index.read_text())["weight_map"].values()))
+                outside = [n for n in names if Path(n).is_absolute() or ".." in Path(n).parts]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{self.folder / INDEX} cannot be read: {error!r}") from None
-        else:
-            names, paths = [ONE], [self.folder / ONE]
-        missing = [path.name for path in paths if not path.is_file()]
+                raise ValueError(f"{self.index} cannot be read: {error!r}") from None
+            if outside:
+                raise ValueError(f"{self.index} names {outside[0]!r}, expected files within the folder")
+        paths = [self.folder / n for n in names]
+        missing = [n for n, path in zip(names, paths, strict=True) if not path.is_file()]
         if missing or not (self.folder / "config.json").is_file():
             raise ValueError(
                 f"{self.folder} has no {missing[0] if missing else 'config.json'}, expected a model folder with "
@@ -162,8 +170,9 @@ def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.Pat
     """Write the base model with the adapter in its weights, W + U C D, as a model folder of its own.
 
     The sum is fp32 and is rounded once to the weight's dtype; file by file and block by block, so that memory holds the
-    adapter and 32 MB of a weight. The folder's other files are copied, and the folders of sentence-transformers'
-    modules, but not weights in other formats, which would be the base's. Returns `out`.
+    adapter and 32 MB of a weight. The folder's other files are copied, and the folders of chat templates and of
+    sentence-transformers' modules, but not an adapter or weights in other formats, which would be the base's. Returns
+    `out`.
     ValueError if `out` holds anything, for quantised or tied weights that would change, and as `tinylora.load`.
     """
     checkpoint.refuse_existing(out)
@@ -190,14 +199,17 @@ def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.Pat
         checkpoint.whole_folder(out) as scratch,
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=None) as bar,
     ):
-        weights, modules = {shard.path.name for shard in source.shards}, _modules(source.folder)
+        weights, along = {shard.path for shard in source.shards}, _modules(source.folder) | {_TEMPLATES}
         for path in sorted(source.folder.iterdir()):
-            if path.is_dir() and path.name in modules:
+            left = path in weights or path.name.endswith(_NOT_ALONG)
+            if path.is_dir() and path.name in along:
                 shutil.copytree(path, scratch / path.name)
-            elif path.is_file() and path.name not in weights and path.suffix not in _OTHER_WEIGHTS:
+            elif path.is_file() and (path == source.index or not left):
                 shutil.copyfile(path, scratch / path.name)
         for shard in source.shards:
-            _merge_shard(shard, scratch / shard.path.name, factors, whole, bar)
+            merged = scratch / shard.path.relative_to(source.folder)
+            merged.parent.mkdir(parents=True, exist_ok=True)
+            _merge_shard(shard, merged, factors, whole, bar)
     return Path(out)
 
 
