@@ -181,6 +181,33 @@ def test_a_classifier_of_pefts(tmp_path):
     assert ours.tinylora["default"].config.modules_to_save == ("score",)
 
 
+def test_a_head_with_a_batch_norm(tmp_path):
+    """What it has counted and averaged is of the adapter, too: on a load, on a second one, and in a merged folder."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    from tinylora.integrations import folders
+
+    kind, images = ResNetForImageClassification, torch.randn(4, 3, 32, 32)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    torch.manual_seed(0)
+    kind(config).save_pretrained(tmp_path / "base")
+    chosen = {"target_modules": ["classifier.1"], "modules_to_save": ["embedder.embedder"]}
+    theirs = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), peft.LoraConfig(**chosen)).eval()
+    shake(theirs)
+    theirs.base_model.model.resnet.embedder.embedder.train()
+    theirs(pixel_values=images)
+    want = theirs.eval()(pixel_values=images).logits
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = tinylora.load(kind.from_pretrained(tmp_path / "base"), tmp_path / "theirs").eval()
+    tinylora.load(ours, tmp_path / "theirs", "second")
+    close(ours(images).logits, want)
+    assert ours.resnet.embedder.embedder.copies["second"].normalization.num_batches_tracked == 1
+    folders.merge(tmp_path / "base", tmp_path / "theirs", tmp_path / "merged")
+    merged = kind.from_pretrained(tmp_path / "merged").eval()
+    close(merged(images).logits, want)
+    assert merged.resnet.embedder.embedder.normalization.num_batches_tracked == 1
+
+
 def test_a_failed_save_leaves_the_previous_folder_whole(tmp_path, monkeypatch):
     model = trained(qwen2(), LoraConfig(r=2))
     tinylora.save(model, tmp_path, format="peft")

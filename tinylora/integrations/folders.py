@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from tinylora.nn.targets import find_targets, linear_layers
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SAVED = DTYPES | {"I64": torch.int64}  # in `modules_to_save`: how many batches a BatchNorm has seen
 # Weights in other formats, indices of weights, and an adapter that transformers would put on: they are the base's.
 _NOT_ALONG = (
     ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".safetensors", ".index.json", peft_files.CONFIG
@@ -94,16 +96,16 @@ class ModelFolder:
         self.shards = [Shard(path) for path in paths]
         self.shard_of = {n: shard for shard in self.shards for n in shard.places}
 
-    def find(self, name: str, shape: tuple[int, ...]) -> Shard:
+    def find(self, name: str, shape: tuple[int, ...], dtypes: Collection[str] = DTYPES) -> Shard:
         """The shard with this weight. ValueError if it is not there, of another shape, or quantised."""
         if name not in self.shard_of:
             raise ValueError(
                 f"{self.folder} has no {name}, expected the weights of its config, untied and by its names"
             )
         dtype, found, *_ = self.shard_of[name].places[name]
-        if found != shape or dtype not in DTYPES:
+        if found != shape or dtype not in dtypes:
             raise ValueError(
-                f"{self.folder}: {name} is {dtype} {found}, expected one of {', '.join(DTYPES)} and {shape}"
+                f"{self.folder}: {name} is {dtype} {found}, expected one of {', '.join(dtypes)} and {shape}"
                 + (" (a base of four bits? take the one it was quantised from)" if dtype == "U8" else "")
             )
         return self.shard_of[name]
@@ -188,7 +190,7 @@ def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.Pat
     for name, t in named_numbers(model).items():
         if name.startswith("saved."):
             name = name.removeprefix("saved.")
-            source.find(name, tuple(t.shape))
+            source.find(name, tuple(t.shape), _SAVED)
             whole[name] = t.detach()
     for name, layer in linear_layers(skeleton(source)).items() if whole else ():
         tied = [n for n, t in whole.items() if t.shape == layer.weight.shape]
@@ -231,7 +233,7 @@ def _merge_shard(shard: Shard, out: Path, factors, whole, bar) -> None:
             source.seek(start)
             target.seek(start)
             if name in whole:
-                _write(target, whole[name].to(DTYPES[dtype]).contiguous())
+                _write(target, whole[name].to(_SAVED[dtype]).contiguous())
                 bar.update(end - start)
                 continue
             row = (end - start) // shape[0] if name in factors else 1

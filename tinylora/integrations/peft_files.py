@@ -39,6 +39,7 @@ from tinylora.adapters.factor_cache import digest
 from tinylora.adapters.sharded import in_pieces
 from tinylora.nn import checkpoint
 from tinylora.nn.model import adapted_layers, adapter_names, attach, base_digests, named_numbers, shared_of
+from tinylora.nn.saved_module import lasting
 from tinylora.nn.targets import find_modules_to_save, find_targets, linear_layers, sites_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -382,13 +383,14 @@ class _Reader:
         return ValueError(f"{self.folder / CONFIG}: {key} is {self.config[key]!r}, expected {expected}")
 
     def take(self, key: str, *shape: int | None) -> Tensor:
-        """The tensor of that name in fp32, of that shape (None: any size). It is then no longer left over."""
+        """The tensor of that name in fp32 if it is in fewer bits, of that shape (None: any size). It is then no longer
+        left over."""
         if key not in self.left:
             raise ValueError(f"{self.folder / TENSORS} has no {key}, expected one of shape {shape}")
         t = self.left.pop(key)
         if t.dim() != len(shape) or any(want not in (None, got) for got, want in zip(t.shape, shape, strict=True)):
             raise ValueError(f"{self.folder / TENSORS}: {key} has shape {tuple(t.shape)}, expected {shape}")
-        return t if t.dtype in (torch.float32, torch.float64) else t.float()
+        return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
     def of(self, site: Site, part: str, *shape: int | None) -> Tensor:
         return self.take(f"{_PREFIX}{site.name}.{part}", *shape)
@@ -556,10 +558,8 @@ def load_peft(
         ) from None
     modules = _saved_modules(model, config)
     for path, module in modules.items():
-        for n, p in module.named_parameters():
-            numbers[f"saved.{path}.{n}"] = reader.take(f"{_PREFIX}{path}.{n}", *p.shape)
-        for n, _ in module.named_buffers():
-            reader.left.pop(f"{_PREFIX}{path}.{n}", None)
+        for n, t in lasting(module).items():
+            numbers[f"saved.{path}.{n}"] = reader.take(f"{_PREFIX}{path}.{n}", *t.shape)
     digests = digests or base_digests(reader.layers)
     for site in reader.layers:
         base = reader.left.pop(f"{_PREFIX}{site}.base_layer.weight", None)  # PEFT writes an adapted lm_head's along

@@ -42,7 +42,7 @@ from tinylora.nn.model import (
     refuse_within,
     shared_of,
 )
-from tinylora.nn.saved_module import SavedModule
+from tinylora.nn.saved_module import lasting
 from tinylora.nn.targets import find_modules_to_save, find_targets, sites_of
 
 FILE = "adapter.safetensors"
@@ -267,9 +267,7 @@ def refuse_other_factors(path: str | os.PathLike, header: dict, tensors: Mapping
 def _check_names(path, trained, config, sites, saved: Mapping[str, nn.Module]) -> None:
     expected = {n: tuple(spec.shape) for n, spec in config.numbers(sites).items() if spec.trains or spec.saved}
     for module_name, module in saved.items():
-        original = module.original if isinstance(module, SavedModule) else module
-        tensors = dict(original.named_parameters()) | original.state_dict()
-        expected |= {f"saved.{module_name}.{n}": tuple(t.shape) for n, t in tensors.items()}
+        expected |= {f"saved.{module_name}.{n}": tuple(t.shape) for n, t in lasting(module).items()}
     found = {n: tuple(t.shape) for n, t in trained.items()}
     if found != expected:
         odd = sorted(set(found.items()) ^ set(expected.items()))[0]

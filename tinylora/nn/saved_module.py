@@ -2,7 +2,7 @@
 
 import copy
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def _plain_names(module, state: dict, prefix: str, metadata: dict) -> None:
@@ -13,6 +13,12 @@ def _plain_names(module, state: dict, prefix: str, metadata: dict) -> None:
         for n in [n for n in state if n.startswith((f"{prefix}original.", f"{prefix}copies."))]:
             del state[n]
         state.update(plain)
+
+
+def lasting(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a module, or of the one that a SavedModule stands for, by name."""
+    original = module.original if isinstance(module, SavedModule) else module
+    return dict(original.named_parameters()) | original.state_dict()
 
 
 class SavedModule(nn.Module):
