@@ -88,6 +88,22 @@ def test_convert_and_merge_pefts(kind, base, tmp_path):
     close(model_of(tmp_path / "merged")(tokens()).logits, want)
 
 
+def test_an_adapted_head_of_pefts(base, tmp_path, capsys):
+    """Its weight lies beside the adapter, and is compared with the base's."""
+    theirs = adapted("LoRA", target_modules=["q_proj", "lm_head"])
+    want = theirs(input_ids=tokens()).logits
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert run("merge", "--base", base, "--adapter", tmp_path / "theirs", "--out", tmp_path / "merged") == 0
+    close(model_of(tmp_path / "merged")(tokens()).logits, want)
+    for format in ("lora", "peft", "tinylora"):
+        out = tmp_path / format
+        assert run("convert", tmp_path / "theirs", out, "--format", format, "--base", base) == 0
+        close(tinylora.load(model_of(base), out)(tokens()).logits, want)
+    other = folder_of(qwen2(seed=5), tmp_path / "other")
+    assert run("merge", "--base", other, "--adapter", tmp_path / "theirs", "--out", tmp_path / "out") == 2
+    assert "holds another weight for lm_head" in capsys.readouterr().err
+
+
 def test_merging_bf16_is_one_rounding(tmp_path):
     """Bit for bit what tinylora.merge does in memory, and close to the adapted model."""
     base = folder_of(qwen2(dtype=torch.bfloat16), tmp_path / "base")

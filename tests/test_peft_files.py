@@ -373,9 +373,10 @@ def test_files_that_are_not_whole(tmp_path):
     with pytest.raises(ValueError, match="does not exist, expected PEFT's adapter as safetensors"):
         tinylora.load(qwen2(), tmp_path)
     path.write_bytes(whole)
-    (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read, expected a config of PEFT"):
-        tinylora.load(qwen2(), tmp_path)
+    for text in (b"{", b'{"peft_type": "LORA\xff"}'):
+        (tmp_path / "adapter_config.json").write_bytes(text)
+        with pytest.raises(ValueError, match=r"adapter_config\.json cannot be read, expected a config of PEFT"):
+            tinylora.load(qwen2(), tmp_path)
     with pytest.raises(ValueError, match="does not exist, expected an adapter that"):
         tinylora.load(qwen2(), tmp_path / "nowhere")
 

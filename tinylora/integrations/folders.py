@@ -133,10 +133,12 @@ def load_onto_skeleton(base: ModelFolder, folder: str | os.PathLike, with_base: 
     """
     model = skeleton(base)
     if peft_files.is_peft_folder(folder):
-        names = {s.name for s in peft_files.sites(model, folder)}
-        layers = {n: m for n, m in linear_layers(model).items() if n in names}
-        digests = {n: _digest(base, n, layers[n])[1] for n in _bar(layers, "reading weights")} if with_base else None
-        return peft_files.load_peft(model, folder, digests=digests or dict.fromkeys(layers, ""))
+        layers, weights = linear_layers(model), peft_files.layers_of(model, folder)
+        compared = [n for n, comes_along in weights.items() if with_base or comes_along]
+        digests = dict.fromkeys(weights, "")
+        for name in _bar(compared, "reading weights") if compared else ():
+            digests[name] = _digest(base, name, layers[name])[1]
+        return peft_files.load_peft(model, folder, digests=digests)
     path = Path(folder) / checkpoint.FILE
     header, tensors = checkpoint.read(path)
     config = config_from_dict(header["config"])

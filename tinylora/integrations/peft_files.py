@@ -337,7 +337,7 @@ def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
         text = settings.read_text()
         config = json.loads(text)
         kind = str(config["peft_type"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{settings} cannot be read, expected a config of PEFT: {error!r}") from None
     if kind not in _READERS:
         raise ValueError(f"{settings}: peft_type is {kind!r}, expected one of {', '.join(_READERS)}")
@@ -524,9 +524,14 @@ class _AdaLora(_Reader):
         return config, {}, {}, numbers
 
 
-def sites(model: nn.Module, folder: str | os.PathLike) -> list[Site]:
-    """The layers of the model that an adapter folder of PEFT's is for."""
-    return _READERS[read(folder)[0]["peft_type"]](folder, model).sites
+def layers_of(model: nn.Module, folder: str | os.PathLike) -> dict[str, bool]:
+    """The layers of the model that an adapter folder of PEFT's is for, and whether the base's weight lies there too."""
+    reader = _READERS[read(folder)[0]["peft_type"]](folder, model)
+    return {name: _base_weight(name) in reader.left for name in reader.layers}
+
+
+def _base_weight(layer: str) -> str:
+    return f"{_PREFIX}{layer}.base_layer.weight"  # PEFT writes an adapted lm_head's along
 
 
 _READERS = {"TINYLORA": _TinyLora, "LORA": _Lora, "VERA": _Vera, "ADALORA": _AdaLora}
@@ -562,7 +567,7 @@ def load_peft(
             numbers[f"saved.{path}.{n}"] = reader.take(f"{_PREFIX}{path}.{n}", *t.shape)
     digests = digests or base_digests(reader.layers)
     for site in reader.layers:
-        base = reader.left.pop(f"{_PREFIX}{site}.base_layer.weight", None)  # PEFT writes an adapted lm_head's along
+        base = reader.left.pop(_base_weight(site), None)
         if base is not None and digest(base.to(torch.bfloat16)) != digests[site]:
             raise ValueError(
                 f"{reader.folder / TENSORS} holds another weight for {site} than this {type(model).__name__} has, "
