@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from transformers import Qwen2ForSequenceClassification
 
 import tinylora
 from tinylora import Linear, LoraXSConfig, TinyLoraConfig
-from tinylora.nn.checkpoint import FILE
+from tinylora.nn.checkpoint import FILE, read
 
 CONFIGS = [TinyLoraConfig(u=1, n_tie=16), TinyLoraConfig(u=2, tying="structured", n_tie=2), LoraXSConfig(r=3)]
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,8 @@ def test_round_trip(config, factors, tmp_path, monkeypatch):
     assert path == tmp_path / "new" / "folder" / FILE and [p.name for p in path.parent.iterdir()] == [FILE]
     if factors:
         monkeypatch.setattr("tinylora.adapters.lora_xs.cached_svd", lambda *_: pytest.fail("factors were recomputed"))
+        for copied in (lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+            tinylora.save(copied(tinylora.load(qwen2(), path.parent)), path.parent)  # they stay
     other = tinylora.load(qwen2(), path.parent, "again")
     assert tinylora.adapter_names(other) == ["again"]
     assert torch.equal(other(ids).logits, model(ids).logits)
@@ -52,6 +55,7 @@ def test_round_trip(config, factors, tmp_path, monkeypatch):
             p.zero_()
     tinylora.load(other, path.parent, "again")
     assert torch.equal(other(ids).logits, model(ids).logits)
+    assert read(tinylora.save(model, tmp_path / "of its own base"))[0]["factors"] is False
 
 
 def test_thirteen_numbers_fit_in_4_kb_and_nothing_is_pickled(tmp_path):
@@ -254,8 +258,6 @@ def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path):
         time.sleep(0.05 + 0.037 * attempt)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        from tinylora.nn.checkpoint import read
-
         header, tensors = read(tmp_path / FILE)
         assert header["factors"] and "core" in {n.rpartition(".")[2] for n in tensors}
 

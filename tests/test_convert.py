@@ -208,6 +208,13 @@ def test_memory_stays_near_one_shard(tmp_path):
     close(model_of(tmp_path / "out" / "merged")(tokens()).logits, model(tokens()).logits)
 
 
+def test_factors_in_the_file_go_into_the_next(base, tmp_path):
+    tinylora.save(trained(model_of(base), LoraXSConfig(r=3)), tmp_path / "ours", factors=True)
+    assert run("convert", tmp_path / "ours", tmp_path / "out", "--format", "tinylora", "--base", base) == 0
+    before, after = (load_file(tmp_path / f / "adapter.safetensors") for f in ("ours", "out"))
+    assert before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
+
+
 def test_a_skeleton_stays_one(base, tmp_path):
     """Layers of one input are not moved into a storage of their own: a 7B model's would be 8.5 GB of zeros."""
     from tinylora.integrations import folders

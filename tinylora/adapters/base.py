@@ -189,6 +189,7 @@ class Shared(Owner):
         super().__init__()
         self.config, self.sites, self.fingerprint = config, tuple(sites), fingerprint
         self.foreign = False  # whether frozen numbers came from elsewhere, so that no config and no seed gives them
+        self.from_file = False  # whether frozen factors came in a file: they stand in every later one
         self.__dict__["layers"] = {}  # site name -> Adapter, not registered: the layers own them
         self.rows: Rows | None = None  # which of the stacked numbers each row of the batch uses
         self.own(config.shared(sites))

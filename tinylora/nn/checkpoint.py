@@ -7,7 +7,7 @@ base rebuilds the frozen factors from it. With `factors=True` they are in the fi
     v_<group>                TinyLoRA's numbers, [u]
     <layer>.core             LoRA-XS's, [r, r]; every adapter's by the names in its config
     saved.<module>.<name>    the modules of `modules_to_save`
-    frozen.<layer>.<tensor>  with factors=True, and in adapters whose factors came from elsewhere (from PEFT)
+    frozen.<layer>.<tensor>  with factors=True, and in adapters whose factors came in a file or from PEFT
     foreign.<tensor>         only in those: the frozen numbers that all layers share
 
 One file, because one can be replaced in one step: there is no moment at which a crash leaves half an adapter.
@@ -52,7 +52,8 @@ FORMAT_VERSION = 2  # in 1 the frozen factors came from the weights as they were
 def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, factors: bool = False) -> Path:
     """Write the adapter `name` to `folder`/adapter.safetensors, and return that path.
 
-    factors: also write the frozen factors, (N + K) · r numbers a layer, for whoever must not recompute them.
+    factors: also write the frozen factors, (N + K) · r numbers a layer, for whoever must not recompute them. Those
+             that came in a file are written in any case.
     The file is written beside its place and moved there whole: an interruption leaves the previous one. Merged or
     not, active or not, the adapter is the same. Of a model that FSDP2 or ZeRO-3 has sharded every process must call it,
     as its processes put the numbers together. ValueError if the model has no adapter of that name.
@@ -73,7 +74,7 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
             f"{lost[0] or 'the layer'} has lost adapter {name!r}: something replaced it (model.dequantize() does "
             "that), expected to save before"
         )
-    factors = factors or shared.foreign
+    factors = factors or shared.foreign or shared.from_file
     if shared.foreign:
         for n, t in _rebuilt(shared).items():
             tensors[f"foreign.{n}"] = t.detach().cpu().contiguous()
@@ -202,7 +203,7 @@ def restore(
                 for site, layer in layers.items()
             }
         shared = attach(model, layers, config, name, frozen, digests)
-        shared.foreign = header.get("foreign", False)
+        shared.foreign, shared.from_file = header.get("foreign", False), header["factors"]
         with torch.no_grad():
             for n, t in _rebuilt(shared).items() if shared.foreign else ():
                 t.copy_(tensors[f"foreign.{n}"])
