@@ -253,6 +253,16 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
     fails('pip install "tinylora[rl]"')
 
 
+@pytest.mark.parametrize("command", ["grpo", "sft", "es"])
+@pytest.mark.parametrize("name", ["checkpoint-3", "checkpoint-best", "log.jsonl", "adapter", "README.md"])
+def test_a_folder_of_somebody_elses(name, command, tiny, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    arguments = [str(a) for a in ("--out", tmp_path, "--model", tiny / "model", "--data", tiny / "data", "--steps", 1)]
+    assert cli.main(["train", command, *arguments]) == 2
+    assert f"holds {name} and no run.json, expected another folder" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 def write_recipe(folder, change):
     found = {"about": "broken"} | recipes.read("gsm8k-13")
     change(found)

@@ -30,7 +30,7 @@ from tinylora.adapters import config_from_dict
 from tinylora.evolution import Evolution
 from tinylora.integrations import problems as data
 from tinylora.integrations import processes, training
-from tinylora.integrations.training import ADAPTER, LOG, RUN
+from tinylora.integrations.training import ADAPTER, LOG
 from tinylora.integrations.transformers import load_model, prompt_ids
 from tinylora.nn import checkpoint
 from tinylora.nn.model import apply
@@ -76,10 +76,8 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
     if resume:
         stored = training.read_run(out)
         training.same_processes(stored, out)
-    elif (out / RUN).exists():
-        raise ValueError(f"{out} holds a run already ({RUN}), expected another folder, or --resume to go on with it")
-    elif _checkpoints(out):  # somebody's, which would be taken for this run's and removed
-        raise ValueError(f"{out} holds {_checkpoints(out)[0][1].name} and no {RUN}, expected another folder")
+    else:
+        training.refuse_used(out)
     problems = data.load_problems(settings["data"], settings["split"])
     if not 0 < es["prompts"] <= len(problems):
         raise ValueError(f"es.prompts is {es['prompts']}, expected 1 to {len(problems)}, the problems that there are")

@@ -64,16 +64,17 @@ def run(command: str, settings: dict[str, Any], out: str | os.PathLike, resume: 
 
     settings may have "steps" beside a recipe's keys: so many instead of the recipe's epochs. With `resume` the run in
     `out` goes on from its last whole checkpoint, with its own settings: see `resumed`.
-    ValueError: a run in `out` and no `resume`, or none and `resume`; settings that do not fit each other, the model,
-    the number of processes or TRL; data, or a number of processes, that has changed since. ImportError without trl.
+    ValueError: a run in `out`, or what one would write over, and no `resume`, or no run and `resume`; settings that do
+    not fit each other, the model, the number of processes or TRL; data, or a number of processes, that has changed
+    since. ImportError without trl.
     """
     out = Path(out)
     require_trl()
     if resume:
         stored = read_run(out)
         same_processes(stored, out)
-    elif (out / RUN).exists():
-        raise ValueError(f"{out} holds a run already ({RUN}), expected another folder, or --resume to go on with it")
+    else:
+        refuse_used(out)
     problems = data.load_problems(settings["data"], settings["split"])
     check(command, settings, len(problems))
     seen = data.digest(problems)
@@ -121,6 +122,15 @@ def resumed(command: str, out: str | os.PathLike, asked: dict[str, Any]) -> dict
         if has != value:
             raise ValueError(f"{name} is {value!r}, but the run in {out} has {has!r}: a resumed run keeps its settings")
     return settings
+
+
+def refuse_used(out: Path) -> None:
+    """ValueError for a folder with a run, or with somebody's files that a run would remove or write over."""
+    if (out / RUN).exists():
+        raise ValueError(f"{out} holds a run already ({RUN}), expected another folder, or --resume to go on with it")
+    for name in ("checkpoint-*", LOG, ADAPTER, "README.md"):  # the last is TRL's
+        for found in out.glob(name):
+            raise ValueError(f"{out} holds {found.name} and no {RUN}, expected another folder")
 
 
 def write_run(out: Path, command: str, settings: dict[str, Any], data_digest: str) -> None:
