@@ -50,7 +50,16 @@ def test_params_of_qwen_7b_without_its_weights(as_folder, tmp_path, capsys):
 
 def test_errors_are_one_line(tmp_path, capsys):
     qwen2().config.save_pretrained(tmp_path / "small")
+    settings = json.loads((tmp_path / "small" / "config.json").read_text())
+    for name, change in (("heads", {"num_attention_heads": 0}), ("text", {"hidden_size": "x"}),
+                         ("layers", {"layer_types": ["x"]}), ("class", {"architectures": ["pipeline"]})):  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(settings | change))
     for arguments, message in (
+        (("params", "--config", tmp_path / "heads"), "a model that can be built: ZeroDivisionError: integer"),
+        (("params", "--config", tmp_path / "text"), "expected int, got str (value: 'x')"),
+        (("params", "--config", tmp_path / "layers"), "`layer_types` entries must be in"),
+        (("params", "--config", tmp_path / "class"), "has no attribute '_from_config'"),
         (("params", "--config", tmp_path / "none.json"), "expected a config.json, a model folder or a Hub name"),
         (("params", "--config", tmp_path / "small", "--r", 5000), "r is 5000, expected 1 to 32: model"),
         (("info", tmp_path), "does not exist, expected an adapter"),

@@ -11,8 +11,8 @@ from tinylora.integrations import processes
 def meta_model(config: str | os.PathLike) -> nn.Module:
     """The model that a config describes, on the meta device: all shapes, no memory.
 
-    config: a config.json, a model folder, or the name of a model on the Hub. ValueError if there is no such config,
-    ImportError without transformers.
+    config: a config.json, a model folder, or the name of a model on the Hub. ValueError if there is no such config or
+    its values make no model, ImportError without transformers.
     """
     import torch
 
@@ -23,20 +23,23 @@ def meta_model(config: str | os.PathLike) -> nn.Module:
 
     try:
         settings = transformers.AutoConfig.from_pretrained(config)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        named = [getattr(transformers, a, None) for a in settings.architectures or ()]
+        if any(named):
+            build = next(filter(None, named))._from_config
+        elif type(settings) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            build = transformers.AutoModelForCausalLM.from_config
+        else:
+            build = transformers.AutoModel.from_config
+        with torch.device("meta"):
+            return build(settings)
+    except ImportError:
+        raise
+    except Exception as error:  # a wrong value may surface in any line of transformers
+        reason = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())
         raise ValueError(
-            f"config is {str(config)!r}, expected a config.json, a model folder or a Hub name: {reason}"
+            f"config is {str(config)!r}, expected a config.json, a model folder or a Hub name, of a model that can be "
+            f"built: {type(error).__name__}: {reason}"
         ) from None
-    named = [getattr(transformers, a, None) for a in settings.architectures or ()]
-    if any(named):
-        build = next(filter(None, named))._from_config
-    elif type(settings) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        build = transformers.AutoModelForCausalLM.from_config
-    else:
-        build = transformers.AutoModel.from_config
-    with torch.device("meta"):
-        return build(settings)
 
 
 def load_model(name: str | os.PathLike, dtype: str):
