@@ -194,6 +194,7 @@ def test_errors_leave_the_model_as_it_was(tmp_path):
     fails("does not exist, expected an adapter that tinylora.save wrote")
     path.write_bytes(whole)
     fails("was trained on another base model: it was made for weights", qwen2(seed=1))
+    fails('convert and merge take what tinylora.save(..., format="lora") writes', qwen2().half())
     fails("was trained on 14 modules, but Qwen2ForCausalLM has 21 targets", qwen2(layers=3))
     other = tinylora.apply(qwen2(), TinyLoraConfig(u=2))
     with pytest.raises(ValueError, match="the model has an adapter of that name with another config"):

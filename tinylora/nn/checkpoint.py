@@ -182,7 +182,7 @@ def restore(
             f"{path} was trained on another base model: it was made for weights {header['base'][:12]}, "
             f"this {type(model).__name__} has {base[:12]}. The numbers mean nothing here (float16 weights, and "
             "those of four bits, are another base than bfloat16 or float32 ones: load it in the dtype that it was "
-            "trained on, --dtype in eval)"
+            'trained on, --dtype in eval; convert and merge take what tinylora.save(..., format="lora") writes of it)'
         )
     if existing:
         refuse_merged(model)
