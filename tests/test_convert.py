@@ -215,6 +215,25 @@ def test_factors_in_the_file_go_into_the_next(base, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
 
 
+def test_weights_under_other_names_than_their_modules(tmp_path, capsys):
+    """What the message says instead of merging works."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=16
+    )
+    kind, images = transformers.ViTForImageClassification, torch.randn(2, 3, 32, 32)
+    base = folder_of(kind(config).eval(), tmp_path / "base", shards=False)
+    model = trained(kind.from_pretrained(base).eval(), LoraConfig(target_modules=["q_proj"]))
+    want = model(images).logits
+    tinylora.save(model, tmp_path / "ours")
+    assert run("merge", "--base", base, "--adapter", tmp_path / "ours", "--out", tmp_path / "out") == 2
+    assert "under another name than the module has: load the model" in capsys.readouterr().err
+    tinylora.merge(tinylora.load(kind.from_pretrained(base).eval(), tmp_path / "ours")).save_pretrained(
+        tmp_path / "merged"
+    )
+    close(kind.from_pretrained(tmp_path / "merged").eval()(images).logits, want)
+
+
 def test_a_skeleton_stays_one(base, tmp_path):
     """Layers of one input are not moved into a storage of their own: a 7B model's would be 8.5 GB of zeros."""
     from tinylora.integrations import folders
@@ -275,14 +294,22 @@ def test_files_that_are_no_weights_and_places_that_take_none(base, tmp_path, cap
     pointer = folder_of(qwen2(), tmp_path / "pointer", shards=False)
     (tmp_path / "file").write_text("x")
     arguments = ["merge", "--adapter", tmp_path / "ours"]
-    for text, message in (
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "expected a safetensors file"),
-        (b"\xff" * 64, "expected a safetensors file"),
-        (b"\x02" + b"\0" * 7 + b"[]", "expected a safetensors file"),
-    ):
+    good = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    headers = [
+        {"a": good | {"shape": [3]}},
+        {"a": good | {"dtype": "BF16"}},
+        {"a": good | {"data_offsets": [8, 0]}},
+        {"a": good | {"data_offsets": [0.0, 8.0]}},
+        {"a": good | {"data_offsets": [-8, 8]}},
+        {"a": good, "b": good},
+        [],
+    ]
+    files = [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b"\xff" * 64]
+    files += [len(h).to_bytes(8, "little") + h + bytes(8) for h in (json.dumps(header).encode() for header in headers)]
+    for text in files:
         (pointer / "model.safetensors").write_bytes(text)
         assert run(*arguments, "--base", pointer, "--out", tmp_path / "out") == 2
-        assert message in capsys.readouterr().err
+        assert "model.safetensors is truncated, damaged or no safetensors file" in capsys.readouterr().err
     assert run(*arguments, "--base", base, "--out", tmp_path / "file" / "out") == 2
     assert "file" in capsys.readouterr().err and not (tmp_path / "out").exists()
 

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -44,22 +45,19 @@ class Shard:
     def __init__(self, path: Path):
         self.path = path
         try:
+            with safe_open(path, "pt"):  # offsets, shapes, dtypes and the file's size agree
+                pass
             with path.open("rb") as file:
                 (size,) = struct.unpack("<Q", file.read(8))
-                if size > path.stat().st_size:  # a git-LFS pointer, say
-                    raise ValueError(f"its first bytes name a header of {size} bytes")
                 header = json.loads(file.read(size))
-            self.start = 8 + size
-            self.places = {
-                n: (t["dtype"], tuple(t["shape"]), *(self.start + o for o in t["data_offsets"]))
-                for n, t in header.items()
-                if n != "__metadata__"
-            }
-        except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be read, expected a safetensors file: {error!r}") from None
-        ends = max((end for *_, end in self.places.values()), default=self.start)
-        if path.stat().st_size < ends:
-            raise ValueError(f"{path} is truncated: it has {path.stat().st_size} bytes, expected {ends}")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is truncated, damaged or no safetensors file: {error}") from None
+        self.start = 8 + size
+        self.places = {
+            n: (t["dtype"], tuple(t["shape"]), *(self.start + o for o in t["data_offsets"]))
+            for n, t in header.items()
+            if n != "__metadata__"
+        }
 
     def tensor(self, name: str) -> Tensor:
         dtype, shape, start, end = self.places[name]
@@ -99,8 +97,15 @@ class ModelFolder:
     def find(self, name: str, shape: tuple[int, ...], dtypes: Collection[str] = DTYPES) -> Shard:
         """The shard with this weight. ValueError if it is not there, of another shape, or quantised."""
         if name not in self.shard_of:
+            in_a_block = any(part.isdecimal() for part in name.split("."))  # what is tied are heads and embeddings
             raise ValueError(
-                f"{self.folder} has no {name}, expected the weights of its config, untied and by its names"
+                f"{self.folder} has no {name}, "
+                + (
+                    "which its checkpoint stores under another name than the module has: load the model and the adapter"
+                    " in Python, then tinylora.save, or tinylora.merge and model.save_pretrained"
+                    if in_a_block
+                    else "expected the weights of its config, untied and by its names"
+                )
             )
         dtype, found, *_ = self.shard_of[name].places[name]
         if found != shape or dtype not in dtypes:
