@@ -157,7 +157,7 @@ def test_errors(base, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == before and not list((tmp_path / "there").iterdir())
 
 
-def test_an_interrupted_merge_leaves_nothing(base, tmp_path, monkeypatch):
+def test_an_interrupted_merge_leaves_nothing(base, tmp_path, monkeypatch, capsys):
     from tinylora.integrations import folders
 
     tinylora.save(trained(model_of(base), LoraConfig(r=2)), tmp_path / "ours")
@@ -170,8 +170,27 @@ def test_an_interrupted_merge_leaves_nothing(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(folders, "_write", fail)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(KeyboardInterrupt):
-        folders.merge(base, tmp_path / "ours", tmp_path / "out")
+    assert run("merge", "--base", base, "--adapter", tmp_path / "ours", "--out", tmp_path / "out") == 130
+    assert capsys.readouterr().err.endswith("tinylora: interrupted\n")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+TERMINATED = """
+import os, signal, sys
+from tinylora import cli
+from tinylora.integrations import folders
+folders._write = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_terminated_merge_leaves_nothing(tmp_path):
+    base = folder_of(qwen2(), tmp_path / "base")
+    tinylora.save(trained(model_of(base), LoraConfig(r=2)), tmp_path / "ours")
+    before = sorted(tmp_path.iterdir())
+    arguments = ["merge", "--base", base, "--adapter", tmp_path / "ours", "--out", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TERMINATED, *map(str, arguments)], timeout=300)
+    assert done.returncode == 143
     assert sorted(tmp_path.iterdir()) == before
 
 

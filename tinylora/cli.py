@@ -1,8 +1,12 @@
 """`tinylora`: what runs here and why, how many numbers an adapter trains; convert, merge, train and score adapters."""
 
 import argparse
+import contextlib
 import platform
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from importlib import metadata
 
 import torch
@@ -30,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, ImportError, OSError, SafetensorError) as error:  # the latter two: disks, folders, networks
         print(f"tinylora: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("tinylora: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -85,10 +92,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """In here SIGTERM is a SystemExit, which passes through every `finally`, where nobody else takes it."""
+
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@_terminated()
 def _convert(options: argparse.Namespace) -> None:
     print(folders.convert(options.adapter, options.out, options.format, options.base))
 
 
+@_terminated()
 def _merge(options: argparse.Namespace) -> None:
     print(folders.merge(options.base, options.adapter, options.out))
 
