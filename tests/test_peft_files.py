@@ -6,6 +6,7 @@ import os
 import peft
 import pytest
 import torch
+import transformers
 from models import qwen2, tokens
 from safetensors.torch import load_file, save_file
 from test_family import ADAPTERS, trained
@@ -179,6 +180,30 @@ def test_a_classifier_of_pefts(tmp_path):
     ours = tinylora.load(base(), tmp_path)
     close(ours(tokens()).logits, theirs(input_ids=tokens()).logits)
     assert ours.tinylora["default"].config.modules_to_save == ("score",)
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "QuestionAnswering", "Seq2SeqLM"])
+def test_the_task_by_which_peft_finds_its_class(task, tmp_path):
+    torch.manual_seed(0)
+    if task == "Seq2SeqLM":
+        config = transformers.T5Config(d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=1, vocab_size=256)
+        base, target, head = transformers.T5ForConditionalGeneration(config), "q", None
+    else:
+        base = getattr(transformers, f"Qwen2For{task}")(qwen2(num_labels=3, pad_token_id=0).config)
+        target, head = "q_proj", ["qa_outputs" if task == "QuestionAnswering" else "score"]
+    base.save_pretrained(tmp_path / "base")
+    automatic = getattr(peft, f"AutoPeftModelFor{task}")
+
+    def written(config, folder):
+        model = trained(type(base).from_pretrained(tmp_path / "base"), config)
+        tinylora.save(model, tmp_path / folder, format="lora")
+        return json.loads((tmp_path / folder / "adapter_config.json").read_text())["task_type"]
+
+    assert written(LoraConfig(r=2, target_modules=[target], modules_to_save=head), "whole")
+    assert type(automatic.from_pretrained(tmp_path / "whole")) is automatic._target_peft_class
+    for i, targets in enumerate([[target], [target, *head]] if head else ()):
+        assert written(LoraConfig(r=2, target_modules=targets), f"other {i}") is None  # PEFT would look for the head
+        peft.PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / f"other {i}")
 
 
 def test_a_head_with_a_batch_norm(tmp_path):

@@ -38,7 +38,15 @@ from tinylora.adapters import (
 from tinylora.adapters.factor_cache import digest
 from tinylora.adapters.sharded import in_pieces
 from tinylora.nn import checkpoint
-from tinylora.nn.model import adapted_layers, adapter_names, attach, base_digests, named_numbers, shared_of
+from tinylora.nn.model import (
+    adapted_layers,
+    adapter_names,
+    attach,
+    base_digests,
+    named_numbers,
+    saved_modules,
+    shared_of,
+)
 from tinylora.nn.saved_module import lasting
 from tinylora.nn.targets import find_modules_to_save, find_targets, linear_layers, sites_of
 
@@ -107,7 +115,7 @@ def save(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "task_type": _task(model, {path for path, m in saved_modules(model).items() if name in m.copies}),
     }
     return _write_folder(Path(folder), config, tensors)
 
@@ -197,6 +205,27 @@ def _names_for_peft(model: nn.Module, sites: tuple[Site, ...]) -> list[str]:
     short = sorted({name.rpartition(".")[2] for name in full})
     matched = {n for n, m in model.named_modules() if n.rpartition(".")[2] in short and m is not model}
     return short if matched == full else [site.name for site in sites]
+
+
+# PEFT's name of a task by the end of the class's name, and the ends of the heads' names that PEFT then reads, too.
+_TASKS = {
+    "ForCausalLM": ("CAUSAL_LM", ()),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+}
+
+
+def _task(model: nn.Module, saved: set[str]) -> str | None:
+    """PEFT's name of the model's task: AutoPeftModel takes its class by it. None for others, and where the adapter does
+    not save a head that PEFT would look for."""
+    for end, (task, heads) in _TASKS.items():
+        if type(model).__name__.endswith(end):
+            if task == "SEQ_2_SEQ_LM" and not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+                return None  # images to text
+            return task if all(n in saved for n, _ in model.named_modules() if n.endswith(heads)) else None
+    return None
 
 
 def _refuse_what_peft_takes_for_experts(model: nn.Module, sites: tuple[Site, ...], format: str) -> None:
