@@ -24,6 +24,9 @@ from tinylora.tasks.intervals import wilson
         ("####18", "18", "18"),
         ("#### $1,018.00", "1018", "1018"),
         ("#### -3", "-3", "-3"),
+        ("#### -$3", "-3", "-3"),
+        ("#### $-3", "-3", "-3"),
+        ("$20-$5", None, "5"),
         ("#### .50", "0.5", "0.5"),
         ("#### 5\nNo, wait:\n#### 18\nThat is 3 a day.", "18", "18"),  # the last mark, whatever follows
         ("The answer is 18.", None, "18"),
@@ -35,6 +38,8 @@ from tinylora.tasks.intervals import wilson
         ("1,000 and 2,500,000", None, "2500000"),
         ("18%", None, "18"),
         ("#### 100", "100", "100"),  # its trailing zeros are not those of a fraction
+        (f"#### {'1' * 35}.50", f"{'1' * 35}.5", f"{'1' * 35}.5"),
+        ("#### " + "9" * 2_000_000, "9" * 2_000_000, "9" * 2_000_000),
         ("I do not know ####", None, None),
         ("", None, None),
     ],

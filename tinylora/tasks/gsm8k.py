@@ -18,7 +18,7 @@ from typing import NamedTuple
 MARK = "####"
 
 # A minus behind a digit is a subtraction's, and commas count where they separate thousands.
-_NUMBER = r"(?:(?<![0-9])-)?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+_NUMBER = r"(?:(?:(?<![0-9])-)?\$?|\$-)(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 _MARKED = re.compile(rf"{MARK}\s*({_NUMBER})")
 _GOES_ON = re.compile(r"\s*[/:][0-9]|[.,]?[0-9]|[eE][-+]?[0-9]|[ \u00a0\u202f][0-9]")
 _ANY = re.compile(_NUMBER)
@@ -116,5 +116,6 @@ def accuracy(completions: Iterable[str], finals: Iterable[str]) -> dict[str, flo
 
 def _canonical(number: str) -> str:
     """One way to write each number: no dollar sign, no commas, no trailing zeros."""
-    value = Decimal(number.replace("$", "").replace(",", "")).normalize()
-    return format(value if value else Decimal(0), "f")
+    value = Decimal(number.replace("$", "").replace(",", ""))  # exact, where normalize() rounds to 28 digits
+    text = format(value if value else Decimal(0), "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
