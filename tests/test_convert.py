@@ -333,7 +333,7 @@ def test_files_that_are_no_weights_and_places_that_take_none(base, tmp_path, cap
     assert "file" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_what_lies_beside_the_weights(tmp_path, capsys):
+def test_what_lies_beside_the_weights(tmp_path):
     """One file comes before an index, as transformers has it; templates come along, an adapter does not."""
     base = folder_of(qwen2(), tmp_path / "base", shards=False)
     model = trained(model_of(base), TinyLoraConfig())
