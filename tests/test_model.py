@@ -2,7 +2,11 @@
 
 import copy
 import functools
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,26 +256,23 @@ def test_two_processes_train_alike_and_ddp_shares_v(tmp_path):
 
     What is saved of a sharded v is all of it, and loads.
     """
-    import subprocess
-    import sys
-
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path],
-        capture_output=True, text=True, timeout=240, env=_environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = _two_ranks(DDP, tmp_path)
     assert done.stdout.count("agrees") == 6, done.stdout
     assert done.stdout.count("comes back") == 6, done.stdout
 
 
-def _environment():
-    import os
-    from pathlib import Path
-
+def _two_ranks(source, tmp_path):
+    """What two processes of this script print, which are given the folder."""
     root = Path(__file__).parent
-    return os.environ | {"PYTHONPATH": f"{root.parent}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+    script = tmp_path / "script.py"
+    script.write_text(source)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path],
+        capture_output=True, text=True, timeout=240,
+        env=os.environ | {"PYTHONPATH": f"{root.parent}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 DDP = """
@@ -381,6 +382,34 @@ def test_transforms_of_torch_func_and_a_trace(config):
             traced, y = torch.jit.trace(mlp, (x,), check_trace=False)(other), mlp(other)
         assert traced.dtype == y.dtype
         torch.testing.assert_close(traced, y, rtol=2e-2 if autocast else 1e-5, atol=1e-2 if autocast else 1e-6)
+
+
+FSDP1 = """
+import sys
+import torch, torch.distributed as dist
+import tinylora
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from models import qwen2, tokens
+dist.init_process_group("gloo")
+model = tinylora.apply(qwen2(), tinylora.LoraConfig(r=3))
+sharded = FSDP(model, device_id=torch.device("cpu"), use_orig_params=True)
+sharded(input_ids=tokens(), labels=tokens()).loss.backward()
+folder = f"{sys.argv[1]}/{dist.get_rank()}"
+try:
+    tinylora.save(model, folder)
+    raise AssertionError("a shard was saved")
+except ValueError as error:
+    assert "summon_full_params" in str(error), error
+with FSDP.summon_full_params(sharded):
+    tinylora.save(model, folder)
+loaded = tinylora.load(qwen2(), folder)
+with torch.no_grad():
+    torch.testing.assert_close(loaded(tokens()).logits, sharded(input_ids=tokens()).logits)
+"""
+
+
+def test_fsdp1_is_saved_as_a_whole_or_not_at_all(tmp_path):
+    _two_ranks(FSDP1, tmp_path)
 
 
 def test_accelerate_writes_every_tensor_of_siblings(tmp_path):

@@ -97,6 +97,7 @@ def main(out):
     for config in CONFIGS:
         for stage, born in ((1, False), (3, False), (3, True)):
             same_as_one_process(config, stage, born, f"{out}/{config.kind}-{stage}-{born}")
+    same_as_one_process(LoraXSConfig(modules_to_save=["lm_head"]), 3, False, f"{out}/head")
     for stage in (1, 3):
         ada_lora_is_refused(stage)
     print("all of it", flush=True)

@@ -35,6 +35,11 @@ def whole(t: Tensor) -> Tensor:
     return t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach()
 
 
+def shape_of(t: Tensor) -> tuple[int, ...]:
+    """That of the whole tensor."""
+    return tuple(t.ds_shape if of_zero3(t) else t.shape)
+
+
 def sharded_as(p: Tensor, t: Tensor) -> Tensor:
     """t as `p` is: sharded over the processes if FSDP2 has sharded p, as it is if not."""
     if not hasattr(p, "full_tensor"):

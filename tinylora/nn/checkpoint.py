@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import tinylora
 from tinylora.adapters import STACKED, Shared, config_from_dict
-from tinylora.adapters.sharded import gathered, of_zero3, sharded_as, whole
+from tinylora.adapters.sharded import gathered, of_zero3, shape_of, sharded_as, whole
 from tinylora.nn.model import (
     activate,
     adapted_layers,
@@ -40,6 +40,7 @@ from tinylora.nn.model import (
     named_numbers,
     refuse_merged,
     refuse_within,
+    saved_modules,
     shared_of,
 )
 from tinylora.nn.saved_module import lasting
@@ -61,18 +62,21 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
     shared = shared_of(model, name)
     numbers = named_numbers(model, name)
     with gathered(numbers.values()):
-        tensors = {n: whole(p).cpu().contiguous() for n, p in numbers.items()}
-    stored: set[int] = set()
-    for n, t in tensors.items():  # a module that is saved may have tied weights, which safetensors does not take
-        if t.numel() and t.data_ptr() in stored:
-            tensors[n] = t.clone()
-        stored.add(t.data_ptr())
+        # Copies: safetensors takes no tied weights, and FSDP1 cannot free what numpy has seen.
+        tensors = {n: whole(p).to("cpu", copy=True).contiguous() for n, p in numbers.items()}
     layers = {n: layer for n, layer in adapted_layers(model).items() if name in layer.adapters}
     lost = [site.name for site in shared.sites if site.name not in layers]
     if lost:
         raise ValueError(
             f"{lost[0] or 'the layer'} has lost adapter {name!r}: something replaced it (model.dequantize() does "
             "that), expected to save before"
+        )
+    saved = {path: module for path, module in saved_modules(model).items() if name in module.copies}
+    odd = _odd_ones(tensors, shared.config, shared.sites, saved)
+    if odd:
+        raise ValueError(
+            f"the adapter's {odd[0][0]} with shape {odd[0][1]} is not what it has as a whole, expected a model that is "
+            "not sharded, or by FSDP2 or ZeRO-3; of FSDP1's, within FullyShardedDataParallel.summon_full_params(model)"
         )
     factors = factors or shared.foreign or shared.from_file
     if shared.foreign:
@@ -191,7 +195,11 @@ def restore(
         refuse_other_factors(path, header, tensors, shared_of(model, name))
     trained = {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
     saved = find_modules_to_save(model, config.modules_to_save, layers)
-    _check_names(path, trained, config, sites_of(layers), saved)
+    odd = _odd_ones(trained, config, sites_of(layers), saved)
+    if odd:
+        raise ValueError(
+            f"{path} does not fit this model's modules: {odd[0][0]} with shape {odd[0][1]} is on one side only"
+        )
     if not existing:
         if header["factors"]:
             frozen = {
@@ -265,14 +273,12 @@ def refuse_other_factors(path: str | os.PathLike, header: dict, tensors: Mapping
         raise ValueError(f"{path} has other frozen factors than the adapter on the model: load it under another name")
 
 
-def _check_names(path, trained, config, sites, saved: Mapping[str, nn.Module]) -> None:
+def _odd_ones(tensors, config, sites, saved: Mapping[str, nn.Module]) -> list[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of the numbers that are among these tensors and not among an adapter's, or the other way round."""
     expected = {n: tuple(spec.shape) for n, spec in config.numbers(sites).items() if spec.trains or spec.saved}
     for module_name, module in saved.items():
-        expected |= {f"saved.{module_name}.{n}": tuple(t.shape) for n, t in lasting(module).items()}
-    found = {n: tuple(t.shape) for n, t in trained.items()}
-    if found != expected:
-        odd = sorted(set(found.items()) ^ set(expected.items()))[0]
-        raise ValueError(f"{path} does not fit this model's modules: {odd[0]} with shape {odd[1]} is on one side only")
+        expected |= {f"saved.{module_name}.{n}": shape_of(t) for n, t in lasting(module).items()}
+    return sorted({(n, tuple(t.shape)) for n, t in tensors.items()} ^ set(expected.items()))
 
 
 def _checksum(header: dict, tensors: dict[str, Tensor]) -> str:

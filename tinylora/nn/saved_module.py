@@ -18,7 +18,7 @@ def _plain_names(module, state: dict, prefix: str, metadata: dict) -> None:
 def lasting(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a module, or of the one that a SavedModule stands for, by name."""
     original = module.original if isinstance(module, SavedModule) else module
-    return dict(original.named_parameters()) | original.state_dict()
+    return dict(original.named_parameters()) | original.state_dict(keep_vars=True)
 
 
 class SavedModule(nn.Module):
