@@ -101,7 +101,11 @@ def _make(plan, case, results, model, dtype) -> dict[str, block.Provider]:
             continue
         if name == who.PEFT_SAME_DTYPE and dtype == "fp32":
             continue  # an fp32 base has fp32 adapters either way: this is `peft`
-        if name == who.COMPILED_ADDMM and case.device.type == "cpu" and dtype != plan.dtypes[0]:
+        if (
+            name == who.COMPILED_ADDMM
+            and case.device.type == "cpu"
+            and dtype != next(d for d in plan.dtypes if d != NF4)
+        ):
             continue  # compiling takes longer than timing all the others does
         try:
             present[name] = case.provider(name)

@@ -277,3 +277,23 @@ def test_a_single_layer(tmp_path):
         assert torch.equal(other(x), layer(x))
         fresh = Linear.wrap(copy.deepcopy(base))
         assert torch.equal(tinylora.load(fresh, tmp_path)(x), layer(x))
+
+
+def test_numbers_of_other_factors_than_the_files(tmp_path):
+    """Factors of a file may be the weights' own, or have other signs: numbers without any are of the former."""
+    model = tinylora.apply(qwen2(layers=1), LoraXSConfig(r=3))
+    for p in tinylora.adapter_parameters(model):
+        torch.nn.init.normal_(p, std=0.1)
+    tinylora.save(model, tmp_path / "mine")
+    tinylora.save(model, tmp_path / "the same", factors=True)
+    with torch.no_grad():
+        for adapter in model.tinylora["default"].layers.values():
+            adapter.down[1].neg_()
+            adapter.up[:, 0].neg_()
+    tinylora.save(model, tmp_path / "theirs", factors=True)
+    same, other = (tinylora.load(qwen2(layers=1), tmp_path / f) for f in ("the same", "theirs"))
+    tinylora.load(same, tmp_path / "mine")
+    tinylora.stack(same, [tmp_path / "mine"])
+    for onto in (tinylora.load, lambda model, folder: tinylora.stack(model, [folder])):
+        with pytest.raises(ValueError, match="has other frozen factors than the adapter on the model"):
+            onto(other, tmp_path / "mine")

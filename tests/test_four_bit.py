@@ -401,6 +401,15 @@ def test_what_pefts_layers_leave_to_peft(folder, patched):
         assert reasons(x.bfloat16()) == ["4 bits on a CPU in eval(): bitsandbytes packs them for it"]
 
 
+def test_dual_numbers_meet_the_base_as_well(folder):
+    model = tinylora.apply(quantised(folder), CONFIGS["TinyLoRA"])
+    layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 64)
+    with torch.no_grad():
+        layer.adapters["default"].v.add_(1)
+    _, tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, layer(torch.ones_like(x)) - layer(torch.zeros_like(x)), rtol=1e-4, atol=1e-5)
+
+
 def test_the_first_call_that_settles_the_dtype_is_pefts(folder, patched):
     """bitsandbytes decides by the first x where nobody did, and keeps to it."""
     model = peft.get_peft_model(quantised(folder, bf16), PEFTS["LoRA"][1]()).train()

@@ -376,6 +376,14 @@ def test_transforms_of_torch_func_and_a_trace(config):
     torch.testing.assert_close(twice[name], slope, rtol=1e-2, atol=1e-2 * slope.abs().max().item())
 
     model.float().requires_grad_(False)
+    torch._dynamo.reset()
+
+    def tangent(x):
+        return jvp(model.model.layers[0].mlp, (x,), (torch.ones_like(x),))[1]
+
+    x = torch.randn(2, 3, 64)
+    torch.testing.assert_close(torch.compile(tangent, backend="aot_eager")(x), tangent(x))
+    assert tangent(x).abs().max() > 1e-3
     mlp, x, other = model.model.layers[0].mlp, *torch.randn(2, 2, 3, 64)
     for autocast in (False, True):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -388,7 +396,8 @@ FSDP1 = """
 import sys
 import torch, torch.distributed as dist
 import tinylora
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP, fully_shard
 from models import qwen2, tokens
 dist.init_process_group("gloo")
 model = tinylora.apply(qwen2(), tinylora.LoraConfig(r=3))
@@ -402,6 +411,11 @@ except ValueError as error:
     assert "summon_full_params" in str(error), error
 with FSDP.summon_full_params(sharded):
     tinylora.save(model, folder)
+try:
+    tinylora.load(fully_shard(qwen2(), mesh=init_device_mesh("cpu", (2,))), folder)
+    raise AssertionError("onto a sharded model")
+except ValueError as error:
+    assert "is sharded (FSDP2" in str(error), error
 loaded = tinylora.load(qwen2(), folder)
 with torch.no_grad():
     torch.testing.assert_close(loaded(tokens()).logits, sharded(input_ids=tokens()).logits)
@@ -481,7 +495,11 @@ def test_adapters_and_whole_modules_on_one_place_are_refused():
     )
     with pytest.raises(ValueError, match=r"lm_head.original is in another adapter's modules_to_save"):
         tinylora.apply(model, LoraXSConfig(target_modules=["lm_head.original"]), "a")
-    for name in ("train", "keys", "type"):
+    with pytest.raises(ValueError, match="modules_to_save names model, around or within a module that another"):
+        saved = LoraXSConfig(target_modules=["lm_head"], modules_to_save=["model.norm"])
+        part = tinylora.apply(qwen2(tie_word_embeddings=False), saved, "inner")
+        tinylora.apply(part, LoraXSConfig(target_modules=["lm_head"], modules_to_save=["model"]), "outer")
+    for name in ("train", "keys", "type", "training"):
         with pytest.raises(ValueError, match=f"name is '{name}', expected none that torch's modules have"):
             tinylora.apply(model, LoraXSConfig(target_modules=["q_proj"]), name)
     assert tinylora.adapter_names(model) == ["b"]
@@ -500,7 +518,9 @@ def test_within_disabled_nothing_is_put_on_or_activated(tmp_path):
                 change()
         with tinylora.disabled(model):
             pass
-    tinylora.activate(model, "a")
+        copied = copy.deepcopy(model)
+    for m in (model, copied):  # a copy made within is not within
+        tinylora.activate(m, "a")
 
 
 def test_a_module_inside_one_that_is_saved_whole_trains_with_it(tmp_path):

@@ -1,5 +1,6 @@
 """PEFT, on disk: adapters go both ways through files, with the installed PEFT on the other side."""
 
+import copy
 import json
 import os
 
@@ -233,6 +234,47 @@ def test_a_head_with_a_batch_norm(tmp_path):
     assert merged.resnet.embedder.embedder.normalization.num_batches_tracked == 1
 
 
+def test_tied_heads_and_buffers_that_are_made_anew(tmp_path):
+    """What PEFT takes of older folders, and safetensors not of ours."""
+    base = transformers.BertForMaskedLM(
+        transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    ).eval()
+    twin = copy.deepcopy(base)
+    chosen = {"target_modules": ["query"], "modules_to_save": ["cls", "bert.embeddings"]}
+    ours, ids = trained(base, LoraConfig(r=2, **chosen)), tokens()
+    want = ours(ids).logits
+    tinylora.save(ours, tmp_path, format="lora")
+    path = tmp_path / "adapter_model.safetensors"
+    older = {"base_model.model.bert.embeddings.position_ids": torch.arange(512)[None]}
+    save_file(load_file(path) | older, path, metadata={"format": "pt"})
+    close(tinylora.load(twin, tmp_path)(ids).logits, want)
+
+
+def test_a_speech_model_names_no_task(tmp_path):
+    """PEFT's class for it would hand on token ids."""
+    config = transformers.WhisperConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=256, num_mel_bins=8, max_source_positions=10,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None,
+    )  # fmt: skip
+    ours = trained(
+        transformers.WhisperForConditionalGeneration(config).eval(), LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    twin = transformers.WhisperForConditionalGeneration(config).eval()
+    twin.load_state_dict(ours.state_dict(), strict=False)
+    sound = {"input_features": torch.randn(1, 8, 20), "decoder_input_ids": torch.tensor([[1, 5]])}
+    tinylora.save(ours, tmp_path, format="lora")
+    close(peft.PeftModel.from_pretrained(twin, tmp_path)(**sound).logits, ours(**sound).logits)
+
+
+def test_fp8_numbers_are_scaled_in_fp32(tmp_path):
+    def in_fp8(found):
+        return {n: t.to(torch.float8_e4m3fn) for n, t in found.items()}
+
+    ours = tinylora.load(qwen2(), saved(tmp_path, tensors=in_fp8, alpha_pattern={"q_proj": 3}))
+    close(base_logits(ours), peft.PeftModel.from_pretrained(qwen2(), tmp_path)(input_ids=tokens()).logits)
+
+
 def test_a_failed_save_leaves_the_previous_folder_whole(tmp_path, monkeypatch):
     model = trained(qwen2(), LoraConfig(r=2))
     tinylora.save(model, tmp_path, format="peft")
@@ -367,8 +409,11 @@ def of_another_model(found):
         ({"kind": "VeRA", "save_projection": False}, "save_projection is False, expected True"),
         ({"config": {"alpha_pattern": ["q_proj"]}}, "adapter_config.json is damaged"),
         ({"config": {"alpha_pattern": {"*q": 3}}}, "adapter_config.json is damaged"),
-        ({"config": {"r": 8}}, "r is 8, expected 4, the rank that"),
-        ({"config": {"rank_pattern": {"up_proj": 2}}}, "expected 4, the rank that model.layers.0.mlp.up_proj's"),
+        ({"config": {"r": 8}}, "r is 8, expected 4 for model.layers.0.self_attn.q_proj, the rank that"),
+        (
+            {"config": {"rank_pattern": {"up_proj": 2}}},
+            "rank_pattern is {'up_proj': 2}, expected 4 for model.layers.0.mlp.up_proj",
+        ),
         ({"config": {"peft_type": ["LORA"]}}, "peft_type is \"['LORA']\", expected one of TINYLORA, LORA"),
         ({"config": {"peft_type": "LOKR"}}, "peft_type is 'LOKR', expected one of TINYLORA, LORA"),
         ({"config": {"r": 3}, "kind": "TinyLoRA"}, "tinylora_A has shape (2, 64), expected (3, 64)"),

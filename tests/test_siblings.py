@@ -475,7 +475,21 @@ def test_an_x_that_the_parent_changes_in_place_is_another():
             x.data[0] = 1
             return first + self.b(x)
 
-    for kind in (Item, Out, Part):
+    class View(Pair):
+        def forward(self, x):
+            flat = x.view(-1)
+            first = self.a(x)
+            flat.mul_(2)
+            return first + self.b(x)
+
+    class ViewOf(Pair):
+        def forward(self, x):
+            y = x[:]
+            first = self.a(y)
+            x += 1
+            return first + self.b(y)
+
+    for kind in (Item, Out, Part, View, ViewOf):
         with torch.inference_mode():
             torch.testing.assert_close(*both_ways(kind, lambda model: model(torch.ones(3, 16))))
 
@@ -508,7 +522,8 @@ def test_a_thawed_factor_and_a_wider_bias_compute_alone(calls):
 
 def test_every_v_lies_in_one_storage_after_it_was_moved():
     """By which a card's decode step finds them without a copy; where nothing moves, they stay for graphs."""
-    model = adapted(config=CONFIGS["a v each"], layers=1)
+    config = TinyLoraConfig(r=2, u=2, groups=[2, 0, 1, 3, 4, 5, 6])  # in another order than their parameters'
+    model = adapted(config=config, layers=1)
     v = [layer.adapters.default.v for layer in model.model.layers[0].self_attn.q_proj.siblings.layers]
     assert joined(v) is not None
     before = [t.data_ptr() for t in v]

@@ -97,6 +97,7 @@ def _terminated() -> Iterator[None]:
     """In here SIGTERM is a SystemExit, which passes through every `finally`, where nobody else takes it."""
 
     def leave(number, frame):
+        signal.signal(number, signal.SIG_IGN)  # a second one must not end the clean-up of the first
         raise SystemExit(128 + number)
 
     main_thread = threading.current_thread() is threading.main_thread()

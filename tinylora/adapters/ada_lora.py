@@ -74,7 +74,7 @@ class AdaLoraShared(Shared):
         _watch(self)
 
     def before_step(self, stepping: set[int], loss_scale: float) -> None:
-        if any(stepped_elsewhere(adapter.lam) for adapter in self.layers.values()):
+        if any(a.lam.requires_grad and stepped_elsewhere(a.lam) for a in self.layers.values()):
             raise ValueError("AdaLoRA acts when an optimizer steps λ, and DeepSpeed steps copies: expected DDP")
         for adapter in self.layers.values():
             if hasattr(adapter.lam, "full_tensor") and id(adapter.lam) in stepping:

@@ -185,11 +185,12 @@ class Shared(Owner):
     get its gradient right (registered per layer, FSDP2 crashes), and `.to` finds it.
     """
 
+    from_file = False  # whether frozen factors came in a file: they stand in every later one
+
     def __init__(self, config: "AdapterConfig", sites: Sequence[Site], fingerprint: str):
         super().__init__()
         self.config, self.sites, self.fingerprint = config, tuple(sites), fingerprint
         self.foreign = False  # whether frozen numbers came from elsewhere, so that no config and no seed gives them
-        self.from_file = False  # whether frozen factors came in a file: they stand in every later one
         self.__dict__["layers"] = {}  # site name -> Adapter, not registered: the layers own them
         self.rows: Rows | None = None  # which of the stacked numbers each row of the batch uses
         self.own(config.shared(sites))
@@ -197,9 +198,9 @@ class Shared(Owner):
     def _apply(self, fn, recurse=True):
         """What siblings have put into one storage (nn/siblings.py) lies in one afterwards, too."""
         together: dict[int, list[str]] = {}
-        for name, p in self._parameters.items():
-            if type(p) is nn.Parameter and not in_pieces(p) and not p.is_meta:
-                together.setdefault(p.untyped_storage().data_ptr(), []).append(name)
+        own = {n: p for n, p in self._parameters.items() if type(p) is nn.Parameter and not in_pieces(p)}
+        for name in sorted((n for n, p in own.items() if not p.is_meta), key=lambda n: own[n].data_ptr()):
+            together.setdefault(own[name].untyped_storage().data_ptr(), []).append(name)
         super()._apply(fn, recurse)
         for names in together.values():
             parts = [self._parameters[n] for n in names]

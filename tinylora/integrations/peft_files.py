@@ -44,10 +44,11 @@ from tinylora.nn.model import (
     attach,
     base_digests,
     named_numbers,
+    refuse_wrapped,
     saved_modules,
     shared_of,
 )
-from tinylora.nn.saved_module import lasting
+from tinylora.nn.saved_module import lasting, whole_module
 from tinylora.nn.targets import find_modules_to_save, find_targets, linear_layers, sites_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -106,7 +107,8 @@ def save(
     config, tensors = (_plain_lora if format == "lora" else _as_peft)(shared, layers)
     saved = {n.removeprefix("saved."): t for n, t in numbers.items() if n.startswith("saved.")}
     tensors = {n: t.detach().to("cpu", torch.float32).contiguous() for n, t in tensors.items()}
-    tensors |= {_PREFIX + n: t.detach().cpu().contiguous() for n, t in saved.items()}
+    # Copies, as some may be tied, which safetensors does not take.
+    tensors |= {_PREFIX + n: t.detach().to("cpu", copy=True).contiguous() for n, t in saved.items()}
     chosen = shared.config.modules_to_save
     config |= {
         "target_modules": _names_for_peft(model, shared.sites),
@@ -125,8 +127,9 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> 
 
     The folder is one of `tinylora.save`, or one of PEFT (adapter_config.json and adapter_model.safetensors) with a
     TinyLoRA, LoRA, VeRA or AdaLoRA. If the model has an adapter of that name with the same config, a file of ours
-    replaces its numbers. Frozen factors in the file are used as they are, and saved along from then on; a file
-    without them has them rebuilt from the model's weights (from the disk cache, if these were decomposed before).
+    replaces its numbers. Frozen factors in the file of a new adapter are used as they are, and saved along from then
+    on; a file without them has them rebuilt from the model's weights (from the disk cache, if these were decomposed
+    before).
 
     ValueError, with the model left as it was: no file, one that is truncated or changed, another format version,
     another base model, an adapter of that name with another config; settings of PEFT without a counterpart here
@@ -222,6 +225,8 @@ def _task(model: nn.Module, saved: set[str]) -> str | None:
     not save a head that PEFT would look for."""
     for end, (task, heads) in _TASKS.items():
         if type(model).__name__.endswith(end):
+            if getattr(model, "main_input_name", "input_ids") != "input_ids":
+                return None  # PEFT's classes hand on token ids
             if task == "SEQ_2_SEQ_LM" and not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
                 return None  # images to text
             return task if all(n in saved for n, _ in model.named_modules() if n.endswith(heads)) else None
@@ -419,7 +424,7 @@ class _Reader:
         t = self.left.pop(key)
         if t.dim() != len(shape) or any(want not in (None, got) for got, want in zip(t.shape, shape, strict=True)):
             raise ValueError(f"{self.folder / TENSORS}: {key} has shape {tuple(t.shape)}, expected {shape}")
-        return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+        return t.float() if t.is_floating_point() and t.itemsize < 4 else t
 
     def of(self, site: Site, part: str, *shape: int | None) -> Tensor:
         return self.take(f"{_PREFIX}{site.name}.{part}", *shape)
@@ -481,7 +486,8 @@ class _Lora(_Reader):
         ranks = {s: len(A) for s, (A, _) in factors.items()}
         for s, r in ranks.items():
             if r != self._of_pattern("rank_pattern", s, "r"):
-                raise self.refused("r", f"{r}, the rank that {s.name}'s lora_A has")
+                by = "r" if r != self.config["r"] else "rank_pattern"
+                raise self.refused(by, f"{r} for {s.name}, the rank that its lora_A has")
         rslora = bool(self.config.get("use_rslora"))
         scales = {
             s: self._of_pattern("alpha_pattern", s, "lora_alpha") / (ranks[s] ** 0.5 if rslora else ranks[s])
@@ -594,6 +600,9 @@ def load_peft(
     for path, module in modules.items():
         for n, t in lasting(module).items():
             numbers[f"saved.{path}.{n}"] = reader.take(f"{_PREFIX}{path}.{n}", *t.shape)
+        for n, _ in whole_module(module).named_buffers():  # those that are made anew, and that older versions saved
+            reader.left.pop(f"{_PREFIX}{path}.{n}", None)
+    refuse_wrapped(model, reader.layers)
     digests = digests or base_digests(reader.layers)
     for site in reader.layers:
         base = reader.left.pop(_base_weight(site), None)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import tinylora
 from tinylora.adapters import STACKED, Shared, config_from_dict
 from tinylora.adapters.sharded import gathered, of_zero3, shape_of, sharded_as, whole
+from tinylora.nn.four_bit import dense_weight
 from tinylora.nn.model import (
     activate,
     adapted_layers,
@@ -40,6 +41,7 @@ from tinylora.nn.model import (
     named_numbers,
     refuse_merged,
     refuse_within,
+    refuse_wrapped,
     saved_modules,
     shared_of,
 )
@@ -53,8 +55,8 @@ FORMAT_VERSION = 2  # in 1 the frozen factors came from the weights as they were
 def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, factors: bool = False) -> Path:
     """Write the adapter `name` to `folder`/adapter.safetensors, and return that path.
 
-    factors: also write the frozen factors, (N + K) · r numbers a layer, for whoever must not recompute them. Those
-             that came in a file are written in any case.
+    factors: also write the frozen factors, (N + K) · r numbers a layer, for whoever must not recompute them. Of an
+             adapter whose factors came in a file they are written in any case.
     The file is written beside its place and moved there whole: an interruption leaves the previous one. Merged or
     not, active or not, the adapter is the same. Of a model that FSDP2 or ZeRO-3 has sharded every process must call it,
     as its processes put the numbers together. ValueError if the model has no adapter of that name.
@@ -62,7 +64,7 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
     shared = shared_of(model, name)
     numbers = named_numbers(model, name)
     with gathered(numbers.values()):
-        # Copies: safetensors takes no tied weights, and FSDP1 cannot free what numpy has seen.
+        # Copies: safetensors takes no tied weights, and FSDP1 cannot free what numpy has seen
         tensors = {n: whole(p).to("cpu", copy=True).contiguous() for n, p in numbers.items()}
     layers = {n: layer for n, layer in adapted_layers(model).items() if name in layer.adapters}
     lost = [site.name for site in shared.sites if site.name not in layers]
@@ -179,6 +181,8 @@ def restore(
         )
     if existing and header.get("foreign", False) | shared_of(model, name).foreign:
         raise ValueError(f"name is {name!r}, but the model has an adapter of that name with other factors: use another")
+    if not existing:
+        refuse_wrapped(model, layers)
     digests = digests or (None if existing else base_digests(layers))
     base = shared_of(model, name).fingerprint if existing else fingerprint(digests)
     if base != header["base"]:
@@ -192,7 +196,7 @@ def restore(
         refuse_merged(model)
         if any(map(of_zero3, named_numbers(model, name).values())):
             raise ValueError("the adapter is sharded (ZeRO-3), expected to load it before deepspeed.initialize")
-        refuse_other_factors(path, header, tensors, shared_of(model, name))
+        refuse_other_factors(path, header, tensors, shared_of(model, name), layers)
     trained = {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
     saved = find_modules_to_save(model, config.modules_to_save, layers)
     odd = _odd_ones(trained, config, sites_of(layers), saved)
@@ -260,15 +264,29 @@ def _rebuilt(shared: Shared) -> dict[str, Tensor]:
     return {n: t for n, t in shared.named_buffers() if n in rebuilt and not n.startswith(STACKED)}
 
 
-def refuse_other_factors(path: str | os.PathLike, header: dict, tensors: Mapping[str, Tensor], shared: Shared) -> None:
+def refuse_other_factors(
+    path: str | os.PathLike,
+    header: dict,
+    tensors: Mapping[str, Tensor],
+    shared: Shared,
+    layers: Mapping[str, nn.Linear],
+) -> None:
     """ValueError if the file's numbers belong to other frozen factors than this adapter has, beyond rounding."""
-    layers = shared.layers.items()
-    own = {f"frozen.{site}.{n}": layer.get_buffer(n) for site, layer in layers for n in layer.from_weight}
+    adapters = shared.layers.items()
+    own = {f"frozen.{site}.{n}": adapter.get_buffer(n) for site, adapter in adapters for n in adapter.from_weight}
     other = header.get("foreign", False) != shared.foreign
+    if shared.from_file and not header["factors"] and not other:  # the file's are those that the weights give
+        digests = base_digests(layers)
+        tensors = {
+            f"frozen.{site.name}.{n}": t
+            for site in shared.sites
+            for n, t in shared.config.frozen(site, dense_weight(layers[site.name]), digests[site.name]).items()
+        }
     for name, t in tensors.items():
         if name in own and not other:
             mine = own[name].detach().cpu().float()
-            other = mine.shape != t.shape or bool((mine - t.float()).abs().max() > 0.02 * t.float().abs().max())
+            t = t.cpu().float()
+            other = mine.shape != t.shape or bool((mine - t).abs().max() > 0.02 * t.abs().max())
     if other:
         raise ValueError(f"{path} has other frozen factors than the adapter on the model: load it under another name")
 

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from tinylora.adapters.sharded import whole
 from tinylora.nn.linear import Linear, low_rank
 from tinylora.ops.four_bit import FourBit
-from tinylora.ops.linear import adapted_linear, frozen_linear, plain, unchecked, without_autocast
+from tinylora.ops.linear import (
+    adapted_linear,
+    by_torch_alone,
+    frozen_linear,
+    plain,
+    unchecked,
+    without_autocast,
+)
 
 
 def is_four_bit(module: nn.Module) -> bool:
@@ -95,7 +102,7 @@ class FourBitLinear(Linear):
                 y = adapted_linear(
                     inner, packed_weight(self), down, core, up, bias, ids, basis=basis, batch_invariant=invariant
                 )
-            elif dropped or not (plain(inner) or invariant):
+            elif dropped or not (plain(inner) or invariant or by_torch_alone()):
                 # The graph of whoever looks at the call from outside must not keep W: bitsandbytes' own node does not.
                 if dropped:
                     inner = F.dropout(inner, adapter.dropout)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +19,7 @@ from tinylora.adapters.factor_cache import digest
 from tinylora.adapters.sharded import of_zero3
 from tinylora.nn.four_bit import dense_weight, keep_as_loaded, wrapped
 from tinylora.nn.linear import Linear
-from tinylora.nn.saved_module import SavedModule
+from tinylora.nn.saved_module import SavedModule, whole_module
 from tinylora.nn.siblings import group, ungroup
 from tinylora.nn.targets import find_modules_to_save, find_targets, several_in_one, sites_of, uncompiled
 
@@ -89,20 +90,25 @@ def attach(
     """
     if not name or "." in name:
         raise ValueError(f"name is {name!r}, expected one without dots: it becomes a part of parameter names")
-    if hasattr(nn.ModuleDict, name):
+    if hasattr(Store(), name):
         raise ValueError(f"name is {name!r}, expected none that torch's modules have for something else")
     if name in adapter_names(root):
         raise ValueError(f"name is {name!r}, but the model has an adapter of that name: {adapter_names(root)}")
     refuse_merged(root)
     refuse_within(root)
-    _refuse_wrapped(root, layers)
+    refuse_wrapped(root, layers)
     _refuse_taken(root, layers, name)
     sites = sites_of(layers)
     digests = digests or base_digests(layers)
     saved = find_modules_to_save(root, config.modules_to_save, layers)
-    held = [path for path, module in saved.items() if any(isinstance(m, Linear) for m in module.modules())]
-    if held:
-        raise ValueError(f"modules_to_save names {held[0]}, where an adapter is: expected one or the other")
+    for path, module in saved.items():
+        own = whole_module(module)
+        if any(isinstance(m, Linear) for m in own.modules()):
+            raise ValueError(f"modules_to_save names {path}, where an adapter is: expected one or the other")
+        if any(isinstance(m, SavedModule) for m in (*own.modules(), *_above(root, path))):
+            raise ValueError(
+                f"modules_to_save names {path}, around or within a module that another adapter saves: expected the same"
+            )
     if any(of_zero3(p) for module in saved.values() for p in module.parameters()):
         raise ValueError("modules_to_save are sharded (ZeRO-3), expected to put the adapter on before deepspeed does")
     shared = config.shared_class(config, sites, fingerprint(digests))
@@ -143,7 +149,8 @@ def attach(
     return shared
 
 
-def _refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+def refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    """ValueError for a model that is compiled, adapted by PEFT, or sharded: no adapter goes into those."""
     if any(hasattr(module, "_orig_mod") for module in root.modules()):
         raise ValueError("the model is compiled, expected the model itself: put the adapter on, then torch.compile it")
     for name, layer in layers.items():
@@ -164,9 +171,12 @@ def _refuse_taken(root: nn.Module, layers: Mapping[str, nn.Linear], name: str) -
                 f"{path} has an adapter {name!r} that this {type(root).__name__} does not own (put on a part of it, or "
                 "on the layer by itself): expected another name, or the adapter on the whole model alone"
             )
-        above = [root.get_submodule(path[:i]) for i, letter in enumerate(path) if letter == "."]
-        if any(isinstance(module, SavedModule) for module in above):
+        if any(isinstance(module, SavedModule) for module in _above(root, path)):
             raise ValueError(f"{path} is in another adapter's modules_to_save, expected target_modules without it")
+
+
+def _above(root: nn.Module, path: str) -> list[nn.Module]:
+    return [root.get_submodule(path[:i]) for i, letter in enumerate(path) if letter == "."]
 
 
 def _call_the_layers(root: nn.Module) -> None:
@@ -291,7 +301,7 @@ def activate(model: nn.Module, name: str | None) -> None:
         module.active = name if name in module.copies else None
 
 
-_DISABLED_BY = "_tinylora_disabled_by"
+_disabled_by: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
 def whereabouts() -> tuple:
@@ -308,7 +318,7 @@ def refuse_within(model: nn.Module) -> None:
     within = [name for name in adapter_names(model) if shared_of(model, name).rows is not None]
     if within:
         raise ValueError(f"within adapter_ids of {within[0]!r}, expected its end first")
-    if model.__dict__.get(_DISABLED_BY) is not None:
+    if model in _disabled_by:
         raise ValueError("within disabled, expected its end first")
 
 
@@ -319,10 +329,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     One thread or task at a time: ValueError for another, and on a merged model.
     """
     refuse_merged(model)
-    held = model.__dict__.get(_DISABLED_BY)
+    held = _disabled_by.get(model)
     if held not in (None, whereabouts()):
         raise ValueError("the adapter is disabled by another thread or task, expected one at a time")
-    model.__dict__[_DISABLED_BY] = whereabouts()
+    _disabled_by[model] = whereabouts()
     switched = [*adapted_layers(model).values(), *saved_modules(model).values()]
     before = [module.active for module in switched]
     for module in switched:
@@ -332,7 +342,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, active in zip(switched, before, strict=True):
             module.active = active
-        model.__dict__[_DISABLED_BY] = held
+        if held is None:
+            del _disabled_by[model]
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -351,7 +362,7 @@ def merge(model: nn.Module) -> nn.Module:
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():  # each once: a layer under two parents is one owner
         for own, p in module._parameters.items():
-            if p is not None and p.data_ptr() in merging:
+            if type(p) is nn.Parameter and p.layout is torch.strided and p.data_ptr() in merging:
                 owners.setdefault(p.data_ptr(), []).append(f"{name}.{own}".lstrip("."))
     for names in owners.values():
         if len(names) > 1:  # a language model's head tied to its embedding: merging would change both

@@ -44,7 +44,7 @@ def stack(
             header, tensors = read(path)
             if header["base"] != shared.fingerprint or header["config"] != _as_json(shared.config.to_dict()):
                 raise ValueError(f"{path} has another config or base model than adapter {name!r}, expected the same")
-            refuse_other_factors(path, header, tensors, shared)
+            refuse_other_factors(path, header, tensors, shared, adapted_layers(model))
             adapter = {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
         found, expected = ({n: tuple(t.shape) for n, t in d.items()} for d in (adapter, trains))
         if found != expected:

@@ -15,9 +15,14 @@ def _plain_names(module, state: dict, prefix: str, metadata: dict) -> None:
         state.update(plain)
 
 
+def whole_module(module: nn.Module) -> nn.Module:
+    """The module, or the one that a SavedModule stands for."""
+    return module.original if isinstance(module, SavedModule) else module
+
+
 def lasting(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a module, or of the one that a SavedModule stands for, by name."""
-    original = module.original if isinstance(module, SavedModule) else module
+    original = whole_module(module)
     return dict(original.named_parameters()) | original.state_dict(keep_vars=True)
 
 

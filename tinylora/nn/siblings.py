@@ -329,6 +329,7 @@ def _together(block: list[ast.stmt], self_name: str) -> Iterator[list[str]]:
     """The groups of one straight run of statements, and of every block within it."""
     called: dict[str, list[str]] = {}
     done: list[list[str]] = []
+    views: dict[str, str] = {}  # variable -> the one whose numbers it may have
     for statement in block:
         inner = [b for field in ("body", "orelse", "finalbody") for b in [getattr(statement, field, None)] if b]
         inner += [handler.body for handler in getattr(statement, "handlers", [])]
@@ -337,23 +338,37 @@ def _together(block: list[ast.stmt], self_name: str) -> Iterator[list[str]]:
         if not inner:
             for name, variable in _calls(statement, self_name):
                 called.setdefault(variable, []).append(name)
-        for variable in _changed(statement):
-            done.append(called.pop(variable, []))
+        for variable, in_place in _changed(statement):
+            whole = views.get(variable, variable)
+            for v in [v for v in called if v == variable or (in_place and views.get(v, v) == whole)]:
+                done.append(called.pop(v))
+            if not in_place:
+                views.pop(variable, None)
+        if isinstance(statement, ast.Assign):
+            origin = _root(statement.value)
+            views |= {t.id: views.get(origin, origin) for t in statement.targets if isinstance(t, ast.Name) and origin}
     yield from (names for names in (*done, *called.values()) if len(names) > 1)
 
 
-def _changed(statement: ast.stmt) -> Iterator[str]:
-    """Variables that it assigns, or changes in place: x[0] = 1, x.add_(y), neg_(x), relu(x, inplace=True), out=x."""
+def _changed(statement: ast.stmt) -> Iterator[tuple[str, bool]]:
+    """Variables that it assigns, or changes in place (True): x[0] = 1, x += y, x.add_(y), neg_(x), relu(x,
+    inplace=True), out=x."""
     for node in ast.walk(statement):
         if isinstance(node, ast.Name | ast.Subscript | ast.Attribute) and not isinstance(node.ctx, ast.Load):
-            while isinstance(node, ast.Subscript | ast.Attribute):
-                node = node.value
-            if isinstance(node, ast.Name):
-                yield node.id
+            name = _root(node)
+            if name is not None:
+                yield name, not isinstance(node, ast.Name) or isinstance(statement, ast.AugAssign)
         elif isinstance(node, ast.Call):
             named = getattr(node.func, "attr", getattr(node.func, "id", ""))
             if named.endswith("_") or any(k.arg in ("inplace", "out") for k in node.keywords):
-                yield from (n.id for n in ast.walk(node) if isinstance(n, ast.Name))
+                yield from ((n.id, True) for n in ast.walk(node) if isinstance(n, ast.Name))
+
+
+def _root(node: ast.AST) -> str | None:
+    """x of x, x[0], x.T and x.view(-1)."""
+    while isinstance(node, ast.Subscript | ast.Attribute | ast.Call):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else None
 
 
 def _calls(node: ast.AST, self_name: str) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,8 @@ import torch
 
 _TWICE = (
     "tinylora: the gradient of a gradient is not implemented (create_graph=True: gradient penalties, MAML, "
-    "torch.autograd.functional's hvp and jvp): torch.func's transforms can, and PEFT's layers after unpatch_peft()"
+    "torch.autograd.functional's hvp and jvp): torch.func's transforms can, uncompiled, and PEFT's layers after "
+    "unpatch_peft()"
 )
 
 

@@ -91,10 +91,10 @@ def by_torch_alone() -> bool:
     """Whether plain torch must compute, for somebody who looks on and knows its calls alone: dual numbers, torch.func's
     transforms, which have no rule for the custom op, and torch.jit.trace, which makes constants of what kernels write.
     """
-    return not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+    if forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and (  # there dynamo takes the first of these for true
+        torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
     )
 
 
