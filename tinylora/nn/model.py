@@ -154,8 +154,7 @@ def refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
     if any(hasattr(module, "_orig_mod") for module in root.modules()):
         raise ValueError("the model is compiled, expected the model itself: put the adapter on, then torch.compile it")
     for name, layer in layers.items():
-        parts = name.split(".")
-        above = [root.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+        above = (root, *_above(root, name))
         if any(type(m).__module__.startswith("peft.tuners.") and hasattr(m, "base_layer") for m in above):
             raise ValueError(
                 f"{name} is a part of one of PEFT's adapters, expected a model without: unload it, or put ours on first"
@@ -176,6 +175,7 @@ def _refuse_taken(root: nn.Module, layers: Mapping[str, nn.Linear], name: str) -
 
 
 def _above(root: nn.Module, path: str) -> list[nn.Module]:
+    """The modules between the root and the one at this path."""
     return [root.get_submodule(path[:i]) for i, letter in enumerate(path) if letter == "."]
 
 
