@@ -280,6 +280,31 @@ def test_compiled_into_cuda_graphs():
             torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
 
 
+def test_generate_on_a_static_cache_follows_v():
+    """transformers compiles the decode step into CUDA graphs: once, and v changes between generations."""
+    transformers = pytest.importorskip("transformers")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=512,
+    )  # fmt: skip
+    model = tinylora.apply(transformers.Qwen2ForCausalLM(config), tinylora.TinyLoraConfig(u=2)).cuda().eval()
+    ids = torch.randint(0, 512, (4, 8), device="cuda")
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    distinct = set()
+    for scale in (0.0, 0.5, -0.5):
+        with torch.no_grad():
+            for v in tinylora.adapter_parameters(model):
+                v.fill_(scale)
+        tokens = model.generate(ids, **settings)
+        assert torch.equal(tokens, model.generate(ids, disable_compile=True, **settings))
+        distinct.add(tuple(tokens.flatten().tolist()))
+    assert len(distinct) == 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("core", ["dense", "mixed-rows"])
 def test_compile(core):
     torch._dynamo.reset()

@@ -391,6 +391,28 @@ def test_gradient_checkpointing_loses_no_gradient(tiny, tmp_path):
         torch.testing.assert_close(one, found[0], rtol=1e-4, atol=1e-6)
 
 
+def test_decode_steps_on_a_static_cache_are_compiled_once(tiny, tmp_path):
+    """v trains, prompts differ, checkpointing is switched off and on around every generation: one graph serves all."""
+    import trl
+    from transformers import CompileConfig
+
+    compiling = CompileConfig(fullgraph=True, backend="aot_eager", mode=None, dynamic=False)
+    compiling._compile_all_devices = True
+    found = []
+    for more in ({}, {"cache_implementation": "static", "pad_to_multiple_of": 64}):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        trainer = plain(tiny, tmp_path, adapter_trainer(trl.GRPOTrainer), bf16=False, gradient_checkpointing=True,
+                        max_steps=4, per_device_train_batch_size=8, **more)  # fmt: skip
+        trainer.generation_config.compile_config = compiling if more else None
+        trainer.train()
+        found.append(torch.cat([p.detach() for p in tinylora.adapter_parameters(trainer.model)]))
+        assert len(trainer.model.get_input_embeddings()._forward_hooks) == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert found[0].abs().min() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
 def test_the_reference_is_the_base_without_a_second_model(tiny, tmp_path, monkeypatch):
     import trl
 

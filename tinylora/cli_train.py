@@ -36,6 +36,7 @@ _OF = {
         "epochs": (float, "grpo.num_train_epochs", "passes over the data"),
         "group-size": (int, "grpo.num_generations", "completions of each prompt"),
         "max-completion-length": (int, "grpo.max_completion_length", "tokens"),
+        "cache": (str, "grpo.cache_implementation", "static: decode steps are compiled, on a GPU into CUDA graphs"),
         "reward": (str, "reward", f"which scorer rewards: {' or '.join(gsm8k.SCORERS)}; both are logged"),
     },
     "sft": {

@@ -299,6 +299,7 @@ def make_trainer(
 def arguments(command: str, settings: dict[str, Any], out: str | os.PathLike):
     """TRL's GRPOConfig or SFTConfig for these settings. ValueError for one that it does not have."""
     import trl
+    from transformers import GenerationConfig
 
     config = {"grpo": trl.GRPOConfig, "sft": trl.SFTConfig}[command]
     unknown = sorted(settings[command].keys() - {f.name for f in dataclasses.fields(config)})
@@ -320,9 +321,13 @@ def arguments(command: str, settings: dict[str, Any], out: str | os.PathLike):
         "disable_tqdm": True,  # our own bar says more
         "report_to": [],
     }
+    defaults, cache = {}, settings[command].get("cache_implementation")
+    GenerationConfig(cache_implementation=cache)  # ValueError for a name that it does not have
+    if cache == "static":  # a longer prompt is a larger cache, compiled anew
+        defaults["pad_to_multiple_of"] = 128
     if command == "grpo":
         own["reward_weights"] = [float(name == settings["reward"]) for name in gsm8k.SCORERS]
-    return config(**settings[command] | own)
+    return config(**defaults | settings[command] | own)
 
 
 def _reward(name: str):

@@ -4,6 +4,8 @@
 
     checkpoints   hold the adapter alone, where TRL would write the whole model, and a run goes on from them
     reference     with beta > 0 it is the same model with the adapter off; TRL would load the base a second time
+    static cache  (cache_implementation) compiled by transformers, on a GPU into CUDA graphs, which TRL forbids
+    hooks         with gradient checkpointing every generation would leave another hook on the embedding for good
     data order    a run resumed in a later epoch goes on with that epoch's order; TRL starts again with the first one's
     lm_head       an adapter there is refused: TRL multiplies by lm_head.weight itself, and would never train it
     use_vllm      refused: TRL would send vLLM the base's weights, and a v that no layer there knows
@@ -22,6 +24,7 @@ import inspect
 import json
 import os
 import sys
+import types
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,8 +74,18 @@ def adapter_trainer(trainer: type) -> type:
             finally:
                 if beta:
                     config.beta = beta
+            if (
+                ours
+                and getattr(config, "cache_implementation", None) == "static"
+                and hasattr(self, "generation_config")
+            ):
+                self.generation_config.disable_compile = False
             if beta:
                 self.beta, self.ref_model = beta, functools.partial(_run_disabled, self.model)
+
+        def train(self, *args, **kwargs):
+            with _hooked_once(self.model) if adapter_names(self.model) else contextlib.nullcontext():
+                return super().train(*args, **kwargs)
 
         def _save(self, output_dir=None, state_dict=None):
             if not adapter_names(self.model):
@@ -120,6 +133,28 @@ def _known_to_be_adapted(model: nn.Module) -> Iterator[None]:
             p.data = numbers.to(p.device)
         if marked:
             del model._hf_peft_config_loaded
+
+
+@contextlib.contextmanager
+def _hooked_once(model: nn.Module) -> Iterator[None]:
+    """TRL switches checkpointing off and on around every generation, and transformers then hooks the embedding again.
+
+    The hooks that it forgets are called in every decode step, and no compiled one outlives a change of their number.
+    """
+    own = "enable_input_require_grads"
+    if not hasattr(model, own) or own in model.__dict__:
+        yield
+        return
+    setattr(model, own, types.MethodType(_hook_once, model))
+    try:
+        yield
+    finally:
+        delattr(model, own)
+
+
+def _hook_once(model: nn.Module) -> None:
+    model.disable_input_require_grads()
+    type(model).enable_input_require_grads(model)
 
 
 def _takes_ref_model(trainer: type) -> bool:
