@@ -15,7 +15,7 @@
     use_reentrant refused in several processes where layers share what trains: DDP would stop in the first backward
 
 Rollouts run the adapted layers, unmerged, in `model.generate`: the base's weights are never written.
-A model that PEFT adapted passes through: TRL knows those, and only the data order is ours.
+A model that PEFT adapted passes through: TRL knows those, and only the hooks and the data order are ours.
 """
 
 import contextlib
@@ -84,7 +84,8 @@ def adapter_trainer(trainer: type) -> type:
                 self.beta, self.ref_model = beta, functools.partial(_run_disabled, self.model)
 
         def train(self, *args, **kwargs):
-            with _hooked_once(self.model) if adapter_names(self.model) else contextlib.nullcontext():
+            of_peft = hasattr(self.model, "get_base_model")
+            with _hooked_once(self.model.get_base_model() if of_peft else self.model):
                 return super().train(*args, **kwargs)
 
         def _save(self, output_dir=None, state_dict=None):
