@@ -174,6 +174,11 @@ def test_modules_to_save(tmp_path):
     torch.testing.assert_close(model(ids).logits, changed)
     assert torch.equal(model.state_dict()["lm_head.weight"], model.lm_head.copies["default"].weight)
     assert not [n for n in model.state_dict() if "copies" in n or "original" in n]
+    model.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(ids).logits, changed)
+    model.load_state_dict(model.state_dict() | {"lm_head.weight": torch.zeros(256, 64)})
+    assert not model(ids).logits.any()
+    model.lm_head.copies["default"].weight.data.fill_(1)
     assert "lm_head.copies.default.weight" in tinylora.unmerge(model).state_dict()
     for names, message in (
         (["head"], "modules_to_save names 'head', expected a module of"),
@@ -437,6 +442,20 @@ def test_adalora_under_two_optimizers():
     torch.optim.SGD(lams, lr=0.0).step()
     assert all(torch.equal(p.grad, g) for p, g in zip(factors, moved, strict=True))
     assert int(model.tinylora["default"].steps) == 1
+
+
+def test_adalora_under_an_optimizer_for_each_layer():
+    """Every λ would be ranked within its own layer; a new optimizer that goes on where another ended is right."""
+    model, ids = tinylora.apply(qwen2(), AdaLoraConfig(total_steps=20)), tokens()
+    lams = [p for n, p in named_numbers(model).items() if n.endswith("lam")]
+    model(ids, labels=ids).loss.backward()
+    for part in (lams[:-1], lams):
+        for _ in range(2):
+            torch.optim.SGD(part, lr=0.0).step()
+    each = [torch.optim.SGD([p], lr=0.0) for p in copy.deepcopy(model).parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match="optimizers take turns in stepping AdaLoRA's λ"):
+        for optimizer in each * 2:
+            optimizer.step()
 
 
 @pytest.mark.parametrize("overflow", [False, True])

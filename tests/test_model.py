@@ -366,6 +366,9 @@ def test_transforms_of_torch_func_and_a_trace(config):
     want = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     found = grad(loss)(numbers, ids)
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-7)
+    copied = copy.deepcopy(model)
+    first = grad(lambda n, ids: functional_call(copied, n, (ids,), {"labels": ids, "use_cache": False}).loss)
+    torch.testing.assert_close(first(numbers, ids), want, rtol=1e-4, atol=1e-7)
     samples = vmap(grad(lambda numbers, row: loss(numbers, row[None])), in_dims=(None, 0))(numbers, ids)
     torch.testing.assert_close({n: g.mean(0) for n, g in samples.items()}, want, rtol=1e-4, atol=1e-7)
     model.double()  # norms and softmax stay fp32
@@ -750,3 +753,60 @@ def test_gates_and_full_names_among_the_targets():
     assert names(None) == ["layers.0.fc", "tower.layers.0.fc"]
     assert names(["layers.0.fc"]) == ["layers.0.fc"]
     assert names(["fc"]) == ["layers.0.fc", "tower.layers.0.fc"]
+
+
+def test_layers_take_nested_tensors_as_torchs_do():
+    for layout in (torch.jagged, torch.strided):
+        for config in (TinyLoraConfig(u=3), tinylora.LoraXSConfig(r=4), tinylora.LoraConfig(r=2)):
+            layer = tinylora.Linear.from_linear(torch.nn.Linear(16, 8), config)
+            with torch.no_grad():
+                for p in tinylora.adapter_parameters(layer):
+                    p.copy_(0.3 * torch.randn_like(p))
+            parts = [torch.randn(n, 16) for n in (3, 5)]
+            found = layer(torch.nested.nested_tensor(parts, layout=layout))
+            torch.testing.assert_close(list(found.unbind()), [layer(part) for part in parts])
+
+
+def test_torchs_counter_sees_the_operators():
+    """Products alone: those of the frozen layers and of the correction, forward and backward; siblings' as one."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(model):
+        with FlopCounterMode(display=False) as counter:
+            model(tokens(), labels=tokens()).loss.backward()
+        return counter.get_total_flops()
+
+    def dense(model):
+        model.requires_grad_(False).get_input_embeddings().requires_grad_()  # dX is asked of every layer
+        return count(model)
+
+    M, r = tokens().numel(), 4
+    layers = {n: m for n, m in qwen2().named_modules() if n.endswith("_proj")}.values()
+    thin = sum(r * (m.in_features + m.out_features) for m in layers)
+    model = tinylora.apply(qwen2(), tinylora.LoraConfig(r=r))
+    model.get_input_embeddings().requires_grad_()
+    # The correction forward, and backward that of dX, dD and dU
+    assert count(model) == dense(qwen2()) + 2 * M * (thin + 2 * thin)
+
+
+def test_a_layer_that_something_replaced_is_missed():
+    model = tinylora.apply(qwen2(), tinylora.LoraConfig(target_modules=["q_proj", "lm_head"]))
+    model.resize_token_embeddings(300)
+    with pytest.raises(ValueError, match="lm_head has lost adapter 'default': something replaced it"):
+        tinylora.adapter_parameters(model)
+    stage = tinylora.apply(qwen2(), TinyLoraConfig())
+    del stage.model.layers[1]  # of a pipeline
+    assert tinylora.adapter_parameters(stage)
+
+
+def test_a_parametrized_v():
+    class Half(torch.nn.Module):
+        def forward(self, v):
+            return v / 2
+
+    model = trained(qwen2(), TinyLoraConfig(u=2, n_tie=99))
+    want = model(tokens()).logits
+    with torch.no_grad():
+        model.tinylora["default"].v_0.mul_(2)
+    torch.nn.utils.parametrize.register_parametrization(model.tinylora["default"], "v_0", Half())
+    torch.testing.assert_close(model(tokens()).logits, want)

@@ -9,6 +9,7 @@ import torch
 from models import minilm_folder, qwen2, tokens
 from problems import BoundByTorch, Problem, assert_as_good_as_torch, exact, grads, torch_own
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import tinylora
@@ -339,6 +340,29 @@ def test_compiled_and_exported_with_one_operator_per_group():
     torch.testing.assert_close(step(tokens()), loss_and_grads(model, input_ids=tokens(), labels=tokens())[0])
 
 
+@pytest.mark.parametrize("config", [CONFIGS["one v"], CONFIGS["LoRA-XS"]], ids=["one v", "LoRA-XS"])
+def test_equal_blocks_are_compiled_once_and_checkpoints_lie_in_one_graph(config):
+    """What torchtitan and accelerate compile is a block, not a model, and dynamo stops at eight versions of one."""
+    model = adapted(layers=3, config=config)
+    model.config.use_cache = False
+    want = loss_and_grads(model, input_ids=tokens(), labels=tokens())
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model.model.layers:
+        block.compile(backend=counter, fullgraph=True)
+    torch.testing.assert_close(loss_and_grads(model, input_ids=tokens(), labels=tokens()), want)
+    assert counter.frame_count == 1
+
+    model = adapted(layers=2, config=config)
+    model.config.use_cache = False
+    want = loss_and_grads(model, input_ids=tokens(), labels=tokens())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    torch._dynamo.reset()
+    model.model.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(loss_and_grads(model, input_ids=tokens(), labels=tokens()), want)
+
+
 # --- whoever calls, however it was moved ----------------------------------------------------------------------
 
 
@@ -414,8 +438,9 @@ def both_ways(make, run):
     ]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("around", ["reentrant", "no_reentrant", "no_grad"])
-def test_one_sibling_in_another_graph(around):
+def test_one_sibling_in_another_graph(around, compiled):
     class Wrapper(nn.Module):
         def __init__(self, layer):
             super().__init__()
@@ -429,8 +454,9 @@ def test_one_sibling_in_another_graph(around):
 
     def run(model):
         model.a = Wrapper(model.a)
+        torch._dynamo.reset()
         x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
-        model(x).square().sum().backward()
+        (torch.compile(model, backend="aot_eager") if compiled else model)(x).square().sum().backward()
         trains = tinylora.adapter_parameters(model)
         return [x.grad, *(torch.zeros_like(p) if p.grad is None else p.grad for p in trains)]
 

@@ -67,10 +67,12 @@ class AdaLoraShared(Shared):
 
     def __init__(self, config: "AdaLoraConfig", sites: Sequence[Site], fingerprint: str):
         super().__init__(config, sites, fingerprint)
+        self._stepped: list[frozenset[int]] = []  # the λ of every optimizer that has stepped some, the last one last
         _watch(self)
 
     def __setstate__(self, state):  # copies and unpickled ones are watched, too
         super().__setstate__(state)
+        self._stepped = []
         _watch(self)
 
     def before_step(self, stepping: set[int], loss_scale: float) -> None:
@@ -79,8 +81,23 @@ class AdaLoraShared(Shared):
         for adapter in self.layers.values():
             if hasattr(adapter.lam, "full_tensor") and id(adapter.lam) in stepping:
                 raise ValueError("AdaLoRA ranks the triplets of whole layers, expected no sharding (FSDP2): DDP works")
+        self._refuse_several(stepping)
+        for adapter in self.layers.values():
             if adapter.lam.requires_grad:
                 adapter.add_orthogonality(self.config.orthogonality * loss_scale, stepping)
+
+    def _refuse_several(self, stepping: set[int]) -> None:
+        """ValueError where optimizers with different λ take turns: one step of all would count as several, and the
+        budget be shared out among a few layers at a time. Another optimizer from some step on is none of that.
+        """
+        own = frozenset(id(a.lam) for a in self.layers.values() if id(a.lam) in stepping)
+        if own and own not in self._stepped[-1:]:
+            if own in self._stepped:
+                raise ValueError(
+                    f"{len(self._stepped)} optimizers take turns in stepping AdaLoRA's λ, expected one that has those "
+                    "of all layers: it ranks the triplets of the whole model in every step"
+                )
+            self._stepped.append(own)
 
     @torch.no_grad()
     def after_step(self, stepping: set[int]) -> None:

@@ -103,7 +103,8 @@ class TinyLora(Adapter):
     @property
     def v(self) -> Tensor:
         """This layer's v, [u]: the parameter itself, which the root owns, looked up at every use."""
-        return self.shared._parameters[f"v_{self.group}"]
+        own = self.shared._parameters.get(f"v_{self.group}")
+        return own if own is not None else getattr(self.shared, f"v_{self.group}")  # a parametrization's
 
     def factors(self) -> Factors:
         frozen = self._buffers  # past nn.Module's __getattr__: this runs in every layer of every forward

@@ -67,11 +67,10 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
         # Copies: safetensors takes no tied weights, and FSDP1 cannot free what numpy has seen
         tensors = {n: whole(p).to("cpu", copy=True).contiguous() for n, p in numbers.items()}
     layers = {n: layer for n, layer in adapted_layers(model).items() if name in layer.adapters}
-    lost = [site.name for site in shared.sites if site.name not in layers]
-    if lost:
+    gone = [site.name for site in shared.sites if site.name not in layers]
+    if gone:
         raise ValueError(
-            f"{lost[0] or 'the layer'} has lost adapter {name!r}: something replaced it (model.dequantize() does "
-            "that), expected to save before"
+            f"{gone[0]} is not in the model, or not by this name, any more: expected to save adapter {name!r} before"
         )
     saved = {path: module for path, module in saved_modules(model).items() if name in module.copies}
     odd = _odd_ones(tensors, shared.config, shared.sites, saved)

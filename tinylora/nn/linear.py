@@ -107,6 +107,8 @@ class Linear(nn.Linear):
             if self.batch_invariant:
                 return frozen_linear(x, weight, bias, batch_invariant=True)
             return F.linear(x, weight, bias)
+        if x.is_nested:
+            return self._on_nested(x)
         siblings = self.siblings
         if siblings is not None and siblings.running:
             y = siblings.output(self, x)
@@ -136,6 +138,18 @@ class Linear(nn.Linear):
                 self._keep(Operands(weight, down, core, [core], up, bias, basis, [len(weight)]))
             return y
         return adapted_linear(x, weight, down, core, up, bias, None, basis=basis, batch_invariant=invariant)
+
+    def _on_nested(self, x: Tensor) -> Tensor:
+        """Sequences of different lengths in one tensor (torch.nested), which no view makes rows of."""
+        weight, bias = self.base()
+        adapter = self._modules["adapters"]._modules[self.active]
+        if adapter.shared.rows is not None or self.batch_invariant:
+            raise ValueError("x is nested, expected a padded batch within adapter_ids and with batch_invariant")
+        down, core, up, basis = adapter.factors()
+        if core is not None and core.dim() == 1 and basis is None:
+            core = core.diag()  # which nested numbers can be multiplied by
+        dropped = F.dropout(x, adapter.dropout) if adapter.dropout and self.training else x
+        return F.linear(x, weight, bias) + low_rank(dropped, down, core, up, basis)
 
     def drops(self, adapter: Adapter) -> bool:
         """Whether its dropout acts. ValueError where that is no answer, with batch_invariant."""

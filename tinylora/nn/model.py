@@ -22,6 +22,7 @@ from tinylora.nn.linear import Linear
 from tinylora.nn.saved_module import SavedModule, whole_module
 from tinylora.nn.siblings import group, ungroup
 from tinylora.nn.targets import find_modules_to_save, find_targets, several_in_one, sites_of, uncompiled
+from tinylora.ops import flops
 
 READERS = 8  # threads
 STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
@@ -52,7 +53,7 @@ def apply(
 
     siblings: layers that receive one tensor (q, k, v; gate, up) run as one operator and keep their weights in one
     storage, where the adapter's core alone trains (TinyLoRA, LoRA-XS) and the base is not of four bits. Same names,
-    same results up to rounding.
+    same results up to rounding. torch.compiler.nested_compile_region takes no weights of one storage: False there.
     batch_invariant: sets `Linear.batch_invariant` on every adapted layer, for rollouts whose log-probabilities must be
     the training forward's; what else of the model depends on the batch stays so (attention, the head). Siblings
     then compute alone.
@@ -119,6 +120,7 @@ def attach(
                 for site in _progress(sites, f"{config.kind} factors")
             }
 
+    flops.register()
     device = layers[sites[0].name].weight.device
     if STORE not in root._modules:
         root.add_module(STORE, Store())
@@ -160,7 +162,10 @@ def refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
                 f"{name} is a part of one of PEFT's adapters, expected a model without: unload it, or put ours on first"
             )
         if hasattr(layer.weight, "full_tensor"):
-            raise ValueError(f"{name} is sharded (FSDP2, tensor parallelism): put the adapter on, then shard the model")
+            raise ValueError(
+                f"{name} is sharded (FSDP2, or tensor parallelism, which is not supported), expected a whole model: put "
+                "the adapter on, then shard it by FSDP2"
+            )
 
 
 def _refuse_taken(root: nn.Module, layers: Mapping[str, nn.Linear], name: str) -> None:
@@ -262,10 +267,19 @@ def named_numbers(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         tensors |= {n: lasting[n] for n in lasting if n not in tensors}
         return {f"{prefix}{n}": t for n, t in tensors.items()}
 
-    found = owned(shared_of(model, name), "")
-    for path, layer in adapted_layers(model).items():
-        if name in layer.adapters:
-            found |= owned(layer.adapters[name], f"{path}." if path else "")
+    shared = shared_of(model, name)
+    found, layers = owned(shared, ""), {n: m for n, m in adapted_layers(model).items() if name in m.adapters}
+    lost = [site.name for site in shared.sites if site.name not in layers]
+    if lost:  # not only wrapped, or taken out, as of a stage of a pipeline
+        there = {uncompiled(path): module for path, module in model.named_modules()}
+        lost = [n for n in lost if n in there and shared.layers[n] not in there.values()]
+    if lost:
+        raise ValueError(
+            f"{lost[0] or 'the layer'} has lost adapter {name!r}: something replaced it (model.dequantize() does that, "
+            "and resize_token_embeddings to lm_head), expected to save before"
+        )
+    for path, layer in layers.items():
+        found |= owned(layer.adapters[name], f"{path}." if path else "")
     for path, module in saved_modules(model).items():
         if name in module.copies:
             found |= owned(module.copies[name], f"saved.{path}.")

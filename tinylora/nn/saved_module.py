@@ -15,6 +15,17 @@ def _plain_names(module, state: dict, prefix: str, metadata: dict) -> None:
         state.update(plain)
 
 
+def _own_names(module, state: dict, prefix: str, *_) -> None:
+    """`_plain_names` undone, before a load into a merged model: what it left out is what the module has."""
+    if module.merged:
+        own = f"{prefix}original." if module.active is None else f"{prefix}copies.{module.active}."
+        for n in [n for n in module.running.state_dict() if prefix + n in state]:
+            state[own + n] = state.pop(prefix + n)
+        for part in ("original", *(f"copies.{name}" for name in module.copies)):
+            for n, t in module.get_submodule(part).state_dict(prefix=f"{prefix}{part}.").items():
+                state.setdefault(n, t)
+
+
 def whole_module(module: nn.Module) -> nn.Module:
     """The module, or the one that a SavedModule stands for."""
     return module.original if isinstance(module, SavedModule) else module
@@ -39,6 +50,7 @@ class SavedModule(nn.Module):
         self.active: str | None = None
         self.merged = False
         self._register_state_dict_hook(_plain_names)
+        self.register_load_state_dict_pre_hook(_own_names)
 
     def add(self, name: str) -> None:
         fresh = copy.deepcopy(self.original)

@@ -83,8 +83,13 @@ class Siblings:
         self.layers = tuple(layers)
         self._forget()
         parent.register_forward_pre_hook(self._enter)
-        parent.register_forward_hook(self._leave, always_call=True)
+        handle = parent.register_forward_hook(self._leave, always_call=True)
+        # By a name in place of a number of its own: torch.compile would compile each of a model's equal blocks anew.
+        own = f"siblings {sum(str(key).startswith('siblings') for key in parent._forward_hooks)}"
+        for hooks in (parent._forward_hooks, parent._forward_hooks_always_called):
+            hooks[own] = hooks.pop(handle.id)
         self._join()
+        self.share()
 
     def _forget(self) -> None:
         self.running = False
@@ -104,21 +109,25 @@ class Siblings:
         self.copied = True
 
     def _join(self) -> None:
-        self.copied = False
         for layer in self.layers:
             layer.siblings = self
-        self.share()
 
     def _enter(self, parent: nn.Module, inputs: tuple) -> None:
-        if not torch.compiler.is_compiling():
-            if self.copied:
-                self._join()
-            self.mode = _mode()
+        if _within_a_part_of_a_graph():
+            return
+        if self.copied and not torch.compiler.is_compiling():
+            self._join()
+            # What torch.func puts in the parameters' place for one call is its caller's, and stays where it is.
+            if not by_torch_alone() and all(type(layer.weight) is nn.Parameter for layer in self.layers):
+                self.copied = False
+                self.share()
+        self.mode = _mode()
         # What a layer's own hooks do before it runs (gather its weight, compute it) comes too late for the group.
         self.running = not any(layer._forward_pre_hooks for layer in self.layers)
 
     def _leave(self, parent: nn.Module, inputs: tuple, output: object) -> None:
-        self.running, self.shares = False, None
+        if self.running:
+            self.running, self.shares = False, None
 
     def share(self) -> None:
         """Move the weights into one storage, and make the group's factors; again after every `.to`.
@@ -157,7 +166,7 @@ class Siblings:
 
     def output(self, layer: Linear, x: Tensor) -> Tensor | None:
         """The layer's Y for x, or None: then it computes alone."""
-        if not torch.compiler.is_compiling() and _mode() != self.mode:
+        if _mode() != self.mode or _within_a_part_of_a_graph():
             return None  # no_grad or a checkpoint around this layer alone
         place = 0
         while self.layers[place] is not layer:
@@ -260,7 +269,25 @@ class Siblings:
 
 def _mode() -> tuple:
     """What decides which graph a call becomes a part of."""
+    if torch.compiler.is_compiling():  # a checkpoint is a part of the graph there
+        return torch.is_grad_enabled(), None
     return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _within_a_part_of_a_graph() -> bool:
+    """Whether torch.compile traces a part that it keeps by itself (a checkpoint, a region that is compiled once). There
+    no state may outlast a call, and no two results may share memory: every layer computes alone.
+    """
+    return torch.compiler.is_dynamo_compiling() and _in_a_part()
+
+
+def _in_a_part() -> bool:
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # here, because only a compiler needs it
+
+    return InstructionTranslator.current_tx().output.current_tracer.parent is not None
+
+
+_in_a_part._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which imports the compiler
 
 
 # The kernels spare the zeros between siblings. For torch on a CPU they cost nothing, and C of blocks three more calls.
