@@ -163,8 +163,8 @@ def refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
             )
         if hasattr(layer.weight, "full_tensor"):
             raise ValueError(
-                f"{name} is sharded (FSDP2, or tensor parallelism, which is not supported), expected a whole model: put "
-                "the adapter on, then shard it by FSDP2"
+                f"{name} is sharded (FSDP2, or tensor parallelism, which is not supported), expected a whole model: "
+                "put the adapter on, then shard it by FSDP2"
             )
 
 
