@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 from two_ranks import ES, GROUP, GRPO, SFT, answers, settings
 
-from tinylora.integrations import evolving, training
+from tinylora.integrations import evolving, run_folder, training
 from tinylora.integrations.trl import last_checkpoint
 from tinylora.nn.checkpoint import read
 
@@ -63,7 +63,7 @@ def of_both(two, name):
 
 
 def log(out):
-    return training.read_log(Path(out) / "log.jsonl")
+    return run_folder.read_log(Path(out) / "log.jsonl")
 
 
 def curve(out):

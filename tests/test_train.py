@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -19,11 +20,12 @@ import torch
 
 import tinylora
 from tinylora import cli, recipes
-from tinylora.integrations import evaluate, peft, training
+from tinylora.integrations import evaluate, peft, run_folder, training
 from tinylora.integrations.problems import load_problems
 from tinylora.integrations.transformers import load_model
 from tinylora.integrations.trl import adapter_trainer, last_checkpoint, load_adapter, save_adapter
 from tinylora.nn.model import named_numbers
+from tinylora.tasks import gsm8k
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.*:FutureWarning")
 
@@ -64,7 +66,7 @@ def curve(out):
 
 
 def log(out):
-    return training.read_log(Path(out) / "log.jsonl")
+    return run_folder.read_log(Path(out) / "log.jsonl")
 
 
 def bytes_of(model):
@@ -202,15 +204,43 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
 
     fails("does not exist, expected the folder of a run to resume", resume=True)
     fails("a step takes 16", batch_size=64)
-    fails("steps is 0, expected at least 1", steps=0)
+    fails("steps is 0, expected an integer of at least 1", steps=0)
     for command in ("grpo", "sft"):
         fails(f"{command}.num_train_epochs is -1.0, expected a number above 0", steps=None, epochs=-1, command=command)
-        fails("save_every is 0, expected at least 1", save_every=0, command=command)
+        fails("save_every is 0, expected an integer of at least 1", save_every=0, command=command)
         fails(f"{command}.learning_rate is nan, expected a number above 0", lr="nan", command=command)
-    fails("grpo.num_generations is 1, expected at least 2", group_size=1)
-    fails("save_every is 2, expected a multiple of grpo.num_iterations, 3", recipe=write_recipe(tmp_path, lambda r: r[
-        "grpo"]["num_iterations"].update(value=3)))  # fmt: skip
-    fails("sft.max_length is 0, expected at least 1", max_length=0, command="sft")
+    fails("grpo.num_generations is 1, expected an integer of at least 2", group_size=1)
+
+    def refuses(message, section="grpo", command="grpo", **changed):
+        """A recipe's values of a section; None takes a key out."""
+
+        def change(recipe):
+            for name, value in changed.items():
+                recipe[section].pop(name, None)
+                if value is not None:
+                    recipe[section][name] = {"value": value, "source": "ours", "note": ""}
+
+        fails(message, recipe=write_recipe(tmp_path, change), command=command)
+
+    refuses("save_every is 2, expected a multiple of 3, the steps that grpo's samples serve", num_iterations=3)
+    refuses(
+        "save_every is 2, expected a multiple of 4, the steps that grpo's", steps_per_generation=4, num_iterations=2
+    )
+    refuses("save_every is 2, expected a multiple of 4, the steps that grpo's samples", generation_batch_size=64)
+    refuses("grpo.num_generations is '4', expected an integer of at least 2", num_generations="4")
+    refuses("grpo.num_generations is missing", num_generations=None)
+    refuses("sft.num_train_epochs is missing", section="sft", command="sft", num_train_epochs=None)
+    refuses("adapter kind is None, expected one of tinylora", section="adapter", kind=None)
+    refuses("grpo.seed is in the recipe, expected the recipe's seed", seed=7)
+    refuses("grpo.reward_weights is in the recipe, expected the recipe's reward", reward_weights=[0.5, 0.5])
+    refuses("grpo.bf16 is in the recipe, expected none: it is the run's own", bf16=True)
+    fails("seed is 4294967296, expected less than 2^32", seed=1 << 32)
+    with monkeypatch.context() as launched:
+        launched.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        fails("accelerate's mixed_precision is bf16, expected no")
+    with run_folder.locked(tmp_path / "run"):
+        fails("another run works in")
+    fails("sft.max_length is 0, expected an integer of at least 1", max_length=0, command="sft")
     (tmp_path / "file").write_text("x")
     assert train(tiny, tmp_path / "file" / "run", 1, "grpo") == 2
     assert "cannot be written to" in capsys.readouterr().err
@@ -224,6 +254,7 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
     fails("is unknown", recipe=write_recipe(tmp_path, lambda r: r.update(colour=r["seed"])))
     fails("grpo.colour is no argument of TRL's GRPOConfig", recipe=write_recipe(tmp_path, lambda r: r["grpo"].update(
         colour=r["seed"])))  # fmt: skip
+    fails("Invalid `cache_implementation`", cache="colour")
     assert not (tmp_path / "run").exists(), "a run that did not start leaves nothing behind"
     assert train(tiny, tmp_path / "run", 1) == 0
     capsys.readouterr()
@@ -251,6 +282,47 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
         assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "trl", None)
     fails('pip install "tinylora[rl]"')
+
+
+def test_what_sft_leaves_out_is_said_and_a_failed_start_may_be_repeated(tiny, tmp_path, capsys):
+    tokenizer, instruction = load_model(tiny / "model", "float32")[1], settings(tiny)["instruction"]
+    lengths = sorted(len(tokenizer(gsm8k.prompt(q, instruction)).input_ids) for q, *_ in tiny_gsm8k.PROBLEMS)
+    assert train(tiny, tmp_path / "my run", 1, "sft", max_length=2, batch_size=2) == 2
+    assert "no problem has a token of its solution within sft.max_length, 2" in capsys.readouterr().err
+    assert not (tmp_path / "my run").exists()
+
+    def broken(recipe):
+        recipe["grpo"]["loss_type"]["value"] = "colour"
+
+    assert train(tiny, tmp_path / "my run", 1, recipe=write_recipe(tmp_path, broken)) == 2
+    assert not (tmp_path / "my run").exists()
+    assert train(tiny, tmp_path / "my run", None, "sft", max_length=lengths[6], batch_size=2, epochs=1) == 0
+    shown = capsys.readouterr().out
+    kept = int(re.search(r"12 problems in (\d+) sequences", shown)[1])
+    assert 0 < kept < 12 and f", {-(-kept // 2)} steps" in shown
+    command = shlex.split(shown.rpartition("score it with ")[2])
+    assert cli._parser().parse_args(command[1:]).adapter == str(tmp_path / "my run" / "adapter")
+    assert command[command.index("--data") + 1] == str(tiny / "data")
+
+
+def test_samples_that_serve_several_steps_are_resumed(tiny, tmp_path, capsys):
+    """Two epochs are twelve steps then, not six: a run that was killed in the ninth is not done."""
+
+    def twice(recipe):
+        recipe["grpo"]["num_iterations"]["value"] = 2
+
+    recipe = write_recipe(tmp_path, twice)
+    out, short = tmp_path / "whole", tmp_path / "killed"
+    more = {"batch_size": 16, "epochs": 2, "group_size": 8}
+    assert train(tiny, out, None, recipe=recipe, **more) == 0
+    assert ", 24 steps" in capsys.readouterr().out and len(log(out)) == 24
+    shutil.copytree(out, short)
+    shutil.rmtree(short / "adapter")
+    shutil.rmtree(short / "checkpoint-24")
+    assert train(tiny, short, None, resume=True) == 0
+    assert curve(short) == curve(out) and ", 24 steps, resumed from checkpoint-22" in capsys.readouterr().out
+    ours, theirs = (load_numbers(run / "adapter") for run in (short, out))
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
 
 
 @pytest.mark.parametrize("command", ["grpo", "sft", "es"])

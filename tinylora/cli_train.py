@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from tabulate import tabulate
 
 from tinylora import recipes
 from tinylora.adapters import CONFIGS
-from tinylora.integrations import evaluate, evolving, processes, training
+from tinylora.integrations import evaluate, evolving, processes, run_folder, training
 from tinylora.integrations.peft_files import load
 from tinylora.integrations.problems import load_problems
 from tinylora.integrations.transformers import load_model
@@ -42,7 +43,11 @@ _OF = {
     "sft": {
         "lr": (float, "sft.learning_rate", "learning rate"),
         "epochs": (float, "sft.num_train_epochs", "passes over the data"),
-        "max-length": (int, "sft.max_length", "tokens of a problem with its solution; what is longer is cut"),
+        "max-length": (
+            int,
+            "sft.max_length",
+            "tokens of a problem with its solution; without any of that, left out",
+        ),
     },
 }
 _OF["es"] = {
@@ -112,19 +117,27 @@ def _train(options: argparse.Namespace) -> None:
         settings = training.resumed(options.command, options.out, asked)
     else:
         settings = recipes.load(options.recipe or recipes.DEFAULT)
-        if asked.get("adapter.kind", settings["adapter"]["kind"]) != settings["adapter"]["kind"]:
+        kind = settings["adapter"].get("kind")
+        if asked.get("adapter.kind", kind) != kind:
             settings["adapter"] = {}  # another adapter's own defaults: the recipe's are not meant for it
         for name, value in asked.items():
             section, _, key = name.rpartition(".")
             (settings[section] if section else settings)[key] = value
+        for name in ("model", "data"):
+            if Path(settings[name]).exists():
+                settings[name] = str(Path(settings[name]).resolve())
+        if options.recipe:  # for who scores the result: the prompt is the recipe's
+            own = Path(options.recipe)
+            settings["recipe"] = str(own.resolve()) if own.is_file() else options.recipe
     if options.command == "es":
         folder = evolving.run(settings, options.out, options.resume)
     else:
         folder = training.run(options.command, settings, options.out, options.resume)
     processes.end()
     if processes.rank() == 0:
-        base = f"--model {settings['model']} --dtype {settings['dtype']}"
-        print(f"{folder}: score it with tinylora eval {base} --adapter {folder}")
+        names = [name for name in ("model", "dtype", "data", "recipe") if name in settings]
+        command = ["tinylora", "eval", *(part for name in names for part in (f"--{name}", settings[name]))]
+        print(f"{folder}: score it with {shlex.join([*command, '--adapter', str(folder)])}")
 
 
 def _add_eval(commands) -> None:
@@ -168,7 +181,7 @@ def _eval(options: argparse.Namespace) -> None:
     if options.out and Path(options.out).exists():
         raise ValueError(f"{options.out} exists, expected a new file to write to")
     if options.out:  # said before hours of generating, not after
-        training.writable(Path(options.out).parent)
+        run_folder.writable(Path(options.out).parent)
     problems = load_problems(settings["data"], settings["eval"]["split"])[: options.limit]
     processes.start()
     model, tokenizer = load_model(settings["model"], settings["dtype"])
@@ -194,7 +207,7 @@ def _eval(options: argparse.Namespace) -> None:
     print(tabulate(rows, ("scorer", "correct", "pass@1", "95 % interval"), disable_numparse=True))
     if options.out:
         what = {"model": settings["model"], "adapter": options.adapter, "data": settings["data"]} | settings["eval"]
-        what |= {"dtype": settings["dtype"], "instruction": settings["instruction"], "versions": training.versions()}
+        what |= {"dtype": settings["dtype"], "instruction": settings["instruction"], "versions": run_folder.versions()}
         text = json.dumps(what | found, indent=1, ensure_ascii=False) + "\n"
         print(write_whole(Path(options.out), lambda path: Path(path).write_text(text, encoding="utf-8")))
 

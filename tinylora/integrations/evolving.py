@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 from tinylora.adapters import config_from_dict
 from tinylora.evolution import Evolution
 from tinylora.integrations import problems as data
-from tinylora.integrations import processes, training
-from tinylora.integrations.training import ADAPTER, LOG
+from tinylora.integrations import processes, run_folder, training
+from tinylora.integrations.run_folder import ADAPTER, LOG
 from tinylora.integrations.transformers import load_model, prompt_ids
 from tinylora.nn import checkpoint
 from tinylora.nn.model import apply
@@ -58,7 +58,12 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
     beside them stands for so many generations instead. Rewards, resuming and errors are those of `training.run`;
     ValueError, too, for an adapter whose thin factors train: see `Evolution`.
     """
-    out, es = Path(out), settings["es"]
+    with run_folder.locked(Path(out)):
+        return _run(settings, Path(out), resume)
+
+
+def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
+    es = settings["es"]
     odd = sorted(es.keys() ^ set(KEYS))
     if odd:
         raise ValueError(f"es.{odd[0]} is {'missing' if odd[0] in KEYS else 'unknown'}, expected {', '.join(KEYS)}")
@@ -67,24 +72,21 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
         raise ValueError(f"reward is {settings['reward']!r}, expected one of {', '.join(gsm8k.SCORERS)}")
     if es["population"] % 2:
         raise ValueError(f"es.population is {es['population']}, expected an even number: pairs v ± σ ε")
-    if not es["sigma"] > 0:
-        raise ValueError(f"es.sigma is {es['sigma']}, expected a number above 0")
     if processes.count() > 1 and es["population"] < processes.count():
         raise ValueError(
             f"es.population is {es['population']}, expected at least {processes.count()}: so many processes share it"
         )
     if resume:
-        stored = training.read_run(out)
-        training.same_processes(stored, out)
+        stored = run_folder.read_run(out)
+        run_folder.same_processes(stored, out)
     else:
-        training.refuse_used(out)
+        run_folder.refuse_used(out)
     problems = data.load_problems(settings["data"], settings["split"])
     if not 0 < es["prompts"] <= len(problems):
         raise ValueError(f"es.prompts is {es['prompts']}, expected 1 to {len(problems)}, the problems that there are")
     seen = data.digest(problems)
     if resume and stored["data_digest"] != seen:
         raise ValueError(f"{settings['data']} has other problems than when {out} was started, expected the same")
-    training.writable(out)
     processes.start()
     model, tokenizer = load_model(settings["model"], settings["dtype"])
     with processes.one_first():  # it decomposes the weights, and the others find that on the disk
@@ -105,9 +107,9 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
     processes.wait()  # nobody looks for a run, or a checkpoint, in the folder any more
     writes = processes.rank() == 0
     if not resume:
-        training.write_run(out, "es", settings, seen)
+        run_folder.write_run(out, "es", settings, seen)
     if writes:  # what a killed run did after its last checkpoint is done again
-        kept = [json.dumps(entry) + "\n" for entry in training.read_log(out / LOG) if entry["step"] <= start]
+        kept = [json.dumps(entry) + "\n" for entry in run_folder.read_log(out / LOG) if entry["step"] <= start]
         checkpoint.write_whole(out / LOG, lambda path: Path(path).write_text("".join(kept), encoding="utf-8"))
     an_epoch = len(problems) // es["prompts"]
     steps = settings.get("steps") or math.ceil(es["num_train_epochs"] * an_epoch)

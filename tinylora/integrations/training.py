@@ -16,10 +16,8 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 import warnings
-from collections.abc import Sequence
-from importlib import metadata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +25,20 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-import tinylora
 from tinylora.adapters import config_from_dict
 from tinylora.integrations import problems as data
 from tinylora.integrations import processes
+from tinylora.integrations.run_folder import (
+    ADAPTER,
+    LOG,
+    forget,
+    locked,
+    read_log,
+    read_run,
+    refuse_used,
+    same_processes,
+    write_run,
+)
 from tinylora.integrations.transformers import as_prompt, load_model
 from tinylora.integrations.trl import adapter_trainer, last_checkpoint, load_adapter
 from tinylora.nn import checkpoint
@@ -38,7 +46,6 @@ from tinylora.nn.model import adapter_parameters, apply
 from tinylora.tasks import gsm8k
 from tinylora.tasks.gsm8k import Problem
 
-RUN, LOG, ADAPTER = "run.json", "log.jsonl", "adapter"
 # TRL's names in the log, and ours.
 _NAMES = {
     "reward": "reward",
@@ -66,10 +73,14 @@ def run(command: str, settings: dict[str, Any], out: str | os.PathLike, resume: 
     `out` goes on from its last whole checkpoint, with its own settings: see `resumed`.
     ValueError: a run in `out`, or what one would write over, and no `resume`, or no run and `resume`; settings that do
     not fit each other, the model, the number of processes or TRL; data, or a number of processes, that has changed
-    since. ImportError without trl.
+    since; another run at work in `out`. ImportError without trl.
     """
-    out = Path(out)
     require_trl()
+    with locked(Path(out)):
+        return _run(command, settings, Path(out), resume)
+
+
+def _run(command: str, settings: dict[str, Any], out: Path, resume: bool) -> Path:
     if resume:
         stored = read_run(out)
         same_processes(stored, out)
@@ -81,27 +92,40 @@ def run(command: str, settings: dict[str, Any], out: str | os.PathLike, resume: 
     if resume and stored["data_digest"] != seen:
         raise ValueError(f"{settings['data']} has other problems than when {out} was started, expected the same")
     config = config_from_dict(adapter_settings(command, settings, len(problems)))
-    writable(out)
     arguments(command, settings, out)  # whatever is wrong with the settings is said before a model is loaded
     start = last_checkpoint(out) if resume else None
     model, tokenizer = load_model(settings["model"], settings["dtype"])
     with processes.one_first():  # it decomposes the weights, and the others find that on the disk
         apply(model, config)
-    trainer = make_trainer(command, model, tokenizer, problems, settings, out)
+    count = sum(p.numel() for p in adapter_parameters(model))
+    several = f", {processes.count()} processes" if processes.count() > 1 else ""
+    whence = f", resumed from {start.name}" if start else ", from the beginning" if resume else ""
+
+    def begin(steps: int, kept: int) -> None:
+        if getattr(config, "total_steps", steps) != steps and "total_steps" not in settings["adapter"]:
+            raise ValueError(
+                f"AdaLoRA's schedule is of {config.total_steps} steps, and TRL makes {steps} of these problems: "
+                f"expected adapter.total_steps {steps} in a recipe of your own"
+            )
+        if processes.rank() == 0:
+            left = "" if kept == len(problems) else f" in {kept:,} sequences"  # packed, or left out as too long
+            what = f"{count:,} numbers train, {len(problems):,} problems{left}, {steps} steps"
+            print(f"{command}: {what}{several}{whence}", flush=True)
+
+    trainer = make_trainer(command, model, tokenizer, problems, settings, out, begin)
     processes.wait()  # nobody looks for a run, or a checkpoint, in the folder any more
     if not resume:
         write_run(out, command, settings, seen)
-    count = sum(p.numel() for p in adapter_parameters(model))
-    steps = total_steps(command, settings, len(problems))
-    whence = f", resumed from {start.name}" if start else ", from the beginning" if resume else ""
-    if processes.rank() == 0:
-        several = f", {processes.count()} processes" if processes.count() > 1 else ""
-        what = f"{count:,} numbers train, {len(problems):,} problems, {steps} steps"
-        print(f"{command}: {what}{several}{whence}", flush=True)
-    if start and int(start.name.rpartition("-")[2]) >= steps:
+    state = json.loads((start / "trainer_state.json").read_text()) if start else {"global_step": 0, "max_steps": 1}
+    if state["global_step"] >= state["max_steps"]:
+        begin(state["max_steps"], len(trainer.train_dataset))
         load_adapter(model, start)  # all done but for the result: TRL would train a step more
     else:
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+        except Exception:
+            forget(out)
+            raise
     if processes.rank() == 0:
         checkpoint.save(model, out / ADAPTER)
     return out / ADAPTER
@@ -124,54 +148,6 @@ def resumed(command: str, out: str | os.PathLike, asked: dict[str, Any]) -> dict
     return settings
 
 
-def refuse_used(out: Path) -> None:
-    """ValueError for a folder with a run, or with somebody's files that a run would remove or write over."""
-    if (out / RUN).exists():
-        raise ValueError(f"{out} holds a run already ({RUN}), expected another folder, or --resume to go on with it")
-    for name in ("checkpoint-*", LOG, ADAPTER, "README.md"):  # the last is TRL's
-        for found in out.glob(name):
-            raise ValueError(f"{out} holds {found.name} and no {RUN}, expected another folder")
-
-
-def write_run(out: Path, command: str, settings: dict[str, Any], data_digest: str) -> None:
-    """What a resumed run has to have in common with this one, and what it ran on. The first process writes it."""
-    what = {"command": command, "settings": settings, "data_digest": data_digest, "processes": processes.count()}
-    text = json.dumps(what | {"versions": versions()}, indent=1, ensure_ascii=False) + "\n"
-    if processes.rank() == 0:
-        checkpoint.write_whole(out / RUN, lambda path: Path(path).write_text(text, encoding="utf-8"))
-
-
-def read_run(out: str | os.PathLike) -> dict[str, Any]:
-    """What a run's folder says of it. ValueError if there is no run."""
-    path = Path(out) / RUN
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist, expected the folder of a run to resume") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict) or not {"command", "settings", "data_digest"} <= found.keys():
-        raise ValueError(f"{path} is not what a run writes, expected its command, settings and data_digest")
-    return found
-
-
-def same_processes(stored: dict[str, Any], out: Path) -> None:
-    """ValueError unless there are as many processes as when the run in `out` was started."""
-    before = stored.get("processes", 1)
-    if before != processes.count():
-        raise ValueError(
-            f"the run in {out} has {before} processes, and now there are {processes.count()}: expected as many, for "
-            f"each samples with random numbers of its own (torchrun --nproc-per-node {before} -m tinylora ...)"
-        )
-
-
-def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """A log's lines. A last one that was being written when the process died is not among them."""
-    path = Path(path)
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines[:-1]]  # every whole line ends in a newline
-
-
 def check(command: str, settings: dict[str, Any], problems: int) -> None:
     """ValueError unless batch, groups, data and the number of processes fit each other."""
     check_counts(command, settings)
@@ -192,55 +168,61 @@ def check(command: str, settings: dict[str, Any], problems: int) -> None:
             f"batch_size is {batch} sequences, expected a multiple of num_generations, "
             f"{settings['grpo']['num_generations']}: groups are whole"
         )
-    cycle = settings["grpo"].get("num_iterations") or 1 if command == "grpo" else 1
-    if settings["save_every"] % cycle:
+    if command == "grpo":
+        serves, own = _samples_serve(settings), _accumulates(settings)
+        cycle = serves // math.gcd(serves, own)
+        if settings["save_every"] % cycle:
+            raise ValueError(
+                f"save_every is {settings['save_every']}, expected a multiple of {cycle}, the steps that grpo's "
+                "samples serve (num_iterations, steps_per_generation): TRL keeps them in memory alone, and a run "
+                "resumed between them would be another"
+            )
+    if problems < _problems_at_once(command, settings):
         raise ValueError(
-            f"save_every is {settings['save_every']}, expected a multiple of grpo.num_iterations, {cycle}: TRL keeps "
-            "what it sampled for so many steps in memory alone, and a run resumed between them would be another"
-        )
-    if problems < _problems_a_step(command, settings):
-        raise ValueError(
-            f"{settings['data']} has {problems} problems, and a step takes {_problems_a_step(command, settings)} "
+            f"{settings['data']} has {problems} problems, and a step takes {_problems_at_once(command, settings)} "
             f"(batch_size {batch}): expected a smaller batch, or more problems"
         )
 
 
+REQUIRED = {"grpo": ("num_generations", "num_train_epochs"), "sft": ("num_train_epochs",), "es": ()}
+
+
 def check_counts(command: str, settings: dict[str, Any]) -> None:
-    """ValueError for a number that no run can have."""
+    """ValueError for a number that no run can have, or that is none."""
     own = settings[command]
-    whole = {"steps": settings.get("steps"), "save_every": settings["save_every"]}
-    whole["micro_batch_size"] = settings["micro_batch_size"]
-    names = ("num_generations", "max_completion_length", "max_length", "population", "prompts")
+    for name in REQUIRED[command]:
+        if own.get(name) is None:
+            raise ValueError(f"{command}.{name} is missing, expected a number")
+    whole = {n: settings.get(n) for n in ("steps", "save_every", "batch_size", "micro_batch_size", "seed")}
+    names = ("num_generations", "max_completion_length", "max_length", "population", "prompts", "num_iterations",
+             "steps_per_generation", "generation_batch_size")  # fmt: skip
     whole |= {f"{command}.{n}": own.get(n) for n in names}
     for name, value in whole.items():
-        least = 2 if name == "grpo.num_generations" else 1
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}, expected at least {least}")
-    for name in ("learning_rate",) if settings.get("steps") else ("num_train_epochs", "learning_rate"):
+        least = {"grpo.num_generations": 2, "seed": 0}.get(name, 1)
+        if value is not None and (type(value) is not int or value < least):
+            raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+    if settings["seed"] >= 1 << 32:  # torch takes more, numpy does not
+        raise ValueError(f"seed is {settings['seed']}, expected less than 2^32")
+    for name in ("num_train_epochs", "learning_rate", "sigma", "temperature"):
         value = own.get(name)
-        if isinstance(value, int | float) and not 0 < value < math.inf:
-            raise ValueError(f"{command}.{name} is {value}, expected a number above 0")
-
-
-def writable(folder: Path) -> None:
-    """ValueError where no such folder can be made, or nothing written to it. It is not made."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written to: {error.strerror}") from None
+        if name not in own or (name == "num_train_epochs" and settings.get("steps") and type(value) in (int, float)):
+            continue
+        least = 0 if name == "temperature" else math.ulp(0.0)
+        if type(value) not in (int, float) or not least <= value < math.inf:
+            raise ValueError(
+                f"{command}.{name} is {value!r}, expected a number {'of 0 or more' if not least else 'above 0'}"
+            )
 
 
 def total_steps(command: str, settings: dict[str, Any], problems: int) -> int:
-    """Optimiser steps of the whole run."""
+    """Optimiser steps of the whole run, if SFT takes every problem as a sequence."""
     if settings.get("steps"):
         return settings["steps"]
-    each = _problems_a_step(command, settings)
-    # GRPO leaves out the last prompts of an epoch that fill no batch, SFT makes a smaller batch of them.
-    an_epoch = problems // each if command == "grpo" else math.ceil(problems / each)
+    each = _problems_at_once(command, settings)
+    if command == "grpo":  # which leaves out the last prompts of an epoch that are too few
+        an_epoch = math.ceil(problems // each * _samples_serve(settings) / _accumulates(settings))
+    else:  # SFT makes a smaller batch of them
+        an_epoch = math.ceil(problems / each)
     return math.ceil(settings[command]["num_train_epochs"] * an_epoch)
 
 
@@ -248,13 +230,38 @@ def adapter_settings(command: str, settings: dict[str, Any], problems: int) -> d
     """The adapter's settings; AdaLoRA's schedule is that of the run unless it has one of its own."""
     adapter = dict(settings["adapter"])
     adapter.setdefault("seed", settings["seed"])
-    if adapter["kind"] == "adalora":
+    if adapter.get("kind") == "adalora":
         adapter.setdefault("total_steps", total_steps(command, settings, problems))
     return adapter
 
 
-def _problems_a_step(command: str, settings: dict[str, Any]) -> int:
-    return settings["batch_size"] // (settings["grpo"]["num_generations"] if command == "grpo" else 1)
+def _problems_at_once(command: str, settings: dict[str, Any]) -> int:
+    """Of a step; for GRPO of what is sampled at once."""
+    if command == "sft":
+        return settings["batch_size"]
+    return _sampled(settings) * _share(settings) // settings["grpo"]["num_generations"]
+
+
+def _share(settings: dict[str, Any]) -> int:
+    """Sequences of one forward and backward, of all processes."""
+    return _micro(settings) * processes.count()
+
+
+def _accumulates(settings: dict[str, Any]) -> int:
+    """Forwards and backwards of a step."""
+    return settings["batch_size"] // _share(settings)
+
+
+def _sampled(settings: dict[str, Any]) -> int:
+    """Forwards and backwards that see what GRPO samples at once, each for the first time."""
+    own = settings["grpo"]
+    given = own.get("steps_per_generation") or (own.get("generation_batch_size") or 0) // _share(settings)
+    return given or _accumulates(settings)
+
+
+def _samples_serve(settings: dict[str, Any]) -> int:
+    """Forwards and backwards from one sampling to the next."""
+    return _sampled(settings) * (settings["grpo"].get("num_iterations") or 1)
 
 
 def _micro(settings: dict[str, Any]) -> int:
@@ -268,9 +275,11 @@ def make_trainer(
     problems: Sequence[Problem],
     settings: dict[str, Any],
     out: str | os.PathLike,
+    begin: Callable[[int, int], None] | None = None,
 ):
     """TRL's GRPOTrainer or SFTTrainer, as the settings say, with our log in `out`; not started.
 
+    begin: called when it starts, with the steps and the sequences that TRL makes of the problems.
     model: with an adapter of ours, or one that PEFT adapted (after `tinylora.patch_peft()` its layers run the fused
     operator here as everywhere). ValueError for a setting that TRL does not have.
     """
@@ -291,8 +300,15 @@ def make_trainer(
         callbacks=_callbacks(Path(out) / LOG),
         **extra,
     )
+    if len(made.train_dataset) == 0:
+        raise ValueError(
+            f"no problem has a token of its solution within sft.max_length, {settings['sft'].get('max_length')}: "
+            "expected more"
+        )
     made.remove_callback(PrinterCallback)
     made.remove_callback(ProgressCallback)
+    if begin is not None:
+        made.callback_handler.callbacks.insert(0, _first(begin, len(made.train_dataset)))  # before a bar stands there
     return made
 
 
@@ -316,17 +332,26 @@ def arguments(command: str, settings: dict[str, Any], out: str | os.PathLike):
         "bf16": False,  # no autocast: the base has its dtype, v is fp32, rollouts and training compute the same
         "use_cpu": not torch.cuda.is_available(),
         "save_steps": settings["save_every"],
-        "save_total_limit": 2,
         "logging_steps": 1,
         "disable_tqdm": True,  # our own bar says more
-        "report_to": [],
     }
-    defaults, cache = {}, settings[command].get("cache_implementation")
+    defaults, cache = {"save_total_limit": 2, "report_to": []}, settings[command].get("cache_implementation")
     GenerationConfig(cache_implementation=cache)  # ValueError for a name that it does not have
     if cache == "static":  # a longer prompt is a larger cache, compiled anew
         defaults["pad_to_multiple_of"] = 128
     if command == "grpo":
         own["reward_weights"] = [float(name == settings["reward"]) for name in gsm8k.SCORERS]
+    taken = sorted(settings[command].keys() & own.keys())
+    if taken:
+        instead = {"seed": "seed", "max_steps": "steps", "save_steps": "save_every", "reward_weights": "reward"}
+        instead |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), "batch_size")
+        what = f"the recipe's {instead[taken[0]]}" if taken[0] in instead else "none: it is the run's own"
+        raise ValueError(f"{command}.{taken[0]} is in the recipe, expected {what}")
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        raise ValueError(
+            f"accelerate's mixed_precision is {os.environ['ACCELERATE_MIXED_PRECISION']}, expected no (accelerate "
+            "launch --mixed_precision no): the base has the dtype that --dtype says, and what trains is fp32"
+        )
     return config(**defaults | settings[command] | own)
 
 
@@ -353,6 +378,16 @@ def _dataset(command: str, tokenizer, problems: Sequence[Problem], instruction: 
     else:
         columns["completion"] = [[{"role": "assistant", "content": p.plain_solution}] for p in problems]
     return Dataset.from_dict(columns)
+
+
+def _first(begin: Callable[[int, int], None], kept: int):
+    from transformers import TrainerCallback
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            begin(state.max_steps, kept)
+
+    return Begin()
 
 
 def _callbacks(path: Path) -> list:
@@ -404,12 +439,3 @@ def require_trl() -> None:
         import trl  # noqa: F401
     except ImportError as error:
         raise ImportError('training needs trl: pip install "tinylora[rl]"') from error
-
-
-def versions() -> dict[str, str]:
-    """What ran: for run.json and the results of an evaluation."""
-    found = {"tinylora": tinylora.__version__}
-    for package in ("torch", "transformers", "trl", "peft", "bitsandbytes"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found

@@ -1,0 +1,128 @@
+"""A run's folder: who may write into it, and what says what ran there.
+
+run.json        the settings, written once at the start: a resumed run has the same
+log.jsonl       one line a step
+checkpoint-<n>  the last two
+adapter         the result, as `tinylora.save` writes it
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tinylora
+from tinylora.integrations import processes
+from tinylora.nn import checkpoint
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+RUN, LOG, ADAPTER = "run.json", "log.jsonl", "adapter"
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """In here no other run works in the folder, which is made; ValueError where one does. Death ends a lock, too."""
+    if fcntl is None or processes.rank() > 0:
+        yield
+        return
+    writable(out)
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run works in {out} now, expected its end, or another folder") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(folder)
+        if made:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # where an error came before the first file
+
+
+def refuse_used(out: Path) -> None:
+    """ValueError for a folder with a run, or with somebody's files that a run would remove or write over."""
+    if (out / RUN).exists():
+        raise ValueError(f"{out} holds a run already ({RUN}), expected another folder, or --resume to go on with it")
+    for name in ("checkpoint-*", LOG, ADAPTER, "README.md"):  # the last is TRL's
+        for found in out.glob(name):
+            raise ValueError(f"{out} holds {found.name} and no {RUN}, expected another folder")
+
+
+def write_run(out: Path, command: str, settings: dict[str, Any], data_digest: str) -> None:
+    """What a resumed run has to have in common with this one, and what it ran on. The first process writes it."""
+    what = {"command": command, "settings": settings, "data_digest": data_digest, "processes": processes.count()}
+    text = json.dumps(what | {"versions": versions()}, indent=1, ensure_ascii=False) + "\n"
+    if processes.rank() == 0:
+        checkpoint.write_whole(out / RUN, lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+
+def forget(out: Path) -> None:
+    """A run that failed before its first step never was: whoever mends what was wrong may start it again."""
+    if processes.rank() == 0 and not read_log(out / LOG) and not any(out.glob("checkpoint-*")):
+        for name in (RUN, LOG):
+            (out / name).unlink(missing_ok=True)
+
+
+def read_run(out: str | os.PathLike) -> dict[str, Any]:
+    """What a run's folder says of it. ValueError if there is no run."""
+    path = Path(out) / RUN
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist, expected the folder of a run to resume") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict) or not {"command", "settings", "data_digest"} <= found.keys():
+        raise ValueError(f"{path} is not what a run writes, expected its command, settings and data_digest")
+    return found
+
+
+def same_processes(stored: dict[str, Any], out: Path) -> None:
+    """ValueError unless there are as many processes as when the run in `out` was started."""
+    before = stored.get("processes", 1)
+    if before != processes.count():
+        raise ValueError(
+            f"the run in {out} has {before} processes, and now there are {processes.count()}: expected as many, for "
+            f"each samples with random numbers of its own (torchrun --nproc-per-node {before} -m tinylora ...)"
+        )
+
+
+def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """A log's lines. A last one that was being written when the process died is not among them."""
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines[:-1]]  # every whole line ends in a newline
+
+
+def writable(folder: Path) -> None:
+    """ValueError where no such folder can be made, or nothing written to it. It is not made."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to: {error.strerror}") from None
+
+
+def versions() -> dict[str, str]:
+    """What ran: for run.json and the results of an evaluation."""
+    found = {"tinylora": tinylora.__version__}
+    for package in ("torch", "transformers", "trl", "peft", "bitsandbytes"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
