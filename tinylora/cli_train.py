@@ -158,6 +158,7 @@ def _add_eval(commands) -> None:
     parser.add_argument("--batch-size", type=int, help=f"problems at once ({values['eval']['batch_size']})")
     parser.add_argument("--max-completion-length", type=int, help=f"({values['eval']['max_completion_length']})")
     parser.add_argument("--dtype", help=f"of the base: bfloat16, float16, float32 or nf4 ({values['dtype']})")
+    parser.add_argument("--cache", choices=("static",), help="decode steps are compiled, on a GPU into CUDA graphs")
     parser.add_argument("--recipe", default=recipes.DEFAULT, help="where the prompt and the defaults are from")
     parser.add_argument("--out", help="a JSON file for the scores, the settings and every completion")
     parser.set_defaults(run=_eval)
@@ -195,6 +196,7 @@ def _eval(options: argparse.Namespace) -> None:
         instruction=settings["instruction"],
         max_completion_length=settings["eval"]["max_completion_length"],
         batch_size=settings["eval"]["batch_size"],
+        cache=options.cache,
     )
     processes.end()
     if processes.rank() > 0:

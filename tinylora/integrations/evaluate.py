@@ -16,8 +16,17 @@ from tinylora.tasks.intervals import wilson
 
 
 @torch.no_grad()
-def complete(model: nn.Module, tokenizer, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[str]:
-    """The model's greedy completion of every prompt, in their order: one `generate` a batch, longest prompts first.
+def complete(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    cache: str | None = None,
+) -> list[str]:
+    """The model's greedy completion of every prompt, in their order: one `generate` a batch, longest prompts first, so
+    that a static cache (`cache` is transformers' cache_implementation) serves, and is compiled for, all full batches.
 
     Each prompt is a user's turn of the chat template where there is one. Of the model's own generation settings its
     special tokens alone act: Qwen2.5's would penalise repetition even in a greedy search.
@@ -40,7 +49,7 @@ def complete(model: nn.Module, tokenizer, prompts: Sequence[str], *, max_new_tok
                 out = model.generate(
                     input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device),
                     max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None,
-                    pad_token_id=tokenizer.pad_token_id,
+                    pad_token_id=tokenizer.pad_token_id, **({"cache_implementation": cache} if cache else {}),
                 )  # fmt: skip
             for i, tokens in zip(batch, out[:, width:].tolist(), strict=True):
                 completions[i] = tokenizer.decode(until_end(tokens, ends), skip_special_tokens=True)
@@ -57,6 +66,7 @@ def evaluate(
     instruction: str,
     max_completion_length: int,
     batch_size: int,
+    cache: str | None = None,
 ) -> dict[str, Any]:
     """pass@1 by each scorer, with Wilson's 95 % interval, and every completion.
 
@@ -67,7 +77,8 @@ def evaluate(
     """
     prompts = [gsm8k.prompt(p.question, instruction) for p in problems]
     rank, count = processes.rank(), processes.count()
-    mine = complete(model, tokenizer, prompts[rank::count], max_new_tokens=max_completion_length, batch_size=batch_size)
+    settings = {"max_new_tokens": max_completion_length, "batch_size": batch_size, "cache": cache}
+    mine = complete(model, tokenizer, prompts[rank::count], **settings)
     texts = [""] * len(prompts)
     for other, found in enumerate(processes.gathered(mine)):
         texts[other::count] = found
