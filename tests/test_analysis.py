@@ -48,6 +48,22 @@ def test_changes_of_adapters_merged_or_not_and_of_full_training():
         analysis.changes(base, qwen2(layers=3))
 
 
+def test_changes_of_a_head_of_several_layers():
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    base = RobertaForSequenceClassification(
+        RobertaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    )
+    adapted = tinylora.apply(copy.deepcopy(base), tinylora.LoraConfig(r=2, modules_to_save=["classifier"]))
+    with torch.no_grad():
+        for p in tinylora.adapter_parameters(adapted):
+            p.add_(torch.randn_like(p))
+    found = {c.name: c for c in analysis.changes(base, adapted)}
+    own, before = adapted.classifier.copies["default"].dense.weight, base.classifier.dense.weight
+    assert found["classifier.dense"].distance == pytest.approx(((own - before).norm() / before.norm()).item())
+
+
 def test_compare_and_plot(tmp_path):
     base, ids = qwen2(), tokens(batch=4)
     trained = copy.deepcopy(base).train()

@@ -226,6 +226,20 @@ def test_a_step_leaves_the_model_s_stack_and_settings():
     assert torch.equal(first, again), "a checkpoint's own settings do not act"
 
 
+def test_an_encoder_decoder_s_texts_are_whole():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, vocab_size=len(CHARS), decoder_start_token_id=0
+    )
+    es = evolution(TinyLoraConfig(), T5ForConditionalGeneration(config).eval())
+    es.generation |= {"min_new_tokens": 5, "eos_token_id": None}
+    tinylora.stack(es.model, [es._named(es.numbers())])
+    out, width = es._generated(1, [[5, 6, 7, 8, 9, 10, 11]])
+    assert out[:, width:].shape == (1, 5)
+
+
 def test_rewards_that_differ_by_rounding_are_no_step():
     """The same rewards in another order, for every adapter."""
 

@@ -179,6 +179,9 @@ def test_modules_to_save(tmp_path):
     model.load_state_dict(model.state_dict() | {"lm_head.weight": torch.zeros(256, 64)})
     assert not model(ids).logits.any()
     model.lm_head.copies["default"].weight.data.fill_(1)
+    without = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(without)
     assert "lm_head.copies.default.weight" in tinylora.unmerge(model).state_dict()
     for names, message in (
         (["head"], "modules_to_save names 'head', expected a module of"),
@@ -449,7 +452,7 @@ def test_adalora_under_an_optimizer_for_each_layer():
     model, ids = tinylora.apply(qwen2(), AdaLoraConfig(total_steps=20)), tokens()
     lams = [p for n, p in named_numbers(model).items() if n.endswith("lam")]
     model(ids, labels=ids).loss.backward()
-    for part in (lams[:-1], lams):
+    for part in (lams[:-1], lams, lams[:-1]):
         for _ in range(2):
             torch.optim.SGD(part, lr=0.0).step()
     each = [torch.optim.SGD([p], lr=0.0) for p in copy.deepcopy(model).parameters() if p.requires_grad]

@@ -168,6 +168,35 @@ def test_in_the_kernels(problem, interpreted):
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+def test_in_the_kernels_three_dimensions_that_do_not_fold(interpreted):
+    """A transposed batch, tokens cut off, one sequence seen as many: the rows are copied, and the copy is read."""
+    (x, weight, down, core, up, bias), _, _ = Problem(6, 20, 32, 2, f32, core="dense").operands()
+    x, dy = x.view(2, 3, 32), torch.randn(3, 2, 20).transpose(0, 1)
+    for seen in (x.transpose(0, 1).contiguous().transpose(0, 1), x.repeat(1, 2, 1)[:, 1:4], x[:1].expand(2, 3, 32)):
+        found = []
+        for invariant in (True, False):
+            leaf = seen.detach().requires_grad_()
+            y = adapted_linear(leaf, weight, down, core, up, bias, batch_invariant=invariant)
+            found.append((y.detach(), *torch.autograd.grad(y, leaf, dy)))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_on_a_cpu_wherever_rows_and_factors_lie():
+    """BLAS rounds by addresses: x that begins in the middle of its storage, U whose columns lie 31 numbers apart."""
+    x = torch.randn(1 + 64 * 48, dtype=f64)[1:].view(64, 48).requires_grad_()
+    layer = tinylora.Linear.from_linear(torch.nn.Linear(48, 31, dtype=f64), tinylora.LoraXSConfig(r=16))
+    torch.nn.init.normal_(next(iter(tinylora.adapter_parameters(layer))))
+    layer.batch_invariant = True
+    dy = torch.randn(64, 31, dtype=f64)
+    y = layer(x)
+    dx = torch.autograd.grad(y, x, dy)[0]
+    for m in range(64):
+        one = x[m : m + 1].detach().requires_grad_()
+        own = layer(one)
+        assert torch.equal(own[0], y[m]) and torch.equal(torch.autograd.grad(own, one, dy[m : m + 1])[0][0], dx[m])
+
+
 def test_in_the_kernels_a_split_of_k_that_follows_m_is_seen(interpreted, monkeypatch):
     """The test above can fail: here K is cut into as many slices as there are row blocks, as `thin_tile` may do."""
     from dataclasses import replace

@@ -526,6 +526,32 @@ def test_within_disabled_nothing_is_put_on_or_activated(tmp_path):
         tinylora.activate(m, "a")
 
 
+def test_disabled_contexts_that_end_in_another_order():
+    model = trained(qwen2(), TinyLoraConfig(u=2))
+    want = model(tokens()).logits
+
+    def reference():
+        with tinylora.disabled(model):
+            yield model(tokens()).logits
+
+    one, other = reference(), reference()
+    base = next(one)
+    assert torch.equal(next(other), base)
+    one.close()
+    assert torch.equal(model(tokens()).logits, base)
+    other.close()
+    assert torch.equal(model(tokens()).logits, want) and not torch.equal(base, want)
+
+
+def test_an_fp64_layer_mixes_in_fp64():
+    layer = tinylora.Linear.from_linear(torch.nn.Linear(16, 8, dtype=torch.float64), TinyLoraConfig(u=3))
+    nn.init.normal_(next(iter(tinylora.adapter_parameters(layer))))
+    x = torch.randn(4, 16, dtype=torch.float64)
+    y = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), y, rtol=1e-12, atol=1e-12)
+
+
 def test_a_module_inside_one_that_is_saved_whole_trains_with_it(tmp_path):
     class Head(nn.Module):
         def __init__(self):
@@ -794,8 +820,10 @@ def test_a_layer_that_something_replaced_is_missed():
     model.resize_token_embeddings(300)
     with pytest.raises(ValueError, match="lm_head has lost adapter 'default': something replaced it"):
         tinylora.adapter_parameters(model)
+    tinylora.activate(tinylora.apply(model, TinyLoraConfig(), "other"), None)  # what needs none of its numbers goes on
     stage = tinylora.apply(qwen2(), TinyLoraConfig())
     del stage.model.layers[1]  # of a pipeline
+    stage.model.layers[0].mlp = nn.Identity()
     assert tinylora.adapter_parameters(stage)
 
 

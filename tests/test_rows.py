@@ -176,6 +176,49 @@ def test_other_things_than_sequences_are_refused():
         assert model(tokens(batch=4), torch.randn(4, 5, 16)).shape == (4, 5, 16)  # two samples of each
 
 
+def test_a_batch_that_generate_doubles_for_guidance_is_refused():
+    """Dia's and Janus's put a batch without the prompt after the one with it; beams lie side by side."""
+    model, _ = stacked(CONFIGS[0], 2)
+    original = model.prepare_inputs_for_generation
+
+    def doubled(input_ids, **kwargs):
+        inputs = original(input_ids, **kwargs)
+        return inputs | {n: t.repeat(2, 1) for n, t in inputs.items() if isinstance(t, torch.Tensor)}
+
+    settings = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "use_cache": False}
+    with tinylora.adapter_ids(model, [0, 1]):
+        model.generate(tokens(), num_beams=3, **settings)
+        copied = copy.deepcopy(model)
+        model.prepare_inputs_for_generation = doubled
+        with pytest.raises(ValueError, match="the model has put a second batch after the one of adapter_ids"):
+            model.generate(tokens(), **settings)
+    assert "generate" not in model.__dict__
+    assert copied.generate(tokens(batch=3), **settings).shape == (3, 11)  # a copy made within is not within
+
+
+def test_images_that_are_not_one_to_a_sequence_are_refused():
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = Qwen2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=100,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=99)
+    model, _ = stacked(CONFIGS[0], 2, LlavaForConditionalGeneration(config).eval())
+    ids = torch.randint(3, 90, (2, 12))
+    one, two = ids.clone(), ids.clone()
+    one[:, 1:5] = 99
+    two[0, 1:9] = 99
+    with tinylora.adapter_ids(model, [0, 1]):
+        model(input_ids=one, pixel_values=torch.randn(2, 3, 16, 16))
+        with pytest.raises(ValueError, match="sequences differ in how many images they have"):
+            model(input_ids=two, pixel_values=torch.randn(2, 3, 16, 16))
+
+
 def test_contexts_of_other_tasks_and_threads_are_refused():
     """Which adapters run is the model's state: two at once would run each other's, and leave it wrong."""
     model, _ = stacked(tinylora.TinyLoraConfig(u=2, n_tie=5), 3)

@@ -211,7 +211,7 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
         fails(f"{command}.learning_rate is nan, expected a number above 0", lr="nan", command=command)
     fails("grpo.num_generations is 1, expected an integer of at least 2", group_size=1)
 
-    def refuses(message, section="grpo", command="grpo", **changed):
+    def refuses(message, section="grpo", command="grpo", steps=1, **changed):
         """A recipe's values of a section; None takes a key out."""
 
         def change(recipe):
@@ -220,7 +220,7 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
                 if value is not None:
                     recipe[section][name] = {"value": value, "source": "ours", "note": ""}
 
-        fails(message, recipe=write_recipe(tmp_path, change), command=command)
+        fails(message, recipe=write_recipe(tmp_path, change), command=command, steps=steps)
 
     refuses("save_every is 2, expected a multiple of 3, the steps that grpo's samples serve", num_iterations=3)
     refuses(
@@ -229,7 +229,7 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
     refuses("save_every is 2, expected a multiple of 4, the steps that grpo's samples", generation_batch_size=64)
     refuses("grpo.num_generations is '4', expected an integer of at least 2", num_generations="4")
     refuses("grpo.num_generations is missing", num_generations=None)
-    refuses("sft.num_train_epochs is missing", section="sft", command="sft", num_train_epochs=None)
+    refuses("sft.num_train_epochs is missing", section="sft", command="sft", steps=None, num_train_epochs=None)
     refuses("adapter kind is None, expected one of tinylora", section="adapter", kind=None)
     refuses("grpo.seed is in the recipe, expected the recipe's seed", seed=7)
     refuses("grpo.reward_weights is in the recipe, expected the recipe's reward", reward_weights=[0.5, 0.5])
@@ -300,9 +300,43 @@ def test_what_sft_leaves_out_is_said_and_a_failed_start_may_be_repeated(tiny, tm
     shown = capsys.readouterr().out
     kept = int(re.search(r"12 problems in (\d+) sequences", shown)[1])
     assert 0 < kept < 12 and f", {-(-kept // 2)} steps" in shown
+    assert train(tiny, tmp_path / "ada", None, "sft", max_length=lengths[6], batch_size=2, epochs=1, adapter="adalora",
+                 n_tie=None) == 0  # fmt: skip
+    header = tinylora.nn.checkpoint.read(tmp_path / "ada" / "adapter" / "adapter.safetensors")[0]
+    assert header["config"]["total_steps"] == -(-kept // 2)
     command = shlex.split(shown.rpartition("score it with ")[2])
     assert cli._parser().parse_args(command[1:]).adapter == str(tmp_path / "my run" / "adapter")
     assert command[command.index("--data") + 1] == str(tiny / "data")
+
+
+def test_a_resumed_run_that_fails_at_once_is_still_a_run(tiny, tmp_path, monkeypatch):
+    with stopped_after(monkeypatch, 1):
+        train(tiny, tmp_path, 4, save_every=4)
+    assert log(tmp_path) and not last_checkpoint(tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr("trl.GRPOTrainer.training_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tiny, tmp_path, 4, save_every=4, resume=True)
+    assert train(tiny, tmp_path, 4, save_every=4, resume=True) == 0
+
+
+def test_a_child_does_not_hold_a_folder(tmp_path):
+    """What a data loader forks may live on for seconds after its parent was killed."""
+    with run_folder.locked(tmp_path / "a" / "b"):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        with pytest.raises(ValueError, match="another run works in"), run_folder.locked(tmp_path / "a" / "b"):
+            pass
+        assert (tmp_path / "a" / "b").exists()
+    try:
+        assert not (tmp_path / "a").exists()
+        with run_folder.locked(tmp_path / "a"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_samples_that_serve_several_steps_are_resumed(tiny, tmp_path, capsys):
@@ -480,6 +514,9 @@ def test_decode_steps_on_a_static_cache_are_compiled_once(tiny, tmp_path):
         trainer.train()
         found.append(torch.cat([p.detach() for p in tinylora.adapter_parameters(trainer.model)]))
         assert len(trainer.model.get_input_embeddings()._forward_hooks) == 1
+        if not more:
+            trainer.evaluate(trainer.train_dataset.select(range(4)))
+            assert len(trainer.model.get_input_embeddings()._forward_hooks) == 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert found[0].abs().min() > 0
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)

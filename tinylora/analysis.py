@@ -57,8 +57,9 @@ def effective_weights(model: nn.Module) -> dict[str, Tensor]:
                 weight = weight + module.adapters[module.active].factors().delta()
             found[name.replace(".original", "")] = weight
         for name, module in model.named_modules():
-            if isinstance(module, SavedModule) and isinstance(module.running, nn.Linear):
-                found[name] = module.running.weight.detach().float()
+            for inner, own in module.running.named_modules() if isinstance(module, SavedModule) else ():
+                if isinstance(own, nn.Linear):
+                    found[f"{name}.{inner}".rstrip(".")] = own.weight.detach().float()
     return found
 
 

@@ -164,6 +164,7 @@ class Evolution:
     def _generated(self, count: int, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
         """What `count` adapters make of the prompts, [count m, tokens], and how wide the prompts are in it."""
         width, device = max(map(len, prompts)), self._device()
+        decoder = getattr(self.model.config, "is_encoder_decoder", False)  # whose output begins with its start alone
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -179,7 +180,7 @@ class Evolution:
                     )
         finally:
             self.model.train(training)
-        return out, width
+        return out, 1 if decoder else width
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {n: t for n, t in named_numbers(self.model, self.name).items() if isinstance(t, nn.Parameter)}

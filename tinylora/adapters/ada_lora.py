@@ -88,11 +88,12 @@ class AdaLoraShared(Shared):
 
     def _refuse_several(self, stepping: set[int]) -> None:
         """ValueError where optimizers with different λ take turns: one step of all would count as several, and the
-        budget be shared out among a few layers at a time. Another optimizer from some step on is none of that.
+        budget be shared out among a few layers at a time. Another optimizer from some step on is none of that, nor one
+        with more layers, or fewer.
         """
         own = frozenset(id(a.lam) for a in self.layers.values() if id(a.lam) in stepping)
         if own and own not in self._stepped[-1:]:
-            if own in self._stepped:
+            if own in self._stepped and not (own < self._stepped[-1] or own > self._stepped[-1]):
                 raise ValueError(
                     f"{len(self._stepped)} optimizers take turns in stepping AdaLoRA's λ, expected one that has those "
                     "of all layers: it ranks the triplets of the whole model in every step"

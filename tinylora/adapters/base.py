@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylora.adapters.sharded import in_pieces
+from tinylora.ops import flops
 
 
 class Site(NamedTuple):
@@ -105,6 +106,8 @@ class Rows:
     def __init__(self, ids: Tensor):
         self.ids = ids
         self.batch: int | None = None
+        self.each: int | None = None  # how often generate() has each prompt in the batch, side by side, while it runs
+        self.images: int | None = None  # the tokens of a sequence, where sequences differ in how many images they have
         self.owner: tuple | None = None  # the thread and task that came with them
 
     def of(self, x: Tensor) -> Tensor:
@@ -122,6 +125,17 @@ class Rows:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, expected a first dimension of {expected}: adapter_ids came for {B} "
                 "sequences, and rows that are packed, flattened or in another order do not say whose they are"
+            )
+        if several and self.each is not None and first != B * self.each:
+            raise ValueError(
+                f"x has a first dimension of {first}, expected {B * self.each}: the model has put a second batch after "
+                "the one of adapter_ids (guidance without a classifier), and whose those rows are is not known"
+            )
+        if several and self.images is not None and x.shape[1] != self.images:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected {self.images} tokens of each sequence: where sequences differ "
+                "in how many images they have, adapter_ids cannot tell whose image is whose (expected target_modules "
+                "without the vision model)"
             )
         each = math.prod(x.shape[:-1]) // B
         return self.ids if each == 1 else self.ids.unsqueeze(1).expand(B, each).reshape(-1)
@@ -193,6 +207,7 @@ class Shared(Owner):
         self.foreign = False  # whether frozen numbers came from elsewhere, so that no config and no seed gives them
         self.__dict__["layers"] = {}  # site name -> Adapter, not registered: the layers own them
         self.rows: Rows | None = None  # which of the stacked numbers each row of the batch uses
+        flops.register()
         self.own(config.shared(sites))
 
     def _apply(self, fn, recurse=True):
@@ -211,6 +226,10 @@ class Shared(Owner):
 
     def __getstate__(self):
         return {**self.__dict__, "rows": None}  # a copy made within `adapter_ids` is not within it
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        flops.register()  # for who unpickles a model in a process that has made none
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{n}={tuple(p.shape)}" for n, p in self.named_parameters())

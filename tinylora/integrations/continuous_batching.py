@@ -64,6 +64,7 @@ class _Requests:
             model.register_forward_hook(self._leave, always_call=True),
         )
         own = {"init_continuous_batching": self._manager, "generate_batch": self._generate_batch}
+        own |= {"generate": self._generate, "_expand_inputs_for_generation": self._expand}
         self.before = {name: model.__dict__.get(name) for name in own}
         model.__dict__.update(own)
 
@@ -83,8 +84,29 @@ class _Requests:
 
     # --- what stands in the place of the model's and the manager's own methods
 
+    def _within(self) -> bool:
+        """Not so in a copy that was made within: it has these methods, and no rows."""
+        return self.shared.rows is not None
+
+    def _generate(self, *args, **kwargs):
+        method, before = self.before["generate"] or type(self.model).generate.__get__(self.model), self.rows.each
+        if self._within():
+            self.rows.each = 1
+        try:
+            return method(*args, **kwargs)
+        finally:
+            self.rows.each = before
+
+    def _expand(self, *args, **kwargs):
+        if self.rows.each is not None:
+            self.rows.each *= kwargs.get("expand_size", 1)
+        method = inspect.getattr_static(type(self.model), "_expand_inputs_for_generation")
+        return method.__get__(self.model, type(self.model))(*args, **kwargs)
+
     def _generate_batch(self, *args, **kwargs):
         original = type(self.model).generate_batch
+        if not self._within():
+            return original(self.model, *args, **kwargs)
         asked = inspect.signature(original).bind(self.model, *args, **kwargs).arguments
         self._check_count(len(asked["inputs"]))  # here, because generate_batch only logs what goes wrong later
         if asked.get("persistent_manager"):
@@ -97,6 +119,9 @@ class _Requests:
     def _manager(self, generation_config=None, continuous_batching_config=None, **kwargs):
         from transformers import ContinuousBatchingConfig
 
+        if not self._within():
+            own = type(self.model).init_continuous_batching
+            return own(self.model, generation_config, continuous_batching_config, **kwargs)
         if getattr(self.model, "_cached_continuous_batching_manager", None) is not None:
             raise ValueError(
                 "the model has a persistent manager, whose cache may hold other adapters' keys and values: "

@@ -59,7 +59,13 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
     ValueError, too, for an adapter whose thin factors train: see `Evolution`.
     """
     with run_folder.locked(Path(out)):
-        return _run(settings, Path(out), resume)
+        new = not (Path(out) / run_folder.RUN).exists()
+        try:
+            return _run(settings, Path(out), resume)
+        except Exception:
+            if new:
+                run_folder.forget(Path(out))
+            raise
 
 
 def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:

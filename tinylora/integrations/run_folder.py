@@ -34,22 +34,49 @@ def locked(out: Path) -> Iterator[None]:
         yield
         return
     writable(out)
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
+    made, folder = _lock(out)
+    _held.add(folder)
     try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # where an error came before the first file
+            for path in made:
+                path.rmdir()
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_UN)
+        _held.discard(folder)
+        os.close(folder)
+
+
+def _lock(out: Path) -> tuple[list[Path], int]:
+    """The folders that had to be made, the innermost first, and a descriptor that holds the lock."""
+    while True:
+        made = [path for path in (out, *out.parents) if not path.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(folder)
             raise ValueError(f"another run works in {out} now, expected its end, or another folder") from None
         except OSError:
             pass  # a file system without locks
-        yield
-    finally:
-        os.close(folder)
-        if made:
-            with contextlib.suppress(OSError):
-                out.rmdir()  # where an error came before the first file
+        if os.fstat(folder).st_nlink:
+            return made, folder
+        os.close(folder)  # the run before has just removed it
+
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """A child that a data loader forks must not hold what its parent's death should end."""
+    while _held:
+        os.close(_held.pop())
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def refuse_used(out: Path) -> None:
@@ -71,7 +98,8 @@ def write_run(out: Path, command: str, settings: dict[str, Any], data_digest: st
 
 def forget(out: Path) -> None:
     """A run that failed before its first step never was: whoever mends what was wrong may start it again."""
-    if processes.rank() == 0 and not read_log(out / LOG) and not any(out.glob("checkpoint-*")):
+    started = processes.rank() == 0 and (out / RUN).exists()
+    if started and not read_log(out / LOG) and not any(out.glob("checkpoint-*")):
         for name in (RUN, LOG):
             (out / name).unlink(missing_ok=True)
 

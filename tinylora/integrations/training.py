@@ -42,7 +42,7 @@ from tinylora.integrations.run_folder import (
 from tinylora.integrations.transformers import as_prompt, load_model
 from tinylora.integrations.trl import adapter_trainer, last_checkpoint, load_adapter
 from tinylora.nn import checkpoint
-from tinylora.nn.model import adapter_parameters, apply
+from tinylora.nn.model import adapter_parameters, apply, shared_of
 from tinylora.tasks import gsm8k
 from tinylora.tasks.gsm8k import Problem
 
@@ -91,9 +91,12 @@ def _run(command: str, settings: dict[str, Any], out: Path, resume: bool) -> Pat
     seen = data.digest(problems)
     if resume and stored["data_digest"] != seen:
         raise ValueError(f"{settings['data']} has other problems than when {out} was started, expected the same")
-    config = config_from_dict(adapter_settings(command, settings, len(problems)))
     arguments(command, settings, out)  # whatever is wrong with the settings is said before a model is loaded
     start = last_checkpoint(out) if resume else None
+    adapter = adapter_settings(command, settings, len(problems))
+    if start and adapter.get("kind") == "adalora":
+        adapter["total_steps"] = checkpoint.read(start / checkpoint.FILE)[0]["config"]["total_steps"]
+    config = config_from_dict(adapter)
     model, tokenizer = load_model(settings["model"], settings["dtype"])
     with processes.one_first():  # it decomposes the weights, and the others find that on the disk
         apply(model, config)
@@ -102,11 +105,8 @@ def _run(command: str, settings: dict[str, Any], out: Path, resume: bool) -> Pat
     whence = f", resumed from {start.name}" if start else ", from the beginning" if resume else ""
 
     def begin(steps: int, kept: int) -> None:
-        if getattr(config, "total_steps", steps) != steps and "total_steps" not in settings["adapter"]:
-            raise ValueError(
-                f"AdaLoRA's schedule is of {config.total_steps} steps, and TRL makes {steps} of these problems: "
-                f"expected adapter.total_steps {steps} in a recipe of your own"
-            )
+        if adapter["kind"] == "adalora" and "total_steps" not in settings["adapter"] and not start:
+            shared_of(model, "default").config = dataclasses.replace(config, total_steps=steps)
         if processes.rank() == 0:
             left = "" if kept == len(problems) else f" in {kept:,} sequences"  # packed, or left out as too long
             what = f"{count:,} numbers train, {len(problems):,} problems{left}, {steps} steps"
@@ -124,7 +124,8 @@ def _run(command: str, settings: dict[str, Any], out: Path, resume: bool) -> Pat
         try:
             trainer.train(resume_from_checkpoint=str(start) if start else None)
         except Exception:
-            forget(out)
+            if not resume:
+                forget(out)
             raise
     if processes.rank() == 0:
         checkpoint.save(model, out / ADAPTER)
@@ -140,6 +141,8 @@ def resumed(command: str, out: str | os.PathLike, asked: dict[str, Any]) -> dict
     if stored["command"] != command:
         raise ValueError(f"{out} is a run of {stored['command']!r}, expected {command!r} to resume it")
     settings = stored["settings"]
+    for name in settings[command].keys() & INSTEAD.keys():  # of before they were refused: they never acted
+        del settings[command][name]
     for name, value in asked.items():
         section, _, key = name.rpartition(".")
         has = (settings[section] if section else settings).get(key)
@@ -184,14 +187,12 @@ def check(command: str, settings: dict[str, Any], problems: int) -> None:
         )
 
 
-REQUIRED = {"grpo": ("num_generations", "num_train_epochs"), "sft": ("num_train_epochs",), "es": ()}
-
-
 def check_counts(command: str, settings: dict[str, Any]) -> None:
     """ValueError for a number that no run can have, or that is none."""
     own = settings[command]
-    for name in REQUIRED[command]:
-        if own.get(name) is None:
+    for name in ("num_train_epochs", "num_generations"):
+        needed = not settings.get("steps") if name == "num_train_epochs" else command == "grpo"
+        if needed and own.get(name) is None:
             raise ValueError(f"{command}.{name} is missing, expected a number")
     whole = {n: settings.get(n) for n in ("steps", "save_every", "batch_size", "micro_batch_size", "seed")}
     names = ("num_generations", "max_completion_length", "max_length", "population", "prompts", "num_iterations",
@@ -312,6 +313,14 @@ def make_trainer(
     return made
 
 
+# What a run sets itself of TRL's arguments, and what a recipe says of it.
+INSTEAD = {
+    "output_dir": None, "seed": "seed", "max_steps": "steps", "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "batch_size", "ddp_broadcast_buffers": None, "bf16": None, "use_cpu": None,
+    "save_steps": "save_every", "logging_steps": None, "disable_tqdm": None, "reward_weights": "reward",
+}  # fmt: skip
+
+
 def arguments(command: str, settings: dict[str, Any], out: str | os.PathLike):
     """TRL's GRPOConfig or SFTConfig for these settings. ValueError for one that it does not have."""
     import trl
@@ -341,12 +350,9 @@ def arguments(command: str, settings: dict[str, Any], out: str | os.PathLike):
         defaults["pad_to_multiple_of"] = 128
     if command == "grpo":
         own["reward_weights"] = [float(name == settings["reward"]) for name in gsm8k.SCORERS]
-    taken = sorted(settings[command].keys() & own.keys())
-    if taken:
-        instead = {"seed": "seed", "max_steps": "steps", "save_steps": "save_every", "reward_weights": "reward"}
-        instead |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), "batch_size")
-        what = f"the recipe's {instead[taken[0]]}" if taken[0] in instead else "none: it is the run's own"
-        raise ValueError(f"{command}.{taken[0]} is in the recipe, expected {what}")
+    for name in settings[command].keys() & own.keys():
+        what = f"the recipe's {INSTEAD[name]}" if INSTEAD[name] else "none: it is the run's own"
+        raise ValueError(f"{command}.{name} is in the recipe, expected {what}")
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise ValueError(
             f"accelerate's mixed_precision is {os.environ['ACCELERATE_MIXED_PRECISION']}, expected no (accelerate "

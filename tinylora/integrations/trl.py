@@ -84,9 +84,16 @@ def adapter_trainer(trainer: type) -> type:
                 self.beta, self.ref_model = beta, functools.partial(_run_disabled, self.model)
 
         def train(self, *args, **kwargs):
-            of_peft = hasattr(self.model, "get_base_model")
-            with _hooked_once(self.model.get_base_model() if of_peft else self.model):
+            with _hooked_once(self.model):
                 return super().train(*args, **kwargs)
+
+        def evaluate(self, *args, **kwargs):
+            with _hooked_once(self.model):
+                return super().evaluate(*args, **kwargs)
+
+        def predict(self, *args, **kwargs):
+            with _hooked_once(self.model):
+                return super().predict(*args, **kwargs)
 
         def _save(self, output_dir=None, state_dict=None):
             if not adapter_names(self.model):
@@ -143,6 +150,7 @@ def _hooked_once(model: nn.Module) -> Iterator[None]:
     The hooks that it forgets are called in every decode step, and no compiled one outlives a change of their number.
     """
     own = "enable_input_require_grads"
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT's
     if not hasattr(model, own) or own in model.__dict__:
         yield
         return

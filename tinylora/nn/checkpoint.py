@@ -39,6 +39,7 @@ from tinylora.nn.model import (
     base_digests,
     fingerprint,
     named_numbers,
+    refuse_lost,
     refuse_merged,
     refuse_within,
     refuse_wrapped,
@@ -62,6 +63,7 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
     as its processes put the numbers together. ValueError if the model has no adapter of that name.
     """
     shared = shared_of(model, name)
+    refuse_lost(model, name)
     numbers = named_numbers(model, name)
     with gathered(numbers.values()):
         # Copies: safetensors takes no tied weights, and FSDP1 cannot free what numpy has seen

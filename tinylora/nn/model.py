@@ -22,7 +22,6 @@ from tinylora.nn.linear import Linear
 from tinylora.nn.saved_module import SavedModule, whole_module
 from tinylora.nn.siblings import group, ungroup
 from tinylora.nn.targets import find_modules_to_save, find_targets, several_in_one, sites_of, uncompiled
-from tinylora.ops import flops
 
 READERS = 8  # threads
 STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
@@ -120,7 +119,6 @@ def attach(
                 for site in _progress(sites, f"{config.kind} factors")
             }
 
-    flops.register()
     device = layers[sites[0].name].weight.device
     if STORE not in root._modules:
         root.add_module(STORE, Store())
@@ -267,19 +265,10 @@ def named_numbers(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         tensors |= {n: lasting[n] for n in lasting if n not in tensors}
         return {f"{prefix}{n}": t for n, t in tensors.items()}
 
-    shared = shared_of(model, name)
-    found, layers = owned(shared, ""), {n: m for n, m in adapted_layers(model).items() if name in m.adapters}
-    lost = [site.name for site in shared.sites if site.name not in layers]
-    if lost:  # not only wrapped, or taken out, as of a stage of a pipeline
-        there = {uncompiled(path): module for path, module in model.named_modules()}
-        lost = [n for n in lost if n in there and shared.layers[n] not in there.values()]
-    if lost:
-        raise ValueError(
-            f"{lost[0] or 'the layer'} has lost adapter {name!r}: something replaced it (model.dequantize() does that, "
-            "and resize_token_embeddings to lm_head), expected to save before"
-        )
-    for path, layer in layers.items():
-        found |= owned(layer.adapters[name], f"{path}." if path else "")
+    found = owned(shared_of(model, name), "")
+    for path, layer in adapted_layers(model).items():
+        if name in layer.adapters:
+            found |= owned(layer.adapters[name], f"{path}." if path else "")
     for path, module in saved_modules(model).items():
         if name in module.copies:
             found |= owned(module.copies[name], f"saved.{path}.")
@@ -291,8 +280,31 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Param
     `modules_to_save` as their modules were.
 
     The numel() sum to the count that `tinylora params` prints, but for `modules_to_save`. ValueError if there is no
-    adapter of that name.
+    adapter of that name, or if something has put a layer without it in an adapted one's place.
     """
+    refuse_lost(model, name)
+    return _trains(model, name)
+
+
+def refuse_lost(model: nn.Module, name: str) -> None:
+    """ValueError if a linear layer stands where an adapted one did: not if that was wrapped, or taken out, as of a
+    stage of a pipeline.
+    """
+    shared = shared_of(model, name)
+    kept = {n for n, layer in adapted_layers(model).items() if name in layer.adapters}
+    lost = [site.name for site in shared.sites if site.name not in kept]
+    if lost:
+        there = {uncompiled(path): module for path, module in model.named_modules()}
+        modules = set(there.values())
+        lost = [n for n in lost if isinstance(there.get(n), nn.Linear) and shared.layers[n] not in modules]
+    if lost:
+        raise ValueError(
+            f"{lost[0] or 'the layer'} has lost adapter {name!r}: something replaced it (model.dequantize() does that, "
+            "and resize_token_embeddings to lm_head), expected to save before"
+        )
+
+
+def _trains(model: nn.Module, name: str) -> list[nn.Parameter]:
     return [t for t in named_numbers(model, name).values() if isinstance(t, nn.Parameter)]
 
 
@@ -307,7 +319,7 @@ def activate(model: nn.Module, name: str | None) -> None:
     refuse_merged(model)
     refuse_within(model)
     for other in adapter_names(model):
-        for p in adapter_parameters(model, other):
+        for p in _trains(model, other):
             p.requires_grad_(other == name)
     for layer in adapted_layers(model).values():
         layer.active = name if name in layer.adapters else None
@@ -315,7 +327,8 @@ def activate(model: nn.Module, name: str | None) -> None:
         module.active = name if name in module.copies else None
 
 
-_disabled_by: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+# Of each model within `disabled`: who disabled it, how many of these contexts are open, what was active before.
+_disabled_by: weakref.WeakKeyDictionary[nn.Module, list] = weakref.WeakKeyDictionary()
 
 
 def whereabouts() -> tuple:
@@ -344,19 +357,21 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     refuse_merged(model)
     held = _disabled_by.get(model)
-    if held not in (None, whereabouts()):
+    if held is not None and held[0] != whereabouts():
         raise ValueError("the adapter is disabled by another thread or task, expected one at a time")
-    _disabled_by[model] = whereabouts()
-    switched = [*adapted_layers(model).values(), *saved_modules(model).values()]
-    before = [module.active for module in switched]
-    for module in switched:
-        module.active = None
+    if held is None:
+        switched = [*adapted_layers(model).values(), *saved_modules(model).values()]
+        held = _disabled_by[model] = [whereabouts(), 0, [(module, module.active) for module in switched]]
+        for module in switched:
+            module.active = None
+    held[1] += 1
     try:
         yield model
     finally:
-        for module, active in zip(switched, before, strict=True):
-            module.active = active
-        if held is None:
+        held[1] -= 1
+        if held[1] == 0:  # generators may end in another order than they began
+            for module, active in held[2]:
+                module.active = active
             del _disabled_by[model]
 
 

@@ -134,10 +134,20 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
 
 def _enter(rows: Rows, model: nn.Module, args: tuple, kwargs: dict) -> None:
     rows.batch = _sequences(args, kwargs) or len(rows.ids)
+    tokens, config = kwargs.get("input_ids"), getattr(model, "config", None)
+    image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    if (
+        image is not None
+        and kwargs.get("pixel_values") is not None
+        and isinstance(tokens, Tensor)
+        and tokens.dim() == 2
+    ):
+        counts = (tokens == image).sum(1)
+        rows.images = tokens.shape[1] if counts.min() != counts.max() else None
 
 
 def _leave(rows: Rows, *_) -> None:
-    rows.batch = None
+    rows.batch = rows.images = None
 
 
 def _sequences(args: Sequence, kwargs: Mapping) -> int | None:

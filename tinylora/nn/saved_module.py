@@ -17,13 +17,15 @@ def _plain_names(module, state: dict, prefix: str, metadata: dict) -> None:
 
 def _own_names(module, state: dict, prefix: str, *_) -> None:
     """`_plain_names` undone, before a load into a merged model: what it left out is what the module has."""
-    if module.merged:
-        own = f"{prefix}original." if module.active is None else f"{prefix}copies.{module.active}."
-        for n in [n for n in module.running.state_dict() if prefix + n in state]:
-            state[own + n] = state.pop(prefix + n)
+    names = [n for n in module.running.state_dict() if prefix + n in state] if module.merged else []
+    if names:
+        own = "original" if module.active is None else f"copies.{module.active}"
+        for n in names:
+            state[f"{prefix}{own}.{n}"] = state.pop(prefix + n)
         for part in ("original", *(f"copies.{name}" for name in module.copies)):
-            for n, t in module.get_submodule(part).state_dict(prefix=f"{prefix}{part}.").items():
-                state.setdefault(n, t)
+            if part != own:
+                for n, t in module.get_submodule(part).state_dict(prefix=f"{prefix}{part}.", keep_vars=True).items():
+                    state.setdefault(n, t)
 
 
 def whole_module(module: nn.Module) -> nn.Module:

@@ -117,7 +117,7 @@ class Siblings:
             return
         if self.copied and not torch.compiler.is_compiling():
             self._join()
-            # What torch.func puts in the parameters' place for one call is its caller's, and stays where it is.
+            # What torch.func puts in the parameters' place for a call is its caller's, and stays where it is.
             if not by_torch_alone() and all(type(layer.weight) is nn.Parameter for layer in self.layers):
                 self.copied = False
                 self.share()

@@ -188,13 +188,16 @@ def core_gradient(t: Tensor, z: Tensor, core: Tensor, adapter_ids: Tensor | None
     return total[:A]
 
 
-def mix(core: Tensor | None, basis: Tensor | None) -> Tensor | None:
-    """C = Σᵢ vᵢ Pᵢ where a basis P [u, r, r] comes with core = v ([u], or [A, u]); else core as it is.
+def mix(core: Tensor | None, basis: Tensor | None, beside: Tensor | None = None) -> Tensor | None:
+    """C = Σᵢ vᵢ Pᵢ where a basis P [u, r, r] comes with core = v ([u], or [A, u]); else core as it is. In fp64 where
+    `beside`, x or dY, is.
 
     With P [G, u, r, r] and v of G u numbers C has G such blocks on its diagonal: [G r, G r].
     """
     if basis is None:
         return core
+    if beside is not None and beside.dtype is torch.float64:
+        core, basis = core.double(), basis.double()
     if basis.dim() == 4:
         (G, u, r, _), dtype, A = basis.shape, rank_dtype(core, basis), core.shape[:-1].numel()
         v, P = core.to(dtype).reshape(A, G, u).transpose(0, 1), basis.to(dtype).reshape(G, u, r * r)
@@ -268,7 +271,7 @@ def add_low_rank(
 ) -> Tensor:
     """Y += ((X Dᵀ) Cᵀ) Uᵀ in place, for y [M, N] and x [M, K]. Returns z [M, r]."""
     gaps = adapter_ids is not None and (not adapter_ids.is_cpu or check_ids(adapter_ids, core.shape[0]))
-    core = mix(core, basis)
+    core = mix(core, basis, x)
     z = thin(x, down)
     add_product(y, apply_core(z, core, adapter_ids, gaps=gaps), up.t())
     return z
@@ -294,7 +297,7 @@ def backward(
     """
     need_x, need_weight, need_down, need_core, need_up, need_bias = need
     shape, core_dtype, one = dy.shape, None if core is None else core.dtype, adapter_ids is None
-    core = mix(core, basis)
+    core = mix(core, basis, dy)
     dx = dweight = ddown = dcore = dup = dbias = t = None
     dy = in_rows(dy)
     if need_x or need_down or (need_core and not one):
@@ -341,7 +344,7 @@ def forward_of_parts(
     """([Y_1 | .. | Y_G], z) of layers that share x, one product each, every Y_i finished while it is in the cache."""
     gaps = adapter_ids is not None and check_ids(adapter_ids, core.shape[0])
     z = thin(x, down)
-    s = apply_core(z, mix(core, basis), adapter_ids, gaps=gaps)
+    s = apply_core(z, mix(core, basis, x), adapter_ids, gaps=gaps)
     y = x.new_empty(x.shape[0], up.shape[0])
     sizes = [w.shape[0] for w in weights]
     for i, (weight, own, u) in enumerate(zip(weights, y.split(sizes, 1), up.split(sizes), strict=True)):
@@ -373,7 +376,7 @@ def backward_of_parts(
     t = thin(dys[0], ups[0].t())
     for dy, u in zip(dys[1:], ups[1:], strict=True):
         t += thin(dy, u.t())
-    mixed, dx, dcore = mix(core, basis), None, None
+    mixed, dx, dcore = mix(core, basis, dys[0]), None, None
     if need_x:
         dx = torch.mm(dys[0], weights[0])
         for dy, weight in zip(dys[1:], weights[1:], strict=True):

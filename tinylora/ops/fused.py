@@ -206,7 +206,7 @@ def _way(
     copies = isinstance(x, Tensor) and xs[0].data_ptr() != x.data_ptr()
     if pin:
         # A view of x that bulk copies refuse must not take another path than its rows do elsewhere.
-        copies = xs[0].stride() != (K, 1) or xs[0].data_ptr() % 16
+        copies = copies or xs[0].stride() != (K, 1) or xs[0].data_ptr() % 16
         if copies:
             xs = [xs[0].new_empty(M, K)]
     rows = xs[0] if len(xs) == 1 else xs

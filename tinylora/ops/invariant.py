@@ -93,7 +93,7 @@ def product(
     M, (K, N), r = x.shape[0], w.shape, down.shape[1]
     dtype = eager.rank_dtype(x, down)
     inner, outer, width = K, N, up_to(r)
-    if not lies_aligned(w):
+    if not (lies_aligned(w) and lies_aligned(down)):
         inner, outer = up_to(K), up_to(N)
         bias = None if bias is None else F.pad(bias, (0, outer - N))
     w, down = padded(w, inner, outer), padded(down.to(dtype), inner, width)
@@ -103,6 +103,8 @@ def product(
         count = min(ROWS, M - start)
         rows = slice(start, start + count)
         block, ids = padded(x[rows], ROWS, inner).contiguous(), None
+        if block.data_ptr() % eager.ALIGNED:  # as a row by itself would lie
+            block = block.clone()
         if adapter_ids is not None:
             ids = F.pad(adapter_ids[rows], (0, ROWS - count), value=-1)
         own_z = torch.mm(block.to(dtype), down)
