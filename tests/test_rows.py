@@ -188,6 +188,7 @@ def test_a_batch_that_generate_doubles_for_guidance_is_refused():
     settings = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "use_cache": False}
     with tinylora.adapter_ids(model, [0, 1]):
         model.generate(tokens(), num_beams=3, **settings)
+        model.generate(tokens().repeat_interleave(2, 0), **settings)  # by the caller, as Whisper does
         copied = copy.deepcopy(model)
         model.prepare_inputs_for_generation = doubled
         with pytest.raises(ValueError, match="the model has put a second batch after the one of adapter_ids"):
@@ -217,6 +218,10 @@ def test_images_that_are_not_one_to_a_sequence_are_refused():
         model(input_ids=one, pixel_values=torch.randn(2, 3, 16, 16))
         with pytest.raises(ValueError, match="sequences differ in how many images they have"):
             model(input_ids=two, pixel_values=torch.randn(2, 3, 16, 16))
+        with pytest.raises(ValueError, match="sequences differ in how many images they have"):
+            model.generate(two, pixel_values=torch.randn(2, 3, 16, 16), max_new_tokens=1)
+        one[:, 5:9] = 99  # two in each
+        model.generate(input_ids=one, pixel_values=torch.randn(4, 3, 16, 16), max_new_tokens=1, pad_token_id=0)
 
 
 def test_contexts_of_other_tasks_and_threads_are_refused():

@@ -126,7 +126,7 @@ class Rows:
                 f"x has shape {tuple(x.shape)}, expected a first dimension of {expected}: adapter_ids came for {B} "
                 "sequences, and rows that are packed, flattened or in another order do not say whose they are"
             )
-        if several and self.each is not None and first != B * self.each:
+        if several and None not in (self.each, self.batch) and first != B * self.each:
             raise ValueError(
                 f"x has a first dimension of {first}, expected {B * self.each}: the model has put a second batch after "
                 "the one of adapter_ids (guidance without a classifier), and whose those rows are is not known"

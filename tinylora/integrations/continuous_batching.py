@@ -90,18 +90,23 @@ class _Requests:
 
     def _generate(self, *args, **kwargs):
         method, before = self.before["generate"] or type(self.model).generate.__get__(self.model), self.rows.each
-        if self._within():
-            self.rows.each = 1
+        self.rows.each = None
+        if self._within():  # some models' own towers run before their forward
+            tokens = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            rows.look_at_images(self.rows, self.model, tokens, kwargs)
         try:
             return method(*args, **kwargs)
         finally:
-            self.rows.each = before
+            self.rows.each, self.rows.images = before, None
 
     def _expand(self, *args, **kwargs):
-        if self.rows.each is not None:
-            self.rows.each *= kwargs.get("expand_size", 1)
-        method = inspect.getattr_static(type(self.model), "_expand_inputs_for_generation")
-        return method.__get__(self.model, type(self.model))(*args, **kwargs)
+        name = "_expand_inputs_for_generation"
+        own = self.before[name] or inspect.getattr_static(type(self.model), name).__get__(self.model, type(self.model))
+        found = own(*args, **kwargs)
+        count = len(self.rows.ids)
+        if self._within() and found[0] is not None and found[0].shape[0] % count == 0:
+            self.rows.each = found[0].shape[0] // count  # with what the caller, or Whisper, has repeated before
+        return found
 
     def _generate_batch(self, *args, **kwargs):
         original = type(self.model).generate_batch

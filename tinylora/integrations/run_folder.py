@@ -39,21 +39,25 @@ def locked(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # where an error came before the first file
-            for path in made:
-                path.rmdir()
-        with contextlib.suppress(OSError):
-            fcntl.flock(folder, fcntl.LOCK_UN)
-        _held.discard(folder)
-        os.close(folder)
+        if folder in _held:  # not so in a child
+            with contextlib.suppress(OSError):  # where an error came before the first file
+                for path in made:
+                    path.rmdir()
+            with contextlib.suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_UN)
+            _held.discard(folder)
+            os.close(folder)
 
 
 def _lock(out: Path) -> tuple[list[Path], int]:
     """The folders that had to be made, the innermost first, and a descriptor that holds the lock."""
     while True:
         made = [path for path in (out, *out.parents) if not path.exists()]
-        out.mkdir(parents=True, exist_ok=True)
-        folder = os.open(out, os.O_RDONLY)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            folder = os.open(out, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # the run before has just removed it, or what it lay in
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -63,7 +67,7 @@ def _lock(out: Path) -> tuple[list[Path], int]:
             pass  # a file system without locks
         if os.fstat(folder).st_nlink:
             return made, folder
-        os.close(folder)  # the run before has just removed it
+        os.close(folder)
 
 
 _held: set[int] = set()

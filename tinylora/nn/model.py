@@ -287,8 +287,8 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Param
 
 
 def refuse_lost(model: nn.Module, name: str) -> None:
-    """ValueError if a linear layer stands where an adapted one did: not if that was wrapped, or taken out, as of a
-    stage of a pipeline.
+    """ValueError if another layer stands where an adapted one did: not if that was wrapped, or taken out, as of a stage
+    of a pipeline.
     """
     shared = shared_of(model, name)
     kept = {n for n, layer in adapted_layers(model).items() if name in layer.adapters}
@@ -296,7 +296,8 @@ def refuse_lost(model: nn.Module, name: str) -> None:
     if lost:
         there = {uncompiled(path): module for path, module in model.named_modules()}
         modules = set(there.values())
-        lost = [n for n in lost if isinstance(there.get(n), nn.Linear) and shared.layers[n] not in modules]
+        lost = [n for n in lost if n in there and any(True for _ in there[n].parameters())]
+        lost = [n for n in lost if shared.layers[n] not in modules]
     if lost:
         raise ValueError(
             f"{lost[0] or 'the layer'} has lost adapter {name!r}: something replaced it (model.dequantize() does that, "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinylora.adapters import STACKED, Rows, Shared
 from tinylora.nn.checkpoint import FILE, read, refuse_other_factors
-from tinylora.nn.model import adapted_layers, named_numbers, refuse_merged, shared_of, whereabouts
+from tinylora.nn.model import adapted_layers, named_numbers, refuse_lost, refuse_merged, shared_of, whereabouts
 
 
 def stack(
@@ -31,6 +31,7 @@ def stack(
     adapters = list(adapters)
     shared = shared_of(model, name)
     refuse_whole_modules(shared, name)
+    refuse_lost(model, name)
     trains = {n: t for n, t in named_numbers(model, name).items() if isinstance(t, nn.Parameter)}
     if not adapters:
         raise ValueError("adapters is empty, expected at least one")
@@ -134,14 +135,15 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
 
 def _enter(rows: Rows, model: nn.Module, args: tuple, kwargs: dict) -> None:
     rows.batch = _sequences(args, kwargs) or len(rows.ids)
-    tokens, config = kwargs.get("input_ids"), getattr(model, "config", None)
+    look_at_images(rows, model, kwargs.get("input_ids", args[0] if args else None), kwargs)
+
+
+def look_at_images(rows: Rows, model: nn.Module, tokens, kwargs: Mapping) -> None:
+    """Note whether sequences differ in how many images they have."""
+    config = getattr(model, "config", None)
     image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    if (
-        image is not None
-        and kwargs.get("pixel_values") is not None
-        and isinstance(tokens, Tensor)
-        and tokens.dim() == 2
-    ):
+    given = kwargs.get("pixel_values") is not None and isinstance(tokens, Tensor) and tokens.dim() == 2
+    if image is not None and given:
         counts = (tokens == image).sum(1)
         rows.images = tokens.shape[1] if counts.min() != counts.max() else None
 
