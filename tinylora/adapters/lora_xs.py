@@ -103,8 +103,9 @@ class TinyLora(Adapter):
     @property
     def v(self) -> Tensor:
         """This layer's v, [u]: the parameter itself, which the root owns, looked up at every use."""
-        own = self.shared._parameters.get(f"v_{self.group}")
-        return own if own is not None else getattr(self.shared, f"v_{self.group}")  # a parametrization's
+        own, name = self.shared._parameters, f"v_{self.group}"
+        # By [], which ZeRO-3 puts the numbers together in; a parametrization's is an attribute alone.
+        return own[name] if name in own else getattr(self.shared, name)
 
     def factors(self) -> Factors:
         frozen = self._buffers  # past nn.Module's __getattr__: this runs in every layer of every forward
