@@ -6,7 +6,6 @@ ones with letters before the answer, that mean nothing. Three seeds; settings co
 validation pairs alone; figures are of the test pairs. docs/demo.md says what this shows, and what it does not.
 """
 
-import csv
 import datetime
 import hashlib
 import logging
@@ -19,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,78 +28,43 @@ from tqdm import tqdm
 
 import tinylora
 from bench import addition
-from bench.rows import NO_PLOT, commit, device_name, locked, version
+from bench.demo_rows import (
+    NOISE,
+    SEEDS,
+    SWEEP_RATES,
+    SWEEP_SEEDS,
+    SWEEP_STEPS,
+    SWEEP_TIE,
+    SWEEP_U,
+    Row,
+    Run,
+    key,
+    key_of,
+    read,
+    run_of,
+    tiny,
+    unfinished,
+    write,
+)
+from bench.demo_tables import (
+    evolution_table,
+    grouped,
+    percent,
+    plot,
+    plot_evolution,
+    plot_sweep,
+    sweep_table,
+    table,
+    validation,
+)
+from bench.rows import commit, device_name, locked, version
 from tinylora.evolution import Evolution
 
-NOISE = 6  # letters before the answer in a noisy demonstration
 BATCH, GROUP = 256, 16  # texts in a step of GRPO and SFT; completions of one prompt in GRPO
 PROMPTS = 16  # of a generation of ES
 NEW = 8  # tokens a rollout may have; an answer has four
-SEEDS = (0, 1, 2)
 WORKERS = 2
-ALL = 1000  # n_tie: more than there are modules, so one v for all
 PRETRAINING = 1000  # steps of the base
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: what, on what, how. The first columns of the results."""
-
-    method: str  # base | zero adapter | GRPO | SFT | ES
-    data: str = ""  # SFT: clean | noisy
-    adapter: str = ""  # TinyLoRA | LoRA | full
-    r: int | None = None
-    u: int | None = None
-    n_tie: int | None = None
-    population: int | None = None  # ES: perturbed adapters in a generation
-    lr: float | None = None
-    steps: int = 0
-    seed: int | None = None
-
-    @property
-    def name(self) -> str:
-        what = self.method + (f", {self.data} demonstrations" if self.data else "")
-        what += f" of {self.population}" if self.population else ""
-        tying = "tied" if self.n_tie == ALL else f"n_tie={self.n_tie}"
-        how = {"TinyLoRA": f"TinyLoRA u={self.u} {tying}", "LoRA": f"LoRA r={self.r}", "full": "full fine-tuning"}
-        return f"{what}: {how[self.adapter]}" if self.adapter else what
-
-
-@dataclass(frozen=True)
-class Row:
-    """A run and what came of it. Accuracies of exact answers; empty where not measured."""
-
-    run: Run
-    trained: int
-    step: int  # of the run, when measured: less than run.steps on the way
-    completions: int  # texts generated for it by then
-    validation_greedy: float | None
-    validation_sampled: float | None
-    test_greedy: float | None
-    test_sampled: float | None
-    cpu_s: float  # of training, evaluation left out
-    wall_s: float
-    base: str  # digest of the base's weights
-    device: str
-    torch: str
-    transformers: str
-    trl: str
-    commit: str
-    date: str
-
-    def cells(self) -> dict[str, object]:
-        values = asdict(self)
-        values = values.pop("run") | values
-        return {k: "" if v is None else f"{v:.5g}" if isinstance(v, float) else v for k, v in values.items()}
-
-
-RUN_COLUMNS = [f.name for f in fields(Run)]
-COLUMNS = RUN_COLUMNS + [f.name for f in fields(Row) if f.name != "run"]
-
-
-def tiny(**settings) -> dict:
-    return {"adapter": "TinyLoRA", "r": 2, "u": 13, "n_tie": ALL} | settings
-
 
 LORA, FULL = {"adapter": "LoRA", "r": 8}, {"adapter": "full"}
 
@@ -127,8 +91,8 @@ RATES = {
     ("ES", "TinyLoRA"): (0.01, 0.02, 0.05, 0.1, 0.2),
 }
 POPULATIONS = {64: 60, 16: 240}  # of ES, and generations: as many texts in all
-SWEEP_U, SWEEP_TIE, SWEEP_RATES, SWEEP_SEEDS = (1, 4, 13, 52), (1, 4, ALL), (0.005, 0.02), (0,)
-SWEEP_STEPS = 60
+DUEL = ("GRPO", "ES")
+CHOSEN = {"lr": None, "population": None, "steps": 0}
 
 
 # --- one training, in a worker ---------------------------------------------------------------------------------------
@@ -340,43 +304,7 @@ class Workers:
                 yield future.result()
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a file of results, [] if there is none; a line that was cut short is left out."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and row.keys() >= set(COLUMNS)]
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    with fresh.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    fresh.replace(path)
-
-
-def key(row: dict) -> tuple[str, ...]:
-    return tuple(str(row[c]) for c in RUN_COLUMNS)
-
-
-def key_of(run: Run) -> tuple[str, ...]:
-    return tuple("" if v is None else f"{v:.5g}" if isinstance(v, float) else str(v) for v in asdict(run).values())
-
-
-def unfinished(rows: list[dict], runs: Sequence[Run], base: str | None) -> tuple[list[dict], list[Run]]:
-    """The rows that hold for these runs on this base, and the runs that are left; if all hold, none and all."""
-    wanted = {key_of(run) for run in runs}
-    rows = [row for row in rows if row["base"] == base and key(row) in wanted]
-    have = {key(row) for row in rows}
-    if have == wanted:
-        rows, have = [], set()
-    return rows, [run for run in runs if key_of(run) not in have]
+# --- all runs of a part ----------------------------------------------------------------------------------------------
 
 
 def carry_out(
@@ -405,24 +333,11 @@ def carry_out(
             rows += found
             write(path, rows)
             last = found[-1]
-            workers.bar.set_postfix_str(f"{_name(last)} {float(last[f'{parts[-1]}_greedy']):.3f}", refresh=False)
+            workers.bar.set_postfix_str(f"{run_of(last).name} {float(last[f'{parts[-1]}_greedy']):.3f}", refresh=False)
     order = {key_of(run): i for i, run in enumerate(runs)}
     rows = sorted(rows, key=lambda row: (order[key(row)], int(row["step"])))
     write(path, rows)
     return [{k: str(v) for k, v in row.items()} for row in rows]
-
-
-def _run(row: dict) -> Run:
-    """The run of a row."""
-    whole, text = {"r", "u", "n_tie", "population", "steps", "seed"}, {"method", "data", "adapter"}
-    return Run(**{
-        c: row[c] if c in text else None if row[c] in ("", None) else int(row[c]) if c in whole else float(row[c])
-        for c in RUN_COLUMNS
-    })  # fmt: skip
-
-
-def _name(row: dict) -> str:
-    return _run(row).name
 
 
 # --- the parts of the demo -------------------------------------------------------------------------------------------
@@ -445,100 +360,10 @@ def run_choose(folder: Path) -> None:
         tried = [replace(run, population=p, steps=n) for p, n in POPULATIONS.items()] if run.method == "ES" else [run]
         runs += [replace(r, lr=lr, seed=0) for r in tried for lr in RATES[run.method, run.adapter]]
     rows = carry_out(folder, "choose", runs, ("validation",))
-    best = {name: max(group, key=_validation) for name, group in _grouped(rows, **CHOSEN).items()}
-    lines = [[_name(r), f"{float(r['lr']):g}", _percent(r["validation_greedy"]), _percent(r["validation_sampled"]),
-              "best" if r is best[replace(_run(r), **CHOSEN)] else ""] for r in rows]  # fmt: skip
+    best = {name: max(group, key=validation) for name, group in grouped(rows, **CHOSEN).items()}
+    lines = [[run_of(r).name, f"{float(r['lr']):g}", percent(r["validation_greedy"]), percent(r["validation_sampled"]),
+              "best" if r is best[replace(run_of(r), **CHOSEN)] else ""] for r in rows]  # fmt: skip
     print(tabulate(lines, ["", "rate", "greedy", "T = 1", ""], tablefmt="github", disable_numparse=True))
-
-
-CHOSEN = {"lr": None, "population": None, "steps": 0}
-
-
-def _validation(row: dict) -> float:
-    return float(row["validation_greedy"]) + float(row["validation_sampled"])
-
-
-def _grouped(rows: list[dict], **without) -> dict[Run, list[dict]]:
-    """Rows by their run with some of its fields set to `without`."""
-    groups: dict[Run, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(replace(_run(row), **without), []).append(row)
-    return groups
-
-
-def _percent(value) -> str:
-    return f"{100 * float(value):.1f}"
-
-
-def table(rows: list[dict]) -> str:
-    """One line a method, mean and range over the seeds, as markdown; below it what it depends on."""
-    lines = []
-    for run, group in _grouped(rows, seed=None).items():
-        line = [run.name, f"{int(group[0]['trained']):,}", f"{run.lr:g}" if run.lr else "", run.steps]
-        for column in ("test_greedy", "test_sampled"):
-            values = [float(row[column]) for row in group]
-            spread = f" ({_percent(min(values))} to {_percent(max(values))})" if len(values) > 1 else ""
-            line.append(_percent(sum(values) / len(values)) + spread)
-        lines.append([*line, f"{sum(float(row['cpu_s']) for row in group) / len(group):.0f}"])
-    headers = ["", "trained", "rate", "steps", "greedy, %", "T = 1, %", "CPU seconds"]
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True) + "\n\n" + CAPTION
-
-
-CAPTION = f"""\
-Exact answers on {len(addition.split()["test"])} pairs that no training saw; mean (and range) over {len(SEEDS)} seeds,
-on one base model. One accuracy has a standard error of at most 1.6 points; the seed draws the 13 directions, too.
-What the effect depends on: the demonstrations. On clean ones SFT with the same 13 numbers does what GRPO does. Noisy
-ones begin with {NOISE} random letters, which the base never saw, so that SFT's first loss is far higher than on
-anybody's real demonstrations; LoRA and full fine-tuning learn the sum from them all the same. Most of what 13 numbers
-gain is a choice among ways of answering that the base has already. It is the paper's mechanism in a toy, and no
-replication of its result on GSM8K."""
-
-
-def markdown(folder: Path) -> str:
-    """The demo's results as bench/results/README.md shows them, "" if there are none."""
-    rows = read(folder / "demo.csv")
-    if not rows:
-        return ""
-    where = (
-        f"{rows[0]['device']}; torch {rows[0]['torch']}, transformers {rows[0]['transformers']}, TRL {rows[0]['trl']}"
-    )
-    head = f"`make demo` (**{where}**; commit {rows[0]['commit']}, {rows[0]['date'][:10]}):"
-    figure = "![accuracy against trained parameters](demo/demo.png)"
-    return f"{head}\n\n{table(rows)}\n\n{figure}"
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Accuracy against trained parameters, RL and SFT, as Figures 1 and 2 of arXiv 2602.04118."""
-    if not (plt := _pyplot()):
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), sharey=True)
-    groups = _grouped(rows, seed=None)
-    base = next(group[0] for run, group in groups.items() if run.method == "base")
-    for axis, column, title in zip(
-        axes, ("test_greedy", "test_sampled"), ("greedy answers", "sampled at T = 1"), strict=True
-    ):
-        kinds = [("GRPO", ""), ("SFT", "clean"), ("SFT", "noisy"), ("ES", "")]
-        for color, (method, data) in enumerate(kinds):
-            points = {}
-            for run, group in groups.items():
-                if (run.method, run.data) == (method, data):
-                    points[int(group[0]["trained"])] = [float(row[column]) for row in group]
-            label = f"SFT, {data} demonstrations" if data else method
-            beside = {x: x * 1.2 ** (color - 1.5) for x in sorted(points)}  # so that no contestant hides another
-            means = [sum(points[x]) / len(points[x]) for x in beside]
-            axis.plot(beside.values(), means, f"C{color}-", marker="_", ms=12, label=label)
-            for x, values in points.items():
-                axis.plot([beside[x]] * len(values), values, f"C{color}o", ms=4, alpha=0.7)
-        axis.axhline(float(base[column]), color="gray", ls="--", lw=1, label="base, 0 parameters")
-        axis.set(xscale="log", xlabel="trained parameters", title=title, ylim=(-0.03, 1.03))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("exact answers, test pairs")
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="lower center", ncols=len(names), bbox_to_anchor=(0.5, 0.2), frameon=False)
-    figure.text(0.5, 0.01, "A dot is a seed. " + CAPTION, ha="center", va="bottom", fontsize=7.5)
-    figure.tight_layout(rect=(0, 0.26, 1, 1))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def run_evolution(folder: Path) -> None:
@@ -549,52 +374,6 @@ def run_evolution(folder: Path) -> None:
     text = evolution_table(rows)
     (folder / "evolution.md").write_text(text + "\n")
     print(f"\n{text}\n\n{folder / 'evolution'} (.csv, .md, .png)")
-
-
-DUEL = ("GRPO", "ES")
-MARKS = (0.4, 0.5, 0.6, 0.7)  # greedy accuracy, and what it takes to get there
-
-
-def evolution_table(rows: list[dict]) -> str:
-    """What each seed took to a greedy accuracy: CPU seconds and texts; "-" where it did not get there."""
-    lines = []
-    for run, group in _grouped(rows, seed=None).items():
-        of_seed = _grouped(group).values()
-        for mark in MARKS:
-            reached = [next((r for r in curve if float(r["test_greedy"]) >= mark), None) for curve in of_seed]
-            cells = [
-                ", ".join("-" if r is None else f"{float(r[column]):,.{digits}f}" for r in reached)
-                for column, digits in (("cpu_s", 1), ("completions", 0))
-            ]
-            lines.append([run.method, f"{mark:.0%}", *cells])
-        ends = [
-            ", ".join(_percent(curve[-1][column]) for curve in of_seed) for column in ("test_greedy", "test_sampled")
-        ]
-        lines.append([run.method, "at the end", f"greedy {ends[0]} %", f"T = 1 {ends[1]} %"])
-    headers = ["method", "greedy accuracy", f"CPU seconds, seeds {SEEDS}", "texts generated"]
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
-
-
-def plot_evolution(rows: list[dict], path: Path) -> None:
-    if not (plt := _pyplot()):
-        return
-    figure, axes = plt.subplots(2, 2, figsize=(10.5, 7), sharey="row")
-    for i, (column, what) in enumerate((("test_greedy", "greedy"), ("test_sampled", "sampled at T = 1"))):
-        for axis, x, label in zip(
-            axes[i], ("cpu_s", "completions"), ("CPU seconds of training", "texts generated"), strict=True
-        ):
-            for run, curve in _grouped(rows).items():
-                color = f"C{3 * (run.method == 'ES')}"
-                values = [[float(row[c]) for row in curve] for c in (x, column)]
-                axis.plot(*values, color, label=run.method if run.seed == SEEDS[0] else None, alpha=0.8)
-            axis.set(xlabel=label)
-            axis.grid(alpha=0.3)
-        axes[i][0].set_ylabel(f"exact answers, {what}")
-    axes[0][0].legend(loc="lower right")
-    figure.suptitle(f"13 numbers, {len(SEEDS)} seeds: GRPO (with gradients) and evolution strategies (without)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def run_sweep(folder: Path) -> None:
@@ -613,61 +392,6 @@ def run_sweep(folder: Path) -> None:
     print(f"\n{text}\n\n{folder / 'sweep'} (.csv, .md, .png)")
 
 
-def chosen(rows: list[dict]) -> dict[Run, list[dict]]:
-    """By cell (u, n_tie), the rows of the rate that did best on the validation pairs."""
-    cells: dict[Run, list[dict]] = {}
-    for run, group in _grouped([r for r in rows if r["method"] == "GRPO"], seed=None).items():
-        cell = replace(run, lr=None)
-        if cell not in cells or sum(map(_validation, group)) > sum(map(_validation, cells[cell])):
-            cells[cell] = group
-    return cells
-
-
-def sweep_table(rows: list[dict]) -> str:
-    cells = chosen(rows)
-    lines = []
-    for n_tie in SWEEP_TIE:
-        line = ["all" if n_tie == ALL else n_tie]
-        for u in SWEEP_U:
-            group = next(g for run, g in cells.items() if (run.u, run.n_tie) == (u, n_tie))
-            mean, sampled = (sum(float(r[c]) for r in group) / len(group) for c in ("test_greedy", "test_sampled"))
-            line.append(f"{_percent(mean)} / {_percent(sampled)} ({int(group[0]['trained'])})")
-        lines.append(line)
-    base = next(r for r in rows if r["method"] == "base")
-    head = f"Base: {_percent(base['test_greedy'])} / {_percent(base['test_sampled'])}. "
-    head += f"Greedy / T = 1 accuracy in %, seed {', '.join(map(str, SWEEP_SEEDS))} (trained parameters):\n\n"
-    return head + tabulate(lines, ["n_tie", *(f"u={u}" for u in SWEEP_U)], tablefmt="github", disable_numparse=True)
-
-
-def plot_sweep(rows: list[dict], path: Path) -> None:
-    """Accuracy against trained parameters, a line for each n_tie, as Figure 8 of arXiv 2602.04118."""
-    if not (plt := _pyplot()):
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
-    base = next(r for r in rows if r["method"] == "base")
-    cells = chosen(rows)
-    for axis, column, title in zip(
-        axes, ("test_greedy", "test_sampled"), ("greedy answers", "sampled at T = 1"), strict=True
-    ):
-        for color, n_tie in enumerate(SWEEP_TIE):
-            groups = sorted((g for run, g in cells.items() if run.n_tie == n_tie), key=lambda g: int(g[0]["trained"]))
-            xs = [int(g[0]["trained"]) for g in groups]
-            means, bars = _mean_and_range([[float(r[column]) for r in g] for g in groups])
-            label = f"n_tie = {'all' if n_tie == ALL else n_tie}"
-            axis.errorbar(xs, means, bars, fmt=f"C{color}o-", label=label, capsize=3)
-        axis.axhline(float(base[column]), color="gray", ls="--", lw=1, label="base, 0 parameters")
-        axis.set(xscale="log", xlabel="trained parameters (u = " + ", ".join(map(str, SWEEP_U)) + ")", title=title)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("exact answers, test pairs")
-    axes[0].legend()
-    figure.suptitle(
-        f"GRPO, TinyLoRA r = 2, {SWEEP_STEPS} steps, {len(SWEEP_SEEDS)} seed; rates chosen on validation pairs"
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 MINUTES = {  # of the parts beside the demo itself, on two quiet cores
     "choose": "the rates, on the validation pairs: about 4 minutes",
     "sweep": "GRPO over u and n_tie, as the paper's Figure 8: about 3 minutes",
@@ -682,23 +406,3 @@ def run(out: Path, part: str = "demo") -> None:
     with locked(out / "demo" / "base.safetensors"):  # every part reads it, and some make it
         PARTS[part](out / "demo")
     print(f"{time.perf_counter() - started:.0f} s")
-
-
-def _mean_and_range(values: list[list[float]]) -> tuple[list[float], list[list[float]]]:
-    """Means, and the bars of an errorbar down to the least and up to the greatest value."""
-    means = [sum(v) / len(v) for v in values]
-    low = [max(0.0, m - min(v)) for m, v in zip(means, values, strict=True)]
-    high = [max(0.0, max(v) - m) for m, v in zip(means, values, strict=True)]
-    return means, [low, high]
-
-
-def _pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        print(NO_PLOT)
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot

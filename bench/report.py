@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bench import block, demo, peft, roofline
+from bench import block, demo_tables, peft, roofline
 from bench import providers as who
 from bench.layer import CAPTURED, NF4
 from bench.linear import PASSES, R, U
@@ -414,7 +414,7 @@ def write_readme(readme: Path, results: Path) -> None:
         body += "\n\nOn a GPU: not measured."
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
-    whole = [*map(markdown, measured), *filter(None, [demo.markdown(results / "demo")])]
+    whole = [*map(markdown, measured), *filter(None, [demo_tables.markdown(results / "demo")])]
     (results / "README.md").write_text("\n\n".join(["# Results", HOW, *whole]) + "\n")
     readme.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
-from bench import addition, demo
+from bench import addition, demo, demo_rows, demo_tables
 from bench.__main__ import main
 
 WORDS = addition.tokenizer()
@@ -104,75 +104,78 @@ def test_each_kind_of_training_takes_its_steps_and_changes_what_it_should(run, f
 
 
 def test_a_zero_adapter_is_the_base(folder):
-    runs = demo.Run("base"), demo.Run("zero adapter", **demo.tiny())
+    runs = demo_rows.Run("base"), demo_rows.Run("zero adapter", **demo_rows.tiny())
     small = [demo.measure(run, folder, ("validation",))[0] for run in runs]
     columns = ("validation_greedy", "validation_sampled")
     assert [small[0][c] for c in columns] == [small[1][c] for c in columns]
     base, _ = demo.load_base(folder, WORDS)
-    zero = demo.adapt(demo.load_base(folder, WORDS)[0], demo.Run("zero adapter", **demo.tiny(), seed=1))
+    zero = demo.adapt(demo.load_base(folder, WORDS)[0], demo_rows.Run("zero adapter", **demo_rows.tiny(), seed=1))
     ids = WORDS([addition.prompt(p) for p in addition.split()["test"][:50]], return_tensors="pt").input_ids
     assert torch.equal(base(ids).logits, zero(ids).logits)
 
 
 def row(run, greedy, validation=0.5, **more):
-    cells = dict.fromkeys(demo.COLUMNS, "1")
-    cells |= {c: "" if v is None else str(v) for c, v in zip(demo.RUN_COLUMNS, demo.key_of(run), strict=True)}
+    cells = dict.fromkeys(demo_rows.COLUMNS, "1")
+    cells |= {c: "" if v is None else str(v) for c, v in zip(demo_rows.RUN_COLUMNS, demo_rows.key_of(run), strict=True)}
     accuracies = {"test_greedy": greedy, "test_sampled": 0.4}
     accuracies |= {"validation_greedy": validation, "validation_sampled": 0.1}
     return cells | {k: str(v) for k, v in accuracies.items()} | {k: str(v) for k, v in more.items()}
 
 
 def test_table_and_figures(tmp_path):
-    rows = [row(demo.Run("base", steps=5), 0.3)]
-    rows += [row(replace(run, seed=s), 0.5 + 0.1 * s, trained=13) for run in demo.DEMO for s in demo.SEEDS]
-    text = demo.table(rows)
+    rows = [row(demo_rows.Run("base", steps=5), 0.3)]
+    rows += [row(replace(run, seed=s), 0.5 + 0.1 * s, trained=13) for run in demo.DEMO for s in demo_rows.SEEDS]
+    text = demo_tables.table(rows)
     assert "| 60.0 (50.0 to 70.0) |" in text and "replication" in text
     assert text.count("\n| ") == 1 + 1 + len(demo.DEMO) - 1
-    demo.write(tmp_path / "demo.csv", rows)
-    assert text in demo.markdown(tmp_path) and demo.markdown(tmp_path / "none") == ""
-    demo.plot(rows, tmp_path / "demo.png")
-    runs = [demo.Run("GRPO", "", **demo.tiny(), lr=0.1, steps=8), demo.Run("ES", "", **demo.tiny(), lr=0.1, steps=8)]
+    demo_rows.write(tmp_path / "demo.csv", rows)
+    assert text in demo_tables.markdown(tmp_path) and demo_tables.markdown(tmp_path / "none") == ""
+    demo_tables.plot(rows, tmp_path / "demo.png")
+    runs = [
+        demo_rows.Run("GRPO", "", **demo_rows.tiny(), lr=0.1, steps=8),
+        demo_rows.Run("ES", "", **demo_rows.tiny(), lr=0.1, steps=8),
+    ]
     curve = [
         row(replace(run, seed=s), 0.1 * k, step=k, cpu_s=2 * k, completions=100 * k)
         for run in runs
-        for s in demo.SEEDS
+        for s in demo_rows.SEEDS
         for k in range(1, 7 + s)
     ]
-    text = demo.evolution_table(curve)
+    text = demo_tables.evolution_table(curve)
     assert re.search(r"\| GRPO +\| 70% +\| -, 14.0, 14.0 +\| -, 700, 700 +\|", text), text
-    demo.plot_evolution(curve, tmp_path / "evolution.png")
-    cells = [(u, n, lr, s) for u in demo.SWEEP_U for n in demo.SWEEP_TIE for lr in (0.1, 0.2) for s in (0, 1)]
+    demo_tables.plot_evolution(curve, tmp_path / "evolution.png")
+    cells = [(u, n, lr, s) for u in demo_rows.SWEEP_U for n in demo_rows.SWEEP_TIE for lr in (0.1, 0.2) for s in (0, 1)]
     swept = [
-        row(demo.Run("GRPO", "", **demo.tiny(u=u, n_tie=n), lr=lr, seed=s), lr * 4, validation=lr, trained=u)
+        row(demo_rows.Run("GRPO", "", **demo_rows.tiny(u=u, n_tie=n), lr=lr, seed=s), lr * 4, validation=lr, trained=u)
         for u, n, lr, s in cells
     ]
-    text = demo.sweep_table([rows[0], *swept])
+    text = demo_tables.sweep_table([rows[0], *swept])
     assert text.count("80.0 / 40.0") == 12 and "40.0 / 40.0" not in text  # the rate that did best on validation
-    demo.plot_sweep([rows[0], *swept], tmp_path / "sweep.png")
+    demo_tables.plot_sweep([rows[0], *swept], tmp_path / "sweep.png")
     assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 def test_an_interrupted_file_is_completed_and_a_whole_one_made_again():
-    runs = [demo.Run("zero adapter", **demo.tiny(), seed=s) for s in range(3)]
+    runs = [demo_rows.Run("zero adapter", **demo_rows.tiny(), seed=s) for s in range(3)]
     rows = [row(run, 0.9, base="this") for run in runs]
-    assert demo.unfinished(rows[:2], runs, "this") == (rows[:2], runs[2:])
-    assert demo.unfinished([rows[0], row(runs[1], 0.9, base="other")], runs, "this") == (rows[:1], runs[1:])
-    assert demo.unfinished(rows, runs, "this") == ([], runs)
-    assert demo.unfinished(rows, runs, None) == ([], runs)
+    assert demo_rows.unfinished(rows[:2], runs, "this") == (rows[:2], runs[2:])
+    assert demo_rows.unfinished([rows[0], row(runs[1], 0.9, base="other")], runs, "this") == (rows[:1], runs[1:])
+    assert demo_rows.unfinished(rows, runs, "this") == ([], runs)
+    assert demo_rows.unfinished(rows, runs, None) == ([], runs)
     other = replace(runs[0], lr=0.1)
-    assert demo.unfinished(rows, [other, runs[1]], "this") == (rows[1:2], [other])
+    assert demo_rows.unfinished(rows, [other, runs[1]], "this") == (rows[1:2], [other])
 
 
 def test_a_worker_completes_the_file_of_a_killed_run(folder, monkeypatch):
     digest = hashlib.sha256((folder / "base.safetensors").read_bytes()).hexdigest()[:10]
-    runs = [demo.Run("zero adapter", **demo.tiny(), seed=s) for s in range(2)]
-    demo.write(folder / "demo.csv", [row(runs[1], 0.99, base=digest)])
+    runs = [demo_rows.Run("zero adapter", **demo_rows.tiny(), seed=s) for s in range(2)]
+    demo_rows.write(folder / "demo.csv", [row(runs[1], 0.99, base=digest)])
     with (folder / "demo.csv").open("a") as file:
         file.write("zero adapter,,TinyLoRA")  # a line that was being written
     monkeypatch.setattr(demo, "WORKERS", 1)
     rows = demo.carry_out(folder, "demo", runs, ("validation",))
     assert [r["test_greedy"] for r in rows] == ["", "0.99"] and rows[0]["base"] == digest
-    assert rows == demo.read(folder / "demo.csv")
+    assert rows == demo_rows.read(folder / "demo.csv")
 
 
 def test_the_command_has_one_part_at_a_time(capsys):
