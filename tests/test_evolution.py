@@ -109,6 +109,33 @@ def test_the_reward_rises_and_the_seed_decides_everything(temperature):
     assert not torch.equal(numbers, trained(1)[2])
 
 
+def test_decode_steps_on_a_static_cache_are_compiled_once():
+    """Generations, prompts and v differ, and the model has another stack in between: one graph, where the first lay."""
+    from transformers import CompileConfig
+
+    compiling = CompileConfig(fullgraph=True, backend="aot_eager", mode=None, dynamic=False)
+    compiling._compile_all_devices = True
+    found = []
+    for cache in (None, "static"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        es = evolution(TinyLoraConfig(u=3, n_tie=4), temperature=1.0, cache=cache)
+        es.generation |= {"compile_config": compiling} if cache else {}
+        names = [n for n, _ in es.model.tinylora.default.named_parameters()]
+        places = set()
+        for k, prompts in enumerate((PROMPTS[2:], PROMPTS[:2], PROMPTS[1:3])):  # the longest is not the first
+            tinylora.stack(es.model, [dict.fromkeys(names, torch.full((3,), float(k)))] * es.population)
+            es.step(prompts, ANSWERS[:2])
+            stacks = [t for n, t in es.model.named_buffers() if "stacked_" in n]
+            assert len(stacks) == len(names) and all((t == k).all() for t in stacks)
+            places.add(tuple(t.data_ptr() for stack in es.stack for t in stack.values()))
+        assert len(places) == 1 and len(*places) == len(names)
+        found.append(es.numbers())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert found[0].abs().min() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
 def test_training_mode_random_state_and_other_parameters_are_left_alone():
     es = evolution(TinyLoraConfig(u=2, n_tie=100), temperature=1.0)
     es.model.train()
@@ -163,7 +190,7 @@ def flags(gsm8k, out, *more):
 
 
 def test_the_command_trains_logs_and_a_killed_run_goes_on(gsm8k, tmp_path, capsys):
-    assert cli.main(flags(gsm8k, tmp_path / "whole")) == 0
+    assert cli.main(flags(gsm8k, tmp_path / "whole", "--cache", "static")) == 0
     log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
     assert all(entry["completions"] == 32 and entry["reward"] == pytest.approx(entry["strict"]) for entry in log)
@@ -195,6 +222,7 @@ def test_the_command_trains_logs_and_a_killed_run_goes_on(gsm8k, tmp_path, capsy
         (("--steps", -3), "steps is -3, expected an integer of at least 1"),
         (("--steps", 0), "steps is 0, expected an integer of at least 1"),
         (("--save-every", 0), "save_every is 0, expected an integer of at least 1"),
+        (("--cache", "small"), "cache_implementation"),
         (("--reward", "luck"), "reward is 'luck', expected one of strict, lenient"),
         (("--resume",), "run.json does not exist"),
     ],

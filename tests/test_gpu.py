@@ -305,6 +305,31 @@ def test_generate_on_a_static_cache_follows_v():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_generate_on_a_static_cache_follows_the_stack():
+    """As evolution strategies use it: other adapters in every generation, from one CUDA graph."""
+    transformers = pytest.importorskip("transformers")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=512,
+    )  # fmt: skip
+    model = tinylora.apply(transformers.Qwen2ForCausalLM(config), tinylora.TinyLoraConfig(u=2)).cuda().eval()
+    names = [n for n, _ in model.tinylora.default.named_parameters()]
+    ids = torch.randint(0, 512, (1, 8), device="cuda").repeat(4, 1)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    distinct = set()
+    for scale in (0.5, 1.0, -0.5):
+        tinylora.stack(model, [dict.fromkeys(names, torch.full((2,), scale * k)) for k in range(4)])
+        with tinylora.adapter_ids(model, [0, 1, 2, 3]):
+            tokens = model.generate(ids, **settings)
+            assert torch.equal(tokens, model.generate(ids, disable_compile=True, **settings))
+        distinct |= {tuple(row) for row in tokens.tolist()}
+    assert len(distinct) > 5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("core", ["dense", "mixed-rows"])
 def test_compile(core):
     torch._dynamo.reset()

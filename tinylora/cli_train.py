@@ -58,6 +58,7 @@ _OF["es"] = {
     "temperature": (float, "es.temperature", "of the answers; 0 is greedy"),
     "epochs": (float, "es.num_train_epochs", "passes over the data"),
     "max-completion-length": (int, "es.max_completion_length", "tokens"),
+    "cache": (str, "es.cache_implementation", _OF["grpo"]["cache"][2]),
     "reward": _OF["grpo"]["reward"],
 }
 _NOT_OF = {"es": ("batch-size", "micro-batch-size")}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tinylora.adapters import noise
 from tinylora.nn.model import named_numbers, shared_of
-from tinylora.nn.rows import adapter_ids, refuse_whole_modules, stack, stack_of_before
+from tinylora.nn.rows import adapter_ids, own_stack, refuse_whole_modules, stack
 
 Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -78,6 +78,8 @@ class Evolution:
     temperature:    of the rollouts; 0 is greedy, and then the reward of greedy answers is what rises
     seed, number:   generation `number` draws its ε, and its samples, from (seed, number) alone: a run that is
                     continued with the numbers of the adapter and `number` is the run that was not interrupted
+    cache:          transformers' cache_implementation. "static": transformers compiles the decode step, on a GPU into
+                    CUDA graphs, once for all generations of as many rows, and prompts are padded to a multiple of 128
 
     The generate() of a step has n · len(prompts) rows. The adapter's parameters are updated in place after it.
     ValueError: no adapter of that name, one of another kind, modules_to_save (they cannot differ by row), a merged
@@ -97,6 +99,7 @@ class Evolution:
         temperature: float = 0.0,
         seed: int = 0,
         number: int = 0,
+        cache: str | None = None,
         name: str = "default",
     ):
         shared = shared_of(model, name)
@@ -121,6 +124,9 @@ class Evolution:
         self.generation |= {"eos_token_id": sorted(self.ends)} if self.ends else {}
         if temperature > 0:
             self.generation |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if cache is not None:
+            self.generation["cache_implementation"] = cache
+        self.stack: list[dict[str, Tensor]] = []  # kept: a captured graph reads a generation where the first one lay
 
     def step(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> Generation:
         """One generation on these prompts (token ids), the same for every perturbed adapter, and the update.
@@ -149,7 +155,7 @@ class Evolution:
         """What each of `adapters` [n, d] earns on each prompt, [n, m]: one generate() of n · m rows."""
         if len(prompts) != len(answers) or not prompts:
             raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers, expected as many, at least one")
-        with stack_of_before(self.model, self.name):
+        with own_stack(self.model, self.name, self.stack):
             stack(self.model, [self._named(numbers) for numbers in adapters], self.name)
             out, width = self._generated(len(adapters), prompts)
         rows = [until_end(tokens, self.ends) for tokens in out[:, width:].tolist()]
@@ -164,6 +170,8 @@ class Evolution:
     def _generated(self, count: int, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
         """What `count` adapters make of the prompts, [count m, tokens], and how wide the prompts are in it."""
         width, device = max(map(len, prompts)), self._device()
+        if self.generation.get("cache_implementation") == "static":  # of another length it would be compiled anew
+            width += -width % 128
         decoder = getattr(self.model.config, "is_encoder_decoder", False)  # whose output begins with its start alone
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)

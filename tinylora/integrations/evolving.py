@@ -54,7 +54,8 @@ class _SharedOut(Evolution):
 def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) -> Path:
     """Evolve as `settings` say (a recipe's values), in the folder `out`. Returns the adapter's.
 
-    settings["es"] has KEYS: those of `Evolution`, the prompts of a generation, and passes over the data. "steps"
+    settings["es"] has KEYS: those of `Evolution`, the prompts of a generation, and passes over the data; and may have
+    cache_implementation, `Evolution`'s cache. "steps"
     beside them stands for so many generations instead. Rewards, resuming and errors are those of `training.run`;
     ValueError, too, for an adapter whose thin factors train: see `Evolution`.
     """
@@ -70,10 +71,11 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
 
 def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
     es = settings["es"]
-    odd = sorted(es.keys() ^ set(KEYS))
+    odd = sorted(es.keys() - {"cache_implementation"} ^ set(KEYS))  # recipes and runs of before have none
     if odd:
         raise ValueError(f"es.{odd[0]} is {'missing' if odd[0] in KEYS else 'unknown'}, expected {', '.join(KEYS)}")
     training.check_counts("es", settings)
+    training.check_cache("es", settings)
     if settings["reward"] not in gsm8k.SCORERS:
         raise ValueError(f"reward is {settings['reward']!r}, expected one of {', '.join(gsm8k.SCORERS)}")
     if es["population"] % 2:
@@ -109,6 +111,7 @@ def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
     evolution = _SharedOut(
         model, tokenizer, reward, max_new_tokens=es["max_completion_length"], population=es["population"],
         sigma=es["sigma"], lr=es["learning_rate"], temperature=es["temperature"], seed=settings["seed"], number=start,
+        cache=es.get("cache_implementation"),
     )  # fmt: skip
     processes.wait()  # nobody looks for a run, or a checkpoint, in the folder any more
     writes = processes.rank() == 0

@@ -215,6 +215,13 @@ def check_counts(command: str, settings: dict[str, Any]) -> None:
             )
 
 
+def check_cache(command: str, settings: dict[str, Any]) -> str | None:
+    """The name of transformers' cache that generates. ValueError for one that it does not have."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(cache_implementation=settings[command].get("cache_implementation")).cache_implementation
+
+
 def total_steps(command: str, settings: dict[str, Any], problems: int) -> int:
     """Optimiser steps of the whole run, if SFT takes every problem as a sequence."""
     if settings.get("steps"):
@@ -324,7 +331,6 @@ INSTEAD = {
 def arguments(command: str, settings: dict[str, Any], out: str | os.PathLike):
     """TRL's GRPOConfig or SFTConfig for these settings. ValueError for one that it does not have."""
     import trl
-    from transformers import GenerationConfig
 
     config = {"grpo": trl.GRPOConfig, "sft": trl.SFTConfig}[command]
     unknown = sorted(settings[command].keys() - {f.name for f in dataclasses.fields(config)})
@@ -344,9 +350,8 @@ def arguments(command: str, settings: dict[str, Any], out: str | os.PathLike):
         "logging_steps": 1,
         "disable_tqdm": True,  # our own bar says more
     }
-    defaults, cache = {"save_total_limit": 2, "report_to": []}, settings[command].get("cache_implementation")
-    GenerationConfig(cache_implementation=cache)  # ValueError for a name that it does not have
-    if cache == "static":  # a longer prompt is a larger cache, compiled anew
+    defaults = {"save_total_limit": 2, "report_to": []}
+    if check_cache(command, settings) == "static":  # a longer prompt is a larger cache, compiled anew
         defaults["pad_to_multiple_of"] = 128
     if command == "grpo":
         own["reward_weights"] = [float(name == settings["reward"]) for name in gsm8k.SCORERS]

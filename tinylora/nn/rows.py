@@ -20,7 +20,8 @@ def stack(
 
     adapters: each a folder that `tinylora.save` wrote, or a mapping from the names in such a file ("v_0",
     "<layer>.core") to tensors. All share the frozen factors of `name`, so a folder must have its config and base.
-    The stack takes A times the adapter's numbers, in fp32 beside the model; a new one replaces it.
+    The stack takes A times the adapter's numbers, in fp32 beside the model. A new one replaces it: of as many sets in
+    place, so that a captured CUDA graph sees the new numbers.
 
     ValueError: no adapters, a folder of another config or base or with other frozen factors, names or shapes that do
     not fit, an adapter whose thin factors train (LoRA, VeRA, AdaLoRA, Tied-LoRA: one batch cannot hold several of
@@ -52,13 +53,24 @@ def stack(
             odd = sorted(set(found.items()) ^ set(expected.items()))[0]
             raise ValueError(f"adapters[{i}] does not fit {name!r}: {odd[0]} with shape {odd[1]} is on one side only")
         sets.append(adapter)
-    with torch.inference_mode(False):  # what is made in inference mode could not train later
+    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could not train later
+        stacks = []
         for module in (shared, *shared.layers.values()):
             for own, parameter in list(module.named_parameters()):
                 full = next(n for n, t in trains.items() if t is parameter)
                 values = torch.stack([torch.as_tensor(numbers[full]).detach().to(parameter) for numbers in sets])
-                module.register_buffer(STACKED + own, values, persistent=False)
+                stacks.append((module, STACKED + own, values))
+        for module, own, values in stacks:
+            before = module._buffers.get(own)
+            if before is not None and _alike(before, values) and not before.is_inference():
+                before.copy_(values)
+            else:
+                module.register_buffer(own, values, persistent=False)
     return model
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def refuse_whole_modules(shared: Shared, name: str) -> None:
@@ -71,19 +83,27 @@ def refuse_whole_modules(shared: Shared, name: str) -> None:
 
 
 @contextlib.contextmanager
-def stack_of_before(model: nn.Module, name: str) -> Iterator[None]:
-    """Whatever stack the model has, or none, it has again afterwards."""
+def own_stack(model: nn.Module, name: str, own: list[dict[str, Tensor]]) -> Iterator[None]:
+    """Within, the model has the stack that `own` holds ([] for none), and what it has at the end is `own`'s then.
+    Afterwards it has its stack of before again, or none."""
     shared = shared_of(model, name)
     modules = (shared, *shared.layers.values())
-    before = [{n: t for n, t in m._buffers.items() if n.startswith(STACKED)} for m in modules]
+
+    def exchange(stacks: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        taken = []
+        for module, stack in zip(modules, stacks or [{}] * len(modules), strict=True):
+            taken.append({n: t for n, t in module._buffers.items() if n.startswith(STACKED)})
+            for n in taken[-1]:
+                delattr(module, n)
+            for n, t in stack.items():
+                module.register_buffer(n, t, persistent=False)
+        return taken
+
+    before = exchange(own)
     try:
         yield
     finally:
-        for module, kept in zip(modules, before, strict=True):
-            for n in [n for n in module._buffers if n.startswith(STACKED)]:
-                delattr(module, n)
-            for n, t in kept.items():
-                module.register_buffer(n, t, persistent=False)
+        own[:] = exchange(before)
 
 
 @contextlib.contextmanager
