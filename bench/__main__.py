@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--budget", type=amount, default=MAIN_BUDGET, help="seconds for all of it (default %(default)g)")
     what = main.add_subparsers(dest="what", metavar=" | ".join(COMMANDS))
 
-    p = what.add_parser("linear", help=linear.__doc__.split(": ", 1)[1], description=linear.__doc__)
+    p = what.add_parser("linear", help=_first(linear), description=linear.__doc__)
     common(p)
     p.add_argument("--models", nargs="+", choices=shapes.models(), default=list(shapes.models()), metavar="MODEL")
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
@@ -150,13 +150,12 @@ def parser() -> argparse.ArgumentParser:
     p = what.add_parser("roofline", help=_first(roofline), description=roofline.__doc__)
     p.add_argument("--models", nargs="+", choices=shapes.decoders(), default=list(layer.CUDA_MODELS), metavar="MODEL")
     p.add_argument("--M", nargs="+", type=count, default=[1, 16, 128, 512, 2048, 8192])
-    p.add_argument("--r", type=count, default=linear.R, help="rank (default %(default)s)")
 
-    p = what.add_parser("svd", help=svd.__doc__.split(": ", 1)[1], description=svd.__doc__)
+    p = what.add_parser("svd", help=_first(svd), description=svd.__doc__)
     common(p)
     p.add_argument("--model", choices=shapes.models(), default="Qwen2.5-7B", help="whose q_proj (default %(default)s)")
 
-    p = what.add_parser("peft", help=peft.__doc__.split(": ", 1)[1], description=peft.__doc__)
+    p = what.add_parser("peft", help=_first(peft), description=peft.__doc__)
     common(p)
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
     p.add_argument("--kinds", nargs="+", choices=peft.KINDS, default=list(peft.KINDS))
@@ -167,26 +166,24 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", choices=shapes.decoders(), default="Qwen2.5-7B", help="(default %(default)s)")
     p.add_argument("--folder", type=Path, help="a disk with room for the model twice (default: the temporary folder)")
 
-    p = what.add_parser("model", help=model.__doc__.split(": ", 1)[1], description=model.__doc__)
+    p = what.add_parser("model", help=_first(model), description=model.__doc__)
     common(p)
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16", "fp32"])
     p.add_argument("--budget", type=amount, default=12.0, help="seconds of timing (default %(default)g)")
 
-    p = what.add_parser(
-        "analysis", help=analysis.__doc__.split(": ", 1)[1].splitlines()[0], description=analysis.__doc__
-    )
+    p = what.add_parser("analysis", help=_first(analysis), description=analysis.__doc__)
     common(p, device=False)
     p.add_argument("--pretraining", type=count, default=500, help="steps on prose (default %(default)s)")
     p.add_argument("--steps", type=count, default=150, help="steps on code, for every rate (default %(default)s)")
 
-    p = what.add_parser("demo", help=demo.__doc__.split(": ", 1)[1].splitlines()[0], description=demo.__doc__)
+    p = what.add_parser("demo", help=_first(demo), description=demo.__doc__)
     p.add_argument("--out", type=Path, default=rows.OUT, help="its folder demo/ takes the results (default bench/out)")
     part = p.add_mutually_exclusive_group()
     for flag, about in demo.MINUTES.items():
         part.add_argument(f"--{flag}", dest="part", action="store_const", const=flag, help=about)
     p.set_defaults(part="demo")
 
-    p = what.add_parser("rollout", help=rollout.__doc__.split(": ", 1)[1].splitlines()[0], description=rollout.__doc__)
+    p = what.add_parser("rollout", help=_first(rollout), description=rollout.__doc__)
     common(p)
     p.add_argument("--model", choices=shapes.models(), default="Qwen2.5-0.5B", help="(default %(default)s)")
     p.add_argument(
@@ -202,7 +199,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--new", type=count, default=16, help="tokens generated after each prompt (default %(default)s)")
     p.add_argument("--budget", type=amount, default=100.0, help="seconds of timing (default %(default)g)")
 
-    p = what.add_parser("tune", help=tune.__doc__.split(": ", 1)[1].split(".")[0], description=tune.__doc__)
+    p = what.add_parser("tune", help=_first(tune), description=tune.__doc__)
     p.add_argument("--out", type=Path, default=rows.ROOT / "kernels" / "tables", help="(default kernels/tables)")
     p.add_argument("--models", nargs="+", choices=shapes.models(), default=["Qwen2.5-7B"], metavar="MODEL")
     p.add_argument("--dtypes", nargs="+", choices=tuple(linear.DTYPES), default=["bf16"])
@@ -278,7 +275,7 @@ def _main(argv: list[str] | None) -> int:
     if args.what == "tune":
         return _tune(args)
     if args.what == "roofline":
-        print(report.roofline_table(args.models, args.r, args.M))
+        print(report.roofline_table(args.models, args.M))
         return 0
     if args.what == "gpu":
         if not args.dry_run and not torch.cuda.is_available():

@@ -6,14 +6,11 @@ ones with letters before the answer, that mean nothing. Three seeds; settings co
 validation pairs alone; figures are of the test pairs. docs/demo.md says what this shows, and what it does not.
 """
 
-import datetime
 import hashlib
 import logging
 import multiprocessing
-import os
 import random
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +25,7 @@ from tqdm import tqdm
 
 import tinylora
 from bench import addition
+from bench.children import end_with_parent
 from bench.demo_rows import (
     NOISE,
     SEEDS,
@@ -57,7 +55,7 @@ from bench.demo_tables import (
     table,
     validation,
 )
-from bench.rows import commit, device_name, locked, version
+from bench.rows import commit, device_name, locked, now, version
 from tinylora.evolution import Evolution
 
 BATCH, GROUP = 256, 16  # texts in a step of GRPO and SFT; completions of one prompt in GRPO
@@ -191,20 +189,19 @@ def measure(run: Run, folder: Path, parts: Sequence[str], every: int = 0) -> lis
     spent = {"cpu": 0.0, "wall": 0.0}  # by evaluation, to be left out
     start = {"cpu": time.process_time(), "wall": time.perf_counter()}
 
-    def now() -> dict[str, float]:
+    def elapsed() -> dict[str, float]:
         return {"cpu": time.process_time() - start["cpu"], "wall": time.perf_counter() - start["wall"]}
 
     def evaluate(step: int) -> None:
-        before = now()
+        before = elapsed()
         found = {
             f"{part}_{how}": addition.accuracy(model, words, pairs[part], temperature) if part in parts else None
             for part in ("validation", "test")
             for how, temperature in (("greedy", 0.0), ("sampled", 1.0))
         }
-        date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         times = {f"{k}_s": before[k] - spent[k] for k in before}
-        rows.append(Row(**same, **found, **times, step=step, completions=step * per_step, date=date).cells())
-        after = now()
+        rows.append(Row(**same, **found, **times, step=step, completions=step * per_step, date=now()).cells())
+        after = elapsed()
         for k in spent:
             spent[k] += after[k] - before[k]
 
@@ -262,16 +259,10 @@ def _tick() -> None:
 def _start_worker(steps) -> None:
     global _steps
     _steps = steps
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)  # tiny models are fastest so, and there is a worker for every core
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-
-
-def _end_with_parent() -> None:
-    """A killed parent ends nobody: without this its workers would wait for work for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _import() -> None:

@@ -7,7 +7,7 @@ from tabulate import tabulate
 
 from bench import addition
 from bench.demo_rows import ALL, NOISE, SEEDS, SWEEP_SEEDS, SWEEP_STEPS, SWEEP_TIE, SWEEP_U, Run, read, run_of
-from bench.rows import NO_PLOT
+from bench.rows import new_figure
 
 MARKS = (0.4, 0.5, 0.6, 0.7)  # greedy accuracy, and what it takes to get there
 
@@ -67,9 +67,9 @@ def markdown(folder: Path) -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Accuracy against trained parameters, RL and SFT, as Figures 1 and 2 of arXiv 2602.04118."""
-    if not (plt := _pyplot()):
+    if not (figure := new_figure(11, 5.2)):
         return
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), sharey=True)
+    axes = figure.subplots(1, 2, sharey=True)
     groups = grouped(rows, seed=None)
     base = next(group[0] for run, group in groups.items() if run.method == "base")
     for axis, column, title in zip(
@@ -96,7 +96,6 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.text(0.5, 0.01, "A dot is a seed. " + CAPTION, ha="center", va="bottom", fontsize=7.5)
     figure.tight_layout(rect=(0, 0.26, 1, 1))
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def evolution_table(rows: list[dict]) -> str:
@@ -120,9 +119,9 @@ def evolution_table(rows: list[dict]) -> str:
 
 
 def plot_evolution(rows: list[dict], path: Path) -> None:
-    if not (plt := _pyplot()):
+    if not (figure := new_figure(10.5, 7)):
         return
-    figure, axes = plt.subplots(2, 2, figsize=(10.5, 7), sharey="row")
+    axes = figure.subplots(2, 2, sharey="row")
     for i, (column, what) in enumerate((("test_greedy", "greedy"), ("test_sampled", "sampled at T = 1"))):
         for axis, x, label in zip(
             axes[i], ("cpu_s", "completions"), ("CPU seconds of training", "texts generated"), strict=True
@@ -138,7 +137,6 @@ def plot_evolution(rows: list[dict], path: Path) -> None:
     figure.suptitle(f"13 numbers, {len(SEEDS)} seeds: GRPO (with gradients) and evolution strategies (without)")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def chosen(rows: list[dict]) -> dict[Run, list[dict]]:
@@ -169,9 +167,9 @@ def sweep_table(rows: list[dict]) -> str:
 
 def plot_sweep(rows: list[dict], path: Path) -> None:
     """Accuracy against trained parameters, a line for each n_tie, as Figure 8 of arXiv 2602.04118."""
-    if not (plt := _pyplot()):
+    if not (figure := new_figure(10.5, 4.4)):
         return
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
+    axes = figure.subplots(1, 2, sharey=True)
     base = next(r for r in rows if r["method"] == "base")
     cells = chosen(rows)
     for axis, column, title in zip(
@@ -193,7 +191,6 @@ def plot_sweep(rows: list[dict], path: Path) -> None:
     )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _mean_and_range(values: list[list[float]]) -> tuple[list[float], list[list[float]]]:
@@ -202,15 +199,3 @@ def _mean_and_range(values: list[list[float]]) -> tuple[list[float], list[list[f
     low = [max(0.0, m - min(v)) for m, v in zip(means, values, strict=True)]
     high = [max(0.0, max(v) - m) for m, v in zip(means, values, strict=True)]
     return means, [low, high]
-
-
-def _pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        print(NO_PLOT)
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot

@@ -3,8 +3,9 @@
 Every stage is a command of its own in a process of its own: one that fails, hangs or breaks the device's context leaves
 the others alone. <out>/stages.json says what finished, failed or ran out of time, <out>/gpu.log what was printed, and
 the rows are in <out>/<gpu>.csv as they are measured. A second call goes on where the first one ended; `--stage` runs
-the named ones, again if need be; the table follows whatever ran. Nothing is installed: python3 with torch, triton, tqdm
-and tabulate is enough, and what needs PEFT, transformers, pytest or matplotlib says so in its rows or its log.
+the named ones, again if need be; the table follows whatever ran. Nothing is installed: python3 with torch, triton,
+numpy, safetensors, tqdm and tabulate is enough, and what needs PEFT, transformers, pytest or matplotlib says so in its
+rows or its log.
 
 A machine that is lent for minutes: `python3 -m bench gpu --stage linear; tar czf $OUT/gpu.tgz -C bench/out gpu` in each
 call, and bench/out carried to the next.

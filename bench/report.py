@@ -1,6 +1,7 @@
 """What the rows say: tables, the means that the project is held to, a plot, and the two READMEs that show them."""
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from bench import block, demo_tables, peft, roofline
 from bench import providers as who
 from bench.layer import CAPTURED, NF4
 from bench.linear import PASSES, R, U
-from bench.rows import NO_PLOT, Row, read
+from bench.rows import Row, new_figure, read
 
 HOW = """Every figure is a row in a CSV beside this file, with its commit, device and versions. Where tinylora loses,
 the row stays. `python -m bench` measures, `python -m bench table` writes this file."""
@@ -82,8 +83,7 @@ def _mean(ratios: list[float]) -> str:
 
 def noise(rows: list[Row]) -> float:
     """Spread of the median row: its p80 over its p20."""
-    spreads = sorted(row.p80_ms / row.p20_ms for row in rows if row.p20_ms and row.p80_ms)
-    return spreads[len(spreads) // 2] if spreads else 1.0
+    return statistics.median([row.p80_ms / row.p20_ms for row in rows if row.p20_ms and row.p80_ms] or [1.0])
 
 
 def bars(rows: list[Row]) -> list[str]:
@@ -193,9 +193,9 @@ def _ceiling(row: Row) -> str:
     return f"{row.gb_per_s:.4g} GB/s" if row.gb_per_s else f"{row.tflops:.4g} TFLOP/s"
 
 
-def roofline_table(models: Iterable[str], r: int, rows: Iterable[int]) -> str:
+def roofline_table(models: Iterable[str], rows: Iterable[int]) -> str:
     """What the roofline allows an H200 and what the model says every provider adds."""
-    found = [roofline.table(model, r, rows) for model in models]
+    found = [roofline.table(model, rows) for model in models]
     lines = [line for _, lines in found for line in lines]
     text = tabulate(lines, found[0][0], tablefmt="github", disable_numparse=True)
     ceilings = roofline.H200
@@ -421,21 +421,13 @@ def write_readme(readme: Path, results: Path) -> None:
 
 def plot(rows: list[Row], path: Path, op: str = "linear", names: tuple[str, ...] = who.NAMES) -> None:
     """Time over the bare layer against M, a panel per dtype and pass; geometric mean of all shapes at that M."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(NO_PLOT)
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     found = usual(rows, op)
-    dtypes, passes = (sorted({key[i] for key in found}) for i in (2, 4))
     if not found:
         return
-    figure, axes = plt.subplots(
-        len(dtypes), len(passes), figsize=(5 * len(passes), 3.6 * len(dtypes)), squeeze=False, sharey="row"
-    )
+    dtypes, passes = (sorted({key[i] for key in found}) for i in (2, 4))
+    if not (figure := new_figure(5 * len(passes), 3.6 * len(dtypes))):
+        return
+    axes = figure.subplots(len(dtypes), len(passes), squeeze=False, sharey="row")
     for i, dtype in enumerate(dtypes):
         for j, pass_ in enumerate(passes):
             axis = axes[i][j]
@@ -453,4 +445,3 @@ def plot(rows: list[Row], path: Path, op: str = "linear", names: tuple[str, ...]
     figure.suptitle(_where(rows).replace("**", ""))
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -44,7 +44,7 @@ from bench import providers as who
 from bench import shapes, timing
 from bench.check import WrongResult, reason
 from bench.layer import CAPTURED, EAGER
-from bench.rows import NO_PLOT, Results, Row
+from bench.rows import Results, Row, new_figure
 from tinylora.adapters import lora_xs
 from tinylora.adapters.factor_cache import cached_svd
 from tinylora.ops import adapted_linear
@@ -507,12 +507,8 @@ def operations(model: str, device, batch: int, length: int, dtype: torch.dtype) 
 
 
 def _plot(differences: dict[str, Tensor], path: Path, model: str) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(NO_PLOT)
+    if not (figure := new_figure(7, 4)):
         return
-    figure = Figure(figsize=(7, 4))
     axis = figure.subplots()
     for name, d in differences.items():
         values = d.clamp(min=1e-6).sort().values

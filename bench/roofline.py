@@ -106,7 +106,7 @@ EXTRA: dict[str, tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]
 DECODE_ROWS = 128  # up to here ours computes z on the way: no kernel beside the one that streams W
 
 
-def modelled(provider: str, work: Iterable[Group], M: int, r: int, ceilings: Ceilings, pass_: str) -> float:
+def modelled(provider: str, work: Iterable[Group], M: int, ceilings: Ceilings, pass_: str) -> float:
     """Seconds of one way, in bf16: the frozen layer's bound, and its extra kernels one after the other."""
     work = tuple(work)
 
@@ -129,13 +129,13 @@ def modelled(provider: str, work: Iterable[Group], M: int, r: int, ceilings: Cei
     return seconds
 
 
-def table(model: str, r: int, rows: Iterable[int], ceilings: Ceilings = H200) -> tuple[list[str], list[list]]:
+def table(model: str, rows: Iterable[int], ceilings: Ceilings = H200) -> tuple[list[str], list[list]]:
     """(headers, lines): of one block, the frozen layers' bound in microseconds and what every way adds, in percent."""
     lines, work = [], groups(model)
     for pass_ in PASSES:
         for M in rows:
             base = bound(work, M, 0, "bf16", 2, ceilings, pass_)
-            added = (modelled(name, work, M, r, ceilings, pass_) / base - 1 for name in EXTRA if name != who.BARE)
+            added = (modelled(name, work, M, ceilings, pass_) / base - 1 for name in EXTRA if name != who.BARE)
             lines.append([model, pass_, M, f"{base * 1e6:.0f}", *(f"+{a:.1%}" for a in added)])
     return ["model", "pass", "M", "frozen, bound us", *(name for name in EXTRA if name != who.BARE)], lines
 

@@ -25,6 +25,21 @@ OUT = Path(__file__).parent / "out"  # not in git
 NO_PLOT = "no plot: matplotlib is not installed (pip install matplotlib)"
 
 
+def now() -> str:
+    """As it stands in every file of results."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def new_figure(width: float, height: float):
+    """matplotlib's, in inches; None, and a line that says so, without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(NO_PLOT)
+        return None
+    return Figure(figsize=(width, height))
+
+
 @dataclass
 class Row:
     """One measurement. A number that was not measured is None, an empty field in the file."""
@@ -183,7 +198,7 @@ class Results:
     def add(self, row: Row) -> Row:
         for name, value in self._same.items():
             setattr(row, name, value)
-        row.date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        row.date = now()
         self.rows.append(row)
         self._writer.writerow(_cells(row))
         self._file.flush()

@@ -9,7 +9,6 @@ sizes: its times mean nothing.
 """
 
 import csv
-import datetime
 import json
 import math
 import multiprocessing
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from bench import rows, shapes, timing
 from bench.check import reason
 from bench.children import end_with_parent
-from bench.rows import version
+from bench.rows import now, version
 
 FORWARD, BACKWARD = DIRECTIONS = ("forward", "backward")
 # By how much an entry must beat the default: what a second run would not measure again is no reason to differ.
@@ -332,11 +331,10 @@ class Rows:
             target.replace(self.path)
 
     def add(self, found: list[Row]) -> None:
-        now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         for row in found:
             for name, value in self.same.items():
                 setattr(row, name, value)
-            row.date = now
+            row.date = now()
         cells = {row.cell for row in found}
         self.measured = [row for row in self.measured if row.cell not in cells] + found
         self._write(found, "a")

@@ -36,7 +36,7 @@ ALL_REGISTERS = 255
 
 
 def pad(n: int, least: int = 16) -> int:
-    """The power of two that holds n, at least 16: a tensor core's shortest side."""
+    """The power of two that holds n, and at least `least`: 16 is a tensor core's shortest side."""
     return max(least, 1 << (n - 1).bit_length())
 
 
@@ -454,9 +454,9 @@ def factor_gradient_tile(
     width = pad(r)
     if capability is None:
         return FactorGradient(16, 32, 32, width)
-    slices = max(1, min(264 // -(-C // 64), -(-M // 256), 32))
-    rows = pad(-(-M // slices), 64)
     chip = card(capability)
+    slices = max(1, min(2 * chip.sms // -(-C // 64), -(-M // 256), 32))
+    rows = pad(-(-M // slices), 64)
     if width > 64 or (width > 32 and not chip.flat):
         return FactorGradient(32, 64, rows, width, 8, registers=None if chip.flat else ALL_REGISTERS)
     if dtype == torch.float32:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from models import qwen2, tokens
+from torch import nn
 
 import tinylora
 from tinylora import analysis
@@ -62,6 +63,24 @@ def test_changes_of_a_head_of_several_layers():
     found = {c.name: c for c in analysis.changes(base, adapted)}
     own, before = adapted.classifier.copies["default"].dense.weight, base.classifier.dense.weight
     assert found["classifier.dense"].distance == pytest.approx(((own - before).norm() / before.norm()).item())
+
+
+def test_names_that_look_like_ours():
+    """A layer is called what it is called, whatever `modules_to_save` calls its parts."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.original_proj, self.copies = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)])
+            self.again = self.original_proj
+
+    assert list(analysis.effective_weights(Model())) == ["original_proj", "copies.0"]
+
+
+def test_the_median_of_an_even_number():
+    moved = [analysis.Change(str(i), 4, 4, 1.0, rank) for i, rank in enumerate((3, 0, 1))]
+    assert analysis.Comparison("", moved, 0, 0, 0, 0).median_rank == 2
+    assert analysis.Comparison("", moved[1:2], 0, 0, 0, 0).median_rank == 0
 
 
 def test_compare_and_plot(tmp_path):

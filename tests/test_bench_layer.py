@@ -166,13 +166,13 @@ def test_the_bound_of_qwen_7b():
 def test_the_model_counts_passes_and_launches():
     """One layer, by hand; the order that the ways have; siblings read x once."""
     work = (roofline.Group(4096, (4096,)),)
-    added = roofline.modelled("addmm", work, 8192, 2, roofline.H200, "forward") - roofline.bound(
+    added = roofline.modelled("addmm", work, 8192, roofline.H200, "forward") - roofline.bound(
         work, 8192, 0, "bf16", 2, roofline.H200, "forward"
     )
     assert added == pytest.approx((2 + 4) * 8192 * 4096 / 4.3e12 + 1.5e-6 + 3 * 1e-6)
     block_ = roofline.groups("Qwen2.5-7B")
     for pass_ in ("forward", "forward+backward"):
-        times = [roofline.modelled(name, block_, 2048, 2, roofline.H200, pass_) for name in roofline.EXTRA]
+        times = [roofline.modelled(name, block_, 2048, roofline.H200, pass_) for name in roofline.EXTRA]
         bare, peft, same, addmm, alone, ours = times
         assert bare < ours < alone < addmm < same < peft
-    assert "nothing here is measured" in report.roofline_table(["Qwen2.5-7B"], 2, [1, 8192])
+    assert "nothing here is measured" in report.roofline_table(["Qwen2.5-7B"], [1, 8192])

@@ -263,7 +263,7 @@ def test_an_encoder_decoder_s_texts_are_whole():
     )
     es = evolution(TinyLoraConfig(), T5ForConditionalGeneration(config).eval())
     es.generation |= {"min_new_tokens": 5, "eos_token_id": None}
-    tinylora.stack(es.model, [es._named(es.numbers())])
+    tinylora.stack(es.model, es._named(es.numbers()[None]))
     out, width = es._generated(1, [[5, 6, 7, 8, 9, 10, 11]])
     assert out[:, width:].shape == (1, 5)
 

@@ -259,6 +259,20 @@ def test_every_combination_of_tied_lora(tied, mask):
         (lambda: AdaLoraConfig(total_steps=10, warmup_steps=5, final_steps=5), "total_steps is 10, expected more than"),
         (lambda: AdaLoraConfig(total_steps=10, beta1=1.0), "beta1 is 1.0, expected between 0 and 1"),
         (lambda: VeraConfig(r=0), "r is 0"),
+        (lambda: VeraConfig(d_initial=math.nan), "d_initial is nan, expected a number"),
+        (lambda: LoraConfig(alpha=math.inf), "alpha is inf, expected a number above 0"),
+        (lambda: LoraConfig(alpha=True), "alpha is True, expected a number above 0"),
+        (lambda: LoraConfig(rslora="no"), "rslora is 'no', expected True or False"),
+        (lambda: LoraConfig(target_modules=5), "target_modules is 5, expected None, a regular expression"),
+        (lambda: AdaLoraConfig(total_steps=10, alpha="8"), "alpha is '8', expected a number above 0"),
+        (lambda: AdaLoraConfig(total_steps=10, beta1="x"), "beta1 is 'x', expected a number above 0"),
+        (
+            lambda: AdaLoraConfig(total_steps=10, orthogonality=-1),
+            "orthogonality is -1, expected a number of 0 or more",
+        ),
+        (lambda: TinyLoraConfig(groups=5), "groups is 5, expected integers from 0 on"),
+        (lambda: TiedLoraConfig(tied=5), "tied is 5, expected any of down, up"),
+        (lambda: TiedLoraConfig(fused=3), "fused is 3, expected groups of names"),
     ],
 )
 def test_errors(make, message):
@@ -430,6 +444,33 @@ def test_adalora_schedule_scores_and_penalty():
     assert int(copied.tinylora["default"].steps) == 15 and int(model.tinylora["default"].steps) == 14
 
 
+def test_adalora_s_importance_is_equation_8():
+    """Of a triplet: its λ's, and the means of its column of P and its row of Q."""
+    torch.manual_seed(0)
+    layer = tinylora.Linear.from_linear(nn.Linear(3, 5), AdaLoraConfig(r=2, target_r=1, total_steps=10))
+    adapter = layer.adapters["default"]
+    smoothed, uncertain = ({n: torch.zeros_like(p) for n, p in adapter.named_parameters()} for _ in range(2))
+    for _ in range(2):
+        for n, p in adapter.named_parameters():
+            p.data, p.grad = torch.randn_like(p), torch.randn_like(p)
+            importance = (p * p.grad).abs().detach()
+            smoothed[n] = 0.8 * smoothed[n] + 0.2 * importance
+            uncertain[n] = 0.6 * uncertain[n] + 0.4 * (importance - smoothed[n]).abs()
+        found = adapter.score(0.8, 0.6)
+    s = {n: smoothed[n] * uncertain[n] for n in smoothed}
+    expected = [s["lam"][i] + s["up"][:, i].sum() / 5 + s["down"][i].sum() / 3 for i in range(2)]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("trained", "zero"), [(tied_lora.PARTS, "up"), (("u", "v"), "v"), (("down", "u"), "u"), (("down",), "down")]
+)
+def test_where_tied_lora_starts(trained, zero):
+    own = tinylora.apply(qwen2(layers=1), TiedLoraConfig(r=2, trained=trained)).tinylora["default"]
+    numbers = dict(own.named_parameters()) | dict(own.named_buffers())
+    assert {n.split("_")[0] for n, t in numbers.items() if not t.any()} == {zero}
+
+
 def test_adalora_under_two_optimizers():
     """Whichever steps first: orthogonality is of the factors' gradients, wherever λ's are stepped."""
     config = AdaLoraConfig(r=4, target_r=1, total_steps=20, warmup_steps=4, final_steps=6)
@@ -459,6 +500,56 @@ def test_adalora_under_an_optimizer_for_each_layer():
     with pytest.raises(ValueError, match="optimizers take turns in stepping AdaLoRA's λ"):
         for optimizer in each * 2:
             optimizer.step()
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As ZeroRedundancyOptimizer and Lookahead: a step of its own, within which another optimizer steps."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner, self.fails = inner, False
+
+    def step(self, closure=None):
+        if self.fails:
+            raise MemoryError
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("how", ["closure", "closure=", "within another's", "after a step that failed"])
+def test_adalora_counts_a_step_once_and_penalises_what_steps(how):
+    def run(how):
+        model, ids = (
+            tinylora.apply(qwen2(), AdaLoraConfig(total_steps=12, r=4, target_r=1, orthogonality=0.5)),
+            tokens(),
+        )
+        optimizer = torch.optim.SGD(tinylora.adapter_parameters(model), lr=0.1)
+        wrapped = Wrapper(optimizer)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            if how == "closure":
+                optimizer.step(closure)
+                continue
+            if how == "closure=":
+                wrapped.step(closure=closure)
+                continue
+            closure()
+            if how == "after a step that failed":
+                kept, wrapped.fails = [p.grad.clone() for p in tinylora.adapter_parameters(model)], True
+                with pytest.raises(MemoryError):
+                    wrapped.step()
+                for p, grad in zip(tinylora.adapter_parameters(model), kept, strict=True):
+                    p.grad = grad
+            (wrapped if how == "within another's" else optimizer).step()
+        assert int(model.tinylora["default"].steps) == 4
+        return torch.cat([p.detach().flatten() for p in tinylora.adapter_parameters(model)])
+
+    assert torch.equal(run(how), run("plain"))
 
 
 @pytest.mark.parametrize("overflow", [False, True])

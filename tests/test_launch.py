@@ -449,6 +449,13 @@ def test_what_cannot_be_bound_goes_the_long_way():
         with patch.object(scratch, "kept_by_stream", lambda device: False):  # a graph is captured
             assert bound.forward(x, False) is None
         assert len(calls) == before and bound.forward(x, False) is not None and len(calls) == before + 1
+        z, dys = torch.zeros(len(x), down.shape[0]), [torch.ones(len(x), len(weight), dtype=x.dtype)]
+        fused.backward_of_parts(dys, z, weight, down, core, up, None, basis, True, True)
+        bound.learn_backward(dys, z)
+        before, M = len(calls), len(x)
+        for other in (shifted(z), torch.zeros(down.shape[0], 2 * M).T[::2]):  # as a hook on saved tensors may
+            assert other.shape == z.shape and bound.backward(dys, other) is None
+        assert len(calls) == before and bound.backward(dys, z) is not None
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import tinylora
 from tinylora import LoraConfig, LoraXSConfig, TinyLoraConfig, VeraConfig
 from tinylora.nn.kept import Kept
-from tinylora.nn.siblings import Siblings, called_together
+from tinylora.nn.siblings import Siblings
 from tinylora.ops import linear
 from tinylora.ops.siblings import adapted_linears, joined
 
@@ -192,32 +192,6 @@ def test_opcheck_and_gradcheck():
 # --- which layers --------------------------------------------------------------------------------------------
 
 
-class Straight(nn.Module):
-    def forward(self, x, y):
-        w = self.l(x)
-        x.add_(1)
-        w = w + self.m(x)
-        torch.neg_(x)
-        w = w + self.n(x)
-        w = nn.functional.relu(x, inplace=True)
-        a = self.a(x) + self.b(x).view(-1) + w
-        if a.sum() > 0:
-            c = self.c(x)
-            d = self.d(x, 1)
-        else:
-            c, d = self.e(x), 0
-        y = self.f(y)
-        return self.g(y), self.h(x), c + d, self.i(y) if d else self.j(y), [self.k(z) for z in y]
-
-
-def test_the_rule_reads_the_parents_forward():
-    """One variable, one branch, not assigned in between; nothing that runs only sometimes."""
-    assert called_together(Straight) == [["c", "d"], ["a", "b", "h"]]
-    assert called_together(nn.Identity) == []  # nothing to find
-    made = type("Made", (nn.Module,), {"forward": eval("lambda self, x: self.a(x) + self.b(x)")})
-    assert called_together(made) == []  # no source to read
-
-
 def test_found_in_real_models():
     from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
@@ -246,6 +220,14 @@ def test_targets_that_leave_a_sibling_out_and_adapters_without_groups(calls):
     )  # q, k, v pass the kernels' largest rank
     assert calls == {"group": 1, "alone": 5}
     assert not groups(adapted(siblings=False))
+
+
+def test_an_output_without_a_graph_may_be_changed_in_place():
+    """v is frozen, and what somebody's hook adds trains: each output is one of its own, as any layer's."""
+    model, bias = adapted(layers=1).requires_grad_(False), nn.Parameter(torch.ones(1))
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, inputs, y: y.add_(bias))
+    model(tokens()).logits.sum().backward()
+    assert bias.grad is not None and bias.grad.abs() > 0
 
 
 # --- the same results ----------------------------------------------------------------------------------------

@@ -234,6 +234,9 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
     refuses("grpo.seed is in the recipe, expected the recipe's seed", seed=7)
     refuses("grpo.reward_weights is in the recipe, expected the recipe's reward", reward_weights=[0.5, 0.5])
     refuses("grpo.bf16 is in the recipe, expected none: it is the run's own", bf16=True)
+    refuses("grpo.save_only_model is True in the recipe, with which no run resumes", save_only_model=True)
+    refuses("grpo.train_sampling_strategy is 'group_by_length'", train_sampling_strategy="group_by_length")
+    refuses("grpo.ignore_data_skip is True", ignore_data_skip=True)
     fails("seed is 4294967296, expected less than 2^32", seed=1 << 32)
     with monkeypatch.context() as launched:
         launched.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -569,6 +572,23 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tiny, tmp_path):
     for name, t in named_numbers(model).items():
         assert torch.equal(t, saved[int(best.name.rpartition("-")[2])][name])
         assert not torch.equal(t, saved[3][name])
+
+
+def test_rloo_has_the_same_reference(tiny, tmp_path, monkeypatch):
+    """Its beta is 0.05 unless told otherwise."""
+    import trl
+
+    def load_again(*args, **kwargs):
+        raise AssertionError("TRL loaded the base model a second time")
+
+    monkeypatch.setattr(trl.trainer.rloo_trainer, "create_model_from_path", load_again)
+    monkeypatch.setattr(trl, "GRPOConfig", trl.RLOOConfig)
+    trainer = plain(tiny, tmp_path, adapter_trainer(trl.RLOOTrainer), bf16=False)
+    assert trainer.beta == trainer.args.beta == 0.05 and not isinstance(trainer.ref_model, torch.nn.Module)
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["kl"]) < 1e-6  # v is still zero
+    with pytest.raises(ValueError, match="args is missing, expected RLOOTrainer's"):
+        adapter_trainer(trl.RLOOTrainer)(model=trainer.model, reward_funcs=[])
 
 
 def test_what_trl_would_do_wrong_is_refused(tiny, tmp_path):

@@ -6,7 +6,8 @@ pair of models with the same module names, whether trained in full, with an adap
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,18 +50,24 @@ def effective_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weight that each linear layer multiplies by, in fp32, by module name: W, or W + U C D with an adapter."""
     found = {}
     with torch.no_grad():
-        for name, module in model.named_modules():
-            if not isinstance(module, nn.Linear) or ".copies." in f".{name}.":
-                continue
-            weight = dense_weight(module).float()
-            if isinstance(module, Linear) and module.active is not None and module.merged is None:
-                weight = weight + module.adapters[module.active].factors().delta()
-            found[name.replace(".original", "")] = weight
-        for name, module in model.named_modules():
-            for inner, own in module.running.named_modules() if isinstance(module, SavedModule) else ():
-                if isinstance(own, nn.Linear):
-                    found[f"{name}.{inner}".rstrip(".")] = own.weight.detach().float()
+        for name, module in _running(model, "", set()):
+            if isinstance(module, nn.Linear):
+                weight = dense_weight(module).float()
+                if isinstance(module, Linear) and module.active is not None and module.merged is None:
+                    weight = weight + module.adapters[module.active].factors().delta()
+                found[name] = weight
     return found
+
+
+def _running(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Each module once, by the name that it has without adapters; of `modules_to_save` the copy that runs."""
+    if isinstance(module, SavedModule):
+        module = module.running
+    if module not in seen:
+        seen.add(module)
+        yield name, module
+        for own, child in module.named_children():
+            yield from _running(child, f"{name}.{own}".lstrip("."), seen)
 
 
 def changes(before: nn.Module, after: nn.Module, energy: float = 0.9) -> list[Change]:
@@ -124,8 +131,7 @@ class Comparison:
     @property
     def median_rank(self) -> float:
         """The median effective rank of the layers that moved."""
-        moved = sorted(c.effective_rank for c in self.changes if c.effective_rank)
-        return moved[len(moved) // 2] if moved else 0
+        return statistics.median([c.effective_rank for c in self.changes if c.effective_rank] or [0])
 
     @property
     def distance(self) -> float:

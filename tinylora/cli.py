@@ -13,15 +13,14 @@ import torch
 from safetensors import SafetensorError
 from tabulate import tabulate
 
-import tinylora
-from tinylora import cli_train
+from tinylora import __version__, cli_train
 from tinylora.adapters import AdaLoraConfig, LoraConfig, LoraXSConfig, TiedLoraConfig, TinyLoraConfig, VeraConfig
 from tinylora.adapters.factor_cache import cache_folder
 from tinylora.adapters.tying import TYINGS
 from tinylora.integrations import folders
 from tinylora.integrations.peft import covered
 from tinylora.integrations.transformers import meta_model
-from tinylora.nn.checkpoint import FILE, read
+from tinylora.nn.checkpoint import FILE, numbers_in, read
 from tinylora.nn.targets import find_targets, several_in_one, sites_of
 from tinylora.ops import dispatch
 from tinylora.ops.four_bit import FEW
@@ -42,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tinylora", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"tinylora {tinylora.__version__}")
+    parser.add_argument("--version", action="version", version=f"tinylora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     info = commands.add_parser("info", help="what runs on this machine and why; or what an adapter file holds")
@@ -165,7 +164,7 @@ def _info(options: argparse.Namespace) -> None:
 
 def _invariant(device: torch.device, path: str) -> str:
     """Whether a row's result can be the same in any company on this device, and how."""
-    if path.startswith(dispatch.KERNELS):
+    if path == dispatch.KERNELS:
         return "yes: one launch shape for every number of rows; an error for operands that no kernel takes"
     if device.type == "cpu":
         return "yes: products of a fixed number of rows"
@@ -174,7 +173,7 @@ def _invariant(device: torch.device, path: str) -> str:
 
 def _adapter_rows(folder: str) -> list[tuple[str, object]]:
     header, tensors = read(f"{folder}/{FILE}")
-    trained = {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
+    trained = numbers_in(tensors)
     return [
         ("adapter", header["config"].pop("kind")),
         *header["config"].items(),
@@ -196,22 +195,18 @@ def _machine_rows() -> list[tuple[str, object]]:
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     bf16 = torch.bfloat16
 
-    def path(device: torch.device, dtype: torch.dtype) -> str:
-        nvidia = device.type == "cuda" and torch.version.cuda is not None
-        capability = dispatch.capability_of(device) if nvidia else None
-        return ": ".join(dispatch.route(
-            device.type, dtype, (dtype, dtype), 2, capability, dispatch.interpreting(), dispatch.triton_version()
-        ))  # fmt: skip
+    def route(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+        return dispatch.route_on(device, dtype, dtype, dtype, None, 2)
 
     return [
-        ("tinylora", tinylora.__version__),
+        ("tinylora", __version__),
         ("python", platform.python_version()),
         *((p, version(p)) for p in ("torch", "triton", "transformers", "peft", "bitsandbytes")),
         ("CPU", f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         ("GPU", ", ".join(torch.cuda.get_device_name(d) for d in gpus) or "none"),
-        *((f"bf16 on {d}", path(d, bf16)) for d in (torch.device("cpu"), *gpus)),
-        *((f"fp64 on {d}", path(d, torch.float64)) for d in gpus),
-        *((f"batch_invariant on {d}", _invariant(d, path(d, bf16))) for d in (torch.device("cpu"), *gpus)),
+        *((f"bf16 on {d}", ": ".join(route(d, bf16))) for d in (torch.device("cpu"), *gpus)),
+        *((f"fp64 on {d}", ": ".join(route(d, torch.float64))) for d in gpus),
+        *((f"batch_invariant on {d}", _invariant(d, route(d, bf16)[0])) for d in (torch.device("cpu"), *gpus)),
         (
             "4-bit bases",
             f"up to {FEW} rows on a GPU by bitsandbytes' product, the correction added; else W is made in x's dtype "

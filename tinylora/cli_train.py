@@ -10,11 +10,11 @@ from tabulate import tabulate
 
 from tinylora import recipes
 from tinylora.adapters import CONFIGS
+from tinylora.adapters.files import write_whole
 from tinylora.integrations import evaluate, evolving, processes, run_folder, training
 from tinylora.integrations.peft_files import load
 from tinylora.integrations.problems import load_problems
 from tinylora.integrations.transformers import load_model
-from tinylora.nn.checkpoint import write_whole
 from tinylora.tasks import gsm8k
 
 # Flags that stand for a value of the recipe, by its name there. The value's own default is the recipe's.

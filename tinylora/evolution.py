@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylora.adapters import noise
-from tinylora.nn.model import named_numbers, shared_of
+from tinylora.nn.model import shared_of, trained_numbers
 from tinylora.nn.rows import adapter_ids, own_stack, refuse_whole_modules, stack
 
 Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
@@ -57,6 +57,24 @@ def own_settings(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.generation_config = before
+
+
+def padded_left(prompts: Sequence[Sequence[int]], pad: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(token ids, attention mask), [m, width]: a prompt ends where its answer begins."""
+    ids = [[pad] * (width - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval(), and afterwards as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def until_end(tokens: list[int], ends: set[int]) -> list[int]:
@@ -156,7 +174,7 @@ class Evolution:
         if len(prompts) != len(answers) or not prompts:
             raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers, expected as many, at least one")
         with own_stack(self.model, self.name, self.stack):
-            stack(self.model, [self._named(numbers) for numbers in adapters], self.name)
+            stack(self.model, self._named(adapters), self.name)
             out, width = self._generated(len(adapters), prompts)
         rows = [until_end(tokens, self.ends) for tokens in out[:, width:].tolist()]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -173,34 +191,32 @@ class Evolution:
         if self.generation.get("cache_implementation") == "static":  # of another length it would be compiled anew
             width += -width % 128
         decoder = getattr(self.model.config, "is_encoder_decoder", False)  # whose output begins with its start alone
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        ids, mask = padded_left(prompts, self.tokenizer.pad_token_id, width, device)
         of_row = torch.arange(count, device=device).repeat_interleave(len(prompts))
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-                torch.manual_seed(self.seed * 1_000_003 + self.number)
-                with adapter_ids(self.model, of_row, self.name), own_settings(self.model):
-                    out = self.model.generate(
-                        input_ids=ids.repeat(count, 1), attention_mask=mask.repeat(count, 1), **self.generation
-                    )
-        finally:
-            self.model.train(training)
+        random = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with evaluating(self.model), random, torch.no_grad():
+            torch.manual_seed(self.seed * 1_000_003 + self.number)
+            with adapter_ids(self.model, of_row, self.name), own_settings(self.model):
+                out = self.model.generate(
+                    input_ids=ids.repeat(count, 1), attention_mask=mask.repeat(count, 1), **self.generation
+                )
         return out, 1 if decoder else width
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return {n: t for n, t in named_numbers(self.model, self.name).items() if isinstance(t, nn.Parameter)}
+        return trained_numbers(self.model, self.name)
 
-    def _named(self, numbers: Tensor) -> dict[str, Tensor]:
-        own = self._parameters()
-        parts = numbers.split([p.numel() for p in own.values()])
-        return {n: part.view(p.shape) for (n, p), part in zip(own.items(), parts, strict=True)}
+    def _named(self, adapters: Tensor) -> list[dict[str, Tensor]]:
+        """Each of `adapters` [n, d] as `stack` takes it."""
+        own = {n: p.shape for n, p in self._parameters().items()}
+        sizes = [shape.numel() for shape in own.values()]
+        return [
+            {n: part.view(shape) for (n, shape), part in zip(own.items(), numbers.split(sizes), strict=True)}
+            for numbers in adapters
+        ]
 
     @torch.no_grad()
     def _write(self, numbers: Tensor) -> None:
-        for (_, value), p in zip(self._named(numbers).items(), self._parameters().values(), strict=True):
+        for value, p in zip(self._named(numbers[None])[0].values(), self._parameters().values(), strict=True):
             p.copy_(value)
 
     def _device(self) -> torch.device:

@@ -7,6 +7,8 @@ adapter's parameters: before the step the gradient of γ (‖PᵀP - I‖² + �
 it the importance scores are updated and the budget is allocated (section 3 and algorithm 1 of the paper).
 """
 
+import sys
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +20,17 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tinylora.adapters import noise
-from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Shared, Site, require, require_whole
+from tinylora.adapters.base import (
+    Adapter,
+    AdapterConfig,
+    Factors,
+    Numbers,
+    Shared,
+    Site,
+    require,
+    require_number,
+    require_whole,
+)
 from tinylora.adapters.sharded import stepped_elsewhere
 
 
@@ -163,10 +175,11 @@ class AdaLoraConfig(AdapterConfig):
         require(self, "target_r", self.target_r <= self.r, f"at most r, {self.r}")
         room = self.warmup_steps + self.final_steps < self.total_steps
         require(self, "total_steps", room, "more than warmup_steps and final_steps together")
-        require(self, "alpha", self.alpha > 0, "a number above 0")
-        require(self, "orthogonality", self.orthogonality >= 0, "0 or more")
+        require_number(self, "alpha", above=0)
+        require_number(self, "orthogonality", least=0)
+        require_number(self, "beta1", "beta2", above=0)
         for name in ("beta1", "beta2"):
-            require(self, name, 0 < getattr(self, name) < 1, "between 0 and 1")
+            require(self, name, getattr(self, name) < 1, "between 0 and 1")
 
     @property
     def scale(self) -> float:
@@ -201,17 +214,64 @@ _hooks: list = []
 def _watch(shared: AdaLoraShared) -> None:
     _watched.add(shared)
     if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(lambda o, *_: _before(o)))
-        _hooks.append(register_optimizer_step_post_hook(lambda o, *_: _after(o)))
+        _hooks.append(register_optimizer_step_pre_hook(_before))
+        _hooks.append(register_optimizer_step_post_hook(_after))
 
 
-def _before(optimizer: torch.optim.Optimizer) -> None:
+class _Steps(threading.local):
+    """The steps that are under way in a thread, the outermost first: an optimizer may step another one within its own
+    (ZeroRedundancyOptimizer, Lookahead), and the two are one step."""
+
+    def __init__(self):
+        self.optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
+
+
+_steps = _Steps()
+
+
+def _before(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    if not _watched:
+        return None
+    under_way = _steps.optimizers
+    while under_way and not _steps_now(under_way[-1]()):
+        under_way.pop()  # an error ended it
+    under_way.append(weakref.ref(optimizer))
+    if len(under_way) > 1:
+        return None
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        _penalise(optimizer)
+        return None
+
+    def penalised():  # it makes the gradients, once or several times
+        loss = closure()
+        _penalise(optimizer)
+        return loss
+
+    if "closure" in kwargs:
+        return args, kwargs | {"closure": penalised}
+    return (args[0], penalised, *args[2:]), kwargs
+
+
+def _steps_now(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Whether a caller of ours is a method of it."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_locals.get("self", frame) is not optimizer:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _penalise(optimizer: torch.optim.Optimizer) -> None:
     scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under torch.amp.GradScaler undoes it in its step
     _each(optimizer, lambda shared, own: shared.before_step(own, 1.0 if scale is None else scale.item()))
 
 
-def _after(optimizer: torch.optim.Optimizer) -> None:
-    _each(optimizer, lambda shared, own: shared.after_step(own))
+def _after(optimizer: torch.optim.Optimizer, *_) -> None:
+    under_way = _steps.optimizers
+    while under_way and under_way.pop()() is not optimizer:
+        pass
+    if not under_way:
+        _each(optimizer, lambda shared, own: shared.after_step(own))
 
 
 def _each(optimizer: torch.optim.Optimizer, call) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tinylora.adapters.sharded import in_pieces
 from tinylora.ops import flops
+from tinylora.ops.eager import mix, rank_dtype
 
 
 class Site(NamedTuple):
@@ -42,7 +43,7 @@ class Factors(NamedTuple):
 
     def delta(self) -> Tensor:
         """U C D, [N, K], in fp32 (fp64 if a factor is): what merging adds to the weight."""
-        dtype = torch.promote_types(torch.float32, self.up.dtype)
+        dtype = rank_dtype(*self)
         return self.up_core(dtype) @ self.down.to(dtype)
 
     def up_core(self, dtype: torch.dtype) -> Tensor:
@@ -50,9 +51,7 @@ class Factors(NamedTuple):
         up = self.up.to(dtype)
         if self.core is None:
             return up
-        core = self.core.to(dtype)
-        if self.basis is not None:
-            core = torch.einsum("u,uij->ij", core, self.basis.to(dtype))
+        core = mix(self.core.to(dtype), None if self.basis is None else self.basis.to(dtype))
         return up * core if core.dim() == 1 else up @ core
 
 
@@ -299,7 +298,8 @@ class AdapterConfig:
         for name in ("target_modules", "modules_to_save"):
             names = getattr(self, name)
             if names is not None and not (isinstance(names, str) and name == "target_modules"):
-                fits = not isinstance(names, str) and len(names) > 0 and all(isinstance(t, str) and t for t in names)
+                fits = isinstance(names, Sequence | Set) and not isinstance(names, str) and len(names) > 0
+                fits = fits and all(isinstance(t, str) and t for t in names)
                 regular = " a regular expression," if name == "target_modules" else ""
                 require(self, name, fits, f"None,{regular} or names in a list")
                 object.__setattr__(self, name, tuple(names))
@@ -340,6 +340,16 @@ def require(config: AdapterConfig, name: str, holds: bool, expected: str) -> Non
     """ValueError unless `holds`: which field of which config, what it is, what was expected."""
     if not holds:
         raise ValueError(f"{type(config).__name__}: {name} is {getattr(config, name)!r}, expected {expected}")
+
+
+def require_number(config: AdapterConfig, *names: str, least: float = -math.inf, above: float = -math.inf) -> None:
+    """ValueError unless these fields are finite numbers of at least `least`, and above `above`."""
+    for name in names:
+        value = getattr(config, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        holds = number and value >= least and value > above
+        bound = f" above {above:g}" if above > -math.inf else f" of {least:g} or more" if least > -math.inf else ""
+        require(config, name, holds, f"a number{bound}")
 
 
 def require_whole(config: AdapterConfig, *names: str, least: int = 1) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tinylora.adapters.files import write_whole
 from tinylora.adapters.svd import truncated_svd
 
 VERSION = 1  # raised when truncated_svd would give other factors for the same weight
@@ -48,14 +48,5 @@ def cached_svd(weight: Tensor, r: int, name: str, weight_digest: str | None = No
                 return U, S, Vh
     U, S, Vh = truncated_svd(weight, r, name)
     with contextlib.suppress(OSError, SafetensorError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside its place and moved there: a reader never meets half a file.
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as scratch:
-            pass
-        try:
-            save_file({"U": U.cpu(), "S": S.cpu(), "Vh": Vh.cpu()}, scratch.name)
-            os.replace(scratch.name, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(scratch.name)
+        write_whole(path, lambda scratch: save_file({"U": U.cpu(), "S": S.cpu(), "Vh": Vh.cpu()}, scratch))
     return U, S, Vh

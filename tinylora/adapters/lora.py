@@ -8,7 +8,16 @@ from functools import partial
 from typing import ClassVar
 
 from tinylora.adapters import noise
-from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Site, require, require_whole
+from tinylora.adapters.base import (
+    Adapter,
+    AdapterConfig,
+    Factors,
+    Numbers,
+    Site,
+    require,
+    require_number,
+    require_whole,
+)
 
 
 class Lora(Adapter):
@@ -39,7 +48,8 @@ class LoraConfig(AdapterConfig):
     def __post_init__(self):
         super().__post_init__()
         require_whole(self, "r")
-        require(self, "alpha", isinstance(self.alpha, int | float) and self.alpha > 0, "a number above 0")
+        require_number(self, "alpha", above=0)
+        require(self, "rslora", isinstance(self.rslora, bool), "True or False")
 
     @property
     def scale(self) -> float:

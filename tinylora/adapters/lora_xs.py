@@ -147,9 +147,10 @@ class TinyLoraConfig(AdapterConfig):
         super().__post_init__()
         require_whole(self, "r", "u", "n_tie")
         if self.groups is not None:
-            object.__setattr__(self, "groups", tuple(self.groups))
-            whole = all(type(g) is int for g in self.groups) and set(self.groups) == set(range(len(set(self.groups))))
+            whole = isinstance(self.groups, Sequence) and all(type(g) is int for g in self.groups)
+            whole = whole and set(self.groups) == set(range(len(set(self.groups))))
             require(self, "groups", whole, "integers from 0 on, without a gap")
+            object.__setattr__(self, "groups", tuple(self.groups))
         require(self, "tying", self.tying in TYINGS, f"one of {', '.join(TYINGS)}")
         require(self, "sigma", self.sigma in SIGMAS, f"one of {', '.join(SIGMAS)}")
 

@@ -7,7 +7,7 @@ q,k,v projection with one A and one u a layer; for models that keep the three ap
 that share them, so that the counts are the paper's: 4 d r numbers for a tied pair on d x d projections.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -64,9 +64,15 @@ class TiedLoraConfig(AdapterConfig):
         require_whole(self, "r")
         for name, allowed, least in (("tied", PARTS[:2], 0), ("trained", PARTS, 1)):
             parts = getattr(self, name)
-            fits = not isinstance(parts, str) and set(parts) <= set(allowed) and len(set(parts)) >= least
+            fits = isinstance(parts, Sequence | Set) and not isinstance(parts, str) and all(p in allowed for p in parts)
+            fits = fits and len(parts) >= least
             require(self, name, fits, f"{'some' if least else 'any'} of {', '.join(allowed)}")
             object.__setattr__(self, name, tuple(p for p in allowed if p in parts))
+        groups = self.fused if isinstance(self.fused, Sequence) and not isinstance(self.fused, str) else (None,)
+        fits = all(
+            isinstance(g, Sequence) and not isinstance(g, str) and all(isinstance(n, str) for n in g) for g in groups
+        )
+        require(self, "fused", fits, "groups of names, each a list")
         object.__setattr__(self, "fused", tuple(map(tuple, self.fused)))
 
     @classmethod

@@ -9,7 +9,7 @@ from functools import partial
 from typing import ClassVar
 
 from tinylora.adapters import noise
-from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Site, require, require_whole
+from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Site, require_number, require_whole
 
 
 class Vera(Adapter):
@@ -35,7 +35,7 @@ class VeraConfig(AdapterConfig):
     def __post_init__(self):
         super().__post_init__()
         require_whole(self, "r")
-        require(self, "d_initial", isinstance(self.d_initial, int | float), "a number")
+        require_number(self, "d_initial")
 
     def shared(self, sites: Sequence[Site]) -> dict[str, Numbers]:
         N, K = max(s.N for s in sites), max(s.K for s in sites)

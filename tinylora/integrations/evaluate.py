@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from tinylora.evolution import ends_of_text, own_settings, until_end
+from tinylora.evolution import ends_of_text, evaluating, own_settings, padded_left, until_end
 from tinylora.integrations import processes
 from tinylora.integrations.transformers import prompt_ids
 from tinylora.tasks import gsm8k
@@ -35,26 +35,22 @@ def complete(
     ends = ends_of_text(model, tokenizer)
     completions = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(ids[i]))
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     silent = None if processes.rank() == 0 else True
-    with tqdm(total=len(prompts), desc="generating", unit="problem", disable=silent) as bar:
+    with evaluating(model), tqdm(total=len(prompts), desc="generating", unit="problem", disable=silent) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             width = max(len(ids[i]) for i in batch)
-            rows = [[tokenizer.pad_token_id] * (width - len(ids[i])) + ids[i] for i in batch]
-            mask = [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch]
+            rows, mask = padded_left([ids[i] for i in batch], tokenizer.pad_token_id, width, device)
             with own_settings(model):
                 out = model.generate(
-                    input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device),
-                    max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None,
-                    pad_token_id=tokenizer.pad_token_id, **({"cache_implementation": cache} if cache else {}),
+                    input_ids=rows, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+                    eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id,
+                    **({"cache_implementation": cache} if cache else {}),
                 )  # fmt: skip
             for i, tokens in zip(batch, out[:, width:].tolist(), strict=True):
                 completions[i] = tokenizer.decode(until_end(tokens, ends), skip_special_tokens=True)
             bar.update(len(batch))
-    model.train(was_training)
     return completions
 
 

@@ -12,7 +12,6 @@ writes the folder.
 """
 
 import dataclasses
-import json
 import math
 import os
 import random
@@ -117,9 +116,8 @@ def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
     writes = processes.rank() == 0
     if not resume:
         run_folder.write_run(out, "es", settings, seen)
-    if writes:  # what a killed run did after its last checkpoint is done again
-        kept = [json.dumps(entry) + "\n" for entry in run_folder.read_log(out / LOG) if entry["step"] <= start]
-        checkpoint.write_whole(out / LOG, lambda path: Path(path).write_text("".join(kept), encoding="utf-8"))
+    if writes:
+        run_folder.cut_log(out / LOG, start)
     an_epoch = len(problems) // es["prompts"]
     steps = settings.get("steps") or math.ceil(es["num_train_epochs"] * an_epoch)
     whence = f", resumed from checkpoint-{start}" if start else ", from the beginning" if resume else ""
@@ -140,7 +138,7 @@ def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
             for name in scores:
                 values = [value for own in everybodys for value in own[name]]
                 entry[name] = sum(values) / len(values)
-            _append(out / LOG, json.dumps(entry) + "\n")
+            run_folder.append(out / LOG, entry)
             shown = {k: f"{entry[k]:.3g}" for k in _SHOWN}
             bar.set_postfix(shown)
             bar.update()
@@ -148,7 +146,7 @@ def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
                 print(f"generation {step}/{steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
             if step % settings["save_every"] == 0:
                 checkpoint.save(model, out / f"checkpoint-{step}")
-                for _, old in _checkpoints(out)[2:]:
+                for _, old in run_folder.checkpoints(out)[2:]:
                     shutil.rmtree(old)
     if writes:
         checkpoint.save(model, out / ADAPTER)
@@ -162,15 +160,9 @@ def _problems_of(number: int, an_epoch: int, problems: Sequence, count: int, see
     return [problems[i] for i in order[place * count : (place + 1) * count]]
 
 
-def _checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """The run's checkpoints, the newest first."""
-    found = [(p.name.removeprefix("checkpoint-"), p) for p in out.glob("checkpoint-*")]
-    return sorted(((int(n), p) for n, p in found if n.isdecimal()), reverse=True)
-
-
 def _last_checkpoint(model, out: Path) -> int:
     """Load the newest checkpoint that is whole; 0 if there is none. One that is not is named on stderr."""
-    for number, path in _checkpoints(out):
+    for number, path in run_folder.checkpoints(out):
         try:
             checkpoint.load(model, path)
         except ValueError as error:
@@ -179,10 +171,3 @@ def _last_checkpoint(model, out: Path) -> int:
         else:
             return number
     return 0
-
-
-def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -166,7 +166,7 @@ def convert(adapter: str | os.PathLike, out: str | os.PathLike, format: str, bas
     """Write an adapter folder, ours or PEFT's, in another format: "tinylora", "peft" or "lora" (`tinylora.save`).
 
     The base's weights are read a layer at a time: a 7B model takes less memory than its largest weight in fp32 and
-    the adapter. ValueError if `out` holds anything, and as `tinylora.load` and `tinylora.save`.
+    the adapter. ValueError if `out` exists, and as `tinylora.load` and `tinylora.save`.
     """
     checkpoint.refuse_existing(out)
     model = load_onto_skeleton(ModelFolder(base), adapter, with_base=format == "tinylora")
@@ -182,7 +182,7 @@ def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.Pat
     adapter and 32 MB of a weight. The folder's other files are copied, and the folders of chat templates and of
     sentence-transformers' modules, but not an adapter or weights in other formats, which would be the base's. Returns
     `out`.
-    ValueError if `out` holds anything, for quantised or tied weights that would change, and as `tinylora.load`.
+    ValueError if `out` exists, for quantised or tied weights that would change, and as `tinylora.load`.
     """
     checkpoint.refuse_existing(out)
     source = ModelFolder(base)

@@ -34,15 +34,16 @@ from tinylora.adapters import (
     Site,
     TinyLoraConfig,
     VeraConfig,
+    files,
 )
 from tinylora.adapters.factor_cache import digest
 from tinylora.adapters.sharded import in_pieces
 from tinylora.nn import checkpoint
 from tinylora.nn.model import (
-    adapted_layers,
     adapter_names,
     attach,
     base_digests,
+    layers_with,
     named_numbers,
     refuse_wrapped,
     saved_modules,
@@ -93,6 +94,8 @@ def save(
         raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
     if format == "tinylora":
         return checkpoint.save(model, folder, name, factors=factors)
+    if factors:
+        raise ValueError(f"factors is True, expected False with format={format!r}, whose files hold what PEFT's hold")
     shared = shared_of(model, name)
     if shared.sites[0].name == "":
         raise ValueError("a single Linear has no name that PEFT could find it by, expected a model")
@@ -102,7 +105,7 @@ def save(
             f"format is {format!r}, but the model is sharded (FSDP2, ZeRO-3): expected the default, which every "
             "process saves, and then `tinylora convert`"
         )
-    layers = {site: layer.adapters[name] for site, layer in adapted_layers(model).items() if name in layer.adapters}
+    layers = {site: layer.adapters[name] for site, layer in layers_with(model, name).items()}
     _refuse_what_peft_takes_for_experts(model, shared.sites, format)
     config, tensors = (_plain_lora if format == "lora" else _as_peft)(shared, layers)
     saved = {n.removeprefix("saved."): t for n, t in numbers.items() if n.startswith("saved.")}
@@ -175,9 +178,9 @@ def _write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
 
     def write(into: Path, suffix: str) -> None:
         path = into / (TENSORS + suffix)
-        checkpoint.write_whole(path, lambda to: save_file(tensors, to, metadata={"format": "pt"}))
+        files.write_whole(path, lambda to: save_file(tensors, to, metadata={"format": "pt"}))
         try:
-            checkpoint.write_whole(into / (CONFIG + suffix), lambda to: Path(to).write_text(text))
+            files.write_whole(into / (CONFIG + suffix), lambda to: Path(to).write_text(text))
         except BaseException:
             path.unlink()
             raise

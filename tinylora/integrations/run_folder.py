@@ -15,9 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import tinylora
+from tinylora import __version__
+from tinylora.adapters import files
 from tinylora.integrations import processes
-from tinylora.nn import checkpoint
 
 try:
     import fcntl
@@ -97,7 +97,7 @@ def write_run(out: Path, command: str, settings: dict[str, Any], data_digest: st
     what = {"command": command, "settings": settings, "data_digest": data_digest, "processes": processes.count()}
     text = json.dumps(what | {"versions": versions()}, indent=1, ensure_ascii=False) + "\n"
     if processes.rank() == 0:
-        checkpoint.write_whole(out / RUN, lambda path: Path(path).write_text(text, encoding="utf-8"))
+        files.write_whole(out / RUN, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
 
 def forget(out: Path) -> None:
@@ -139,6 +139,26 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]  # every whole line ends in a newline
 
 
+def cut_log(path: Path, step: int) -> None:
+    """Leave the lines up to this step: what a killed run did after its last checkpoint is done again."""
+    kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry["step"] <= step]
+    files.write_whole(path, lambda scratch: Path(scratch).write_text("".join(kept), encoding="utf-8"))
+
+
+def append(path: Path, entry: dict[str, Any]) -> None:
+    """One more line of a log, on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """The run's checkpoints and their steps, the newest first."""
+    found = [(p.name.removeprefix("checkpoint-"), p) for p in out.glob("checkpoint-*")]
+    return sorted(((int(n), p) for n, p in found if n.isdecimal() and p.is_dir()), reverse=True)
+
+
 def writable(folder: Path) -> None:
     """ValueError where no such folder can be made, or nothing written to it. It is not made."""
     place = folder.absolute()
@@ -153,7 +173,7 @@ def writable(folder: Path) -> None:
 
 def versions() -> dict[str, str]:
     """What ran: for run.json and the results of an evaluation."""
-    found = {"tinylora": tinylora.__version__}
+    found = {"tinylora": __version__}
     for package in ("torch", "transformers", "trl", "peft", "bitsandbytes"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)

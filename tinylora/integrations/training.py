@@ -31,9 +31,10 @@ from tinylora.integrations import processes
 from tinylora.integrations.run_folder import (
     ADAPTER,
     LOG,
+    append,
+    cut_log,
     forget,
     locked,
-    read_log,
     read_run,
     refuse_used,
     same_processes,
@@ -358,12 +359,21 @@ def arguments(command: str, settings: dict[str, Any], out: str | os.PathLike):
     for name in settings[command].keys() & own.keys():
         what = f"the recipe's {INSTEAD[name]}" if INSTEAD[name] else "none: it is the run's own"
         raise ValueError(f"{command}.{name} is in the recipe, expected {what}")
+    for name, value in NOT_RESUMED.items():
+        if settings[command].get(name) == value:
+            raise ValueError(
+                f"{command}.{name} is {value!r} in the recipe, with which no run resumes: expected without"
+            )
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise ValueError(
             f"accelerate's mixed_precision is {os.environ['ACCELERATE_MIXED_PRECISION']}, expected no (accelerate "
             "launch --mixed_precision no): the base has the dtype that --dtype says, and what trains is fp32"
         )
     return config(**defaults | settings[command] | own)
+
+
+# Of TRL's arguments: an order drawn from random numbers that are gone, or checkpoints of less than there was.
+NOT_RESUMED = {"train_sampling_strategy": "group_by_length", "ignore_data_skip": True, "save_only_model": True}
 
 
 def _reward(name: str):
@@ -408,17 +418,13 @@ def _callbacks(path: Path) -> list:
         """One line of JSON a step, on the disk before the next one starts."""
 
         def on_train_begin(self, args, state, control, **kwargs):
-            if state.is_world_process_zero:  # what a killed run did after its last checkpoint is done again
-                kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry["step"] <= state.global_step]
-                checkpoint.write_whole(path, lambda scratch: Path(scratch).write_text("".join(kept), encoding="utf-8"))
+            if state.is_world_process_zero:
+                cut_log(path, state.global_step)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if state.is_world_process_zero and "loss" in logs:
-                entry = {"step": state.global_step} | {_NAMES.get(k, k): v for k, v in logs.items() if k != "step"}
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+                named = {_NAMES.get(k, k): v for k, v in logs.items() if k != "step"}
+                append(path, {"step": state.global_step} | named)
 
     class Progress(TrainerCallback):
         """A bar where somebody looks, a line a step where nobody does."""

@@ -1,4 +1,4 @@
-"""Models from Hugging Face configs, without their weights."""
+"""Models of Hugging Face's, without their weights or with them, and prompts as their tokenizers have them."""
 
 import os
 from importlib.util import find_spec

@@ -34,10 +34,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tinylora.adapters import files
 from tinylora.integrations import processes
+from tinylora.integrations.run_folder import checkpoints
 from tinylora.nn import checkpoint
 from tinylora.nn.linear import Linear
-from tinylora.nn.model import STORE, adapted_layers, adapter_names, disabled, saved_modules
+from tinylora.nn.model import STORE, adapted_layers, adapter_names, disabled, layers_with, saved_modules
 from tinylora.nn.saved_module import SavedModule
 
 RUNNING = "running.safetensors"
@@ -61,6 +63,8 @@ def adapter_trainer(trainer: type) -> type:
             config = kwargs.get("args") or next((a for a in args if hasattr(a, "output_dir")), None)
             beta = getattr(config, "beta", 0.0) if ours and _has_reference(trainer) else 0.0
             if ours:
+                if config is None and _has_reference(trainer):
+                    raise ValueError(f"args is missing, expected {trainer.__name__}'s: a beta decides on a reference")
                 _refuse(model, config, trainer)
                 if getattr(model, "is_quantized", False) and _takes_ref_model(trainer) and not kwargs.get("ref_model"):
                     raise ValueError(
@@ -171,9 +175,10 @@ def _takes_ref_model(trainer: type) -> bool:
 
 
 def _has_reference(trainer: type) -> bool:
-    from trl import GRPOTrainer
+    """Whether it runs `ref_model` for log-probabilities, and loads the base by name for one."""
+    from trl import GRPOTrainer, RLOOTrainer
 
-    return issubclass(trainer, GRPOTrainer)
+    return issubclass(trainer, GRPOTrainer | RLOOTrainer)
 
 
 def _refuse(model: nn.Module, config, trainer: type) -> None:
@@ -189,7 +194,7 @@ def _refuse(model: nn.Module, config, trainer: type) -> None:
             "and a v that no layer there knows. Unmerged rollouts are generate's, or continuous batching's"
         )
     if getattr(config, "sync_ref_model", False):
-        raise ValueError("sync_ref_model is True, expected False: the reference is this model with its adapter off")
+        raise ValueError("sync_ref_model is True, expected False: with our adapter a reference stays the base")
     sharded = {"fsdp": "FSDP", "deepspeed": "DEEPSPEED"}
     for what, variable in sharded.items():
         if getattr(config, what, None) or os.environ.get(f"ACCELERATE_USE_{variable}", "").lower() in ("true", "1"):
@@ -254,7 +259,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     name = trained_adapter(model)
     running = {n: t.detach().cpu().contiguous() for n, t in _running(model, name).items()}
     if running:
-        checkpoint.write_whole(Path(folder) / RUNNING, lambda path: save_file(running, path))
+        files.write_whole(Path(folder) / RUNNING, lambda path: save_file(running, path))
     checkpoint.save(model, folder, name)
 
 
@@ -276,12 +281,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
 def _running(model: nn.Module, name: str) -> dict[str, Tensor]:
     """State that changes in training and that no adapter's file holds: AdaLoRA's averages of importance."""
     found = {}
-    for site, layer in adapted_layers(model).items():
-        if name in layer.adapters:
-            adapter = layer.adapters[name]
-            made_anew = {*adapter.from_weight, *adapter.shared.config.local(adapter.site)}
-            lasting = adapter.state_dict(keep_vars=True)
-            found |= {f"{site}.{n}": t for n, t in adapter.named_buffers() if n not in made_anew and n not in lasting}
+    for site, layer in layers_with(model, name).items():
+        adapter = layer.adapters[name]
+        made_anew = {*adapter.from_weight, *adapter.shared.config.local(adapter.site)}
+        lasting = adapter.state_dict(keep_vars=True)
+        found |= {f"{site}.{n}": t for n, t in adapter.named_buffers() if n not in made_anew and n not in lasting}
     return found
 
 
@@ -292,12 +296,7 @@ def last_checkpoint(folder: str | os.PathLike) -> Path | None:
     the trainer's state, which the first process writes last, has to be that of its step. Every process of the run has
     its random generators there: one that was written by more processes, or fewer, than there are now is not whole.
     """
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if path.is_dir() and number.isdecimal():
-            found.append((int(number), path))
-    for step, path in sorted(found, reverse=True):
+    for step, path in checkpoints(Path(folder)):
         reason = _incomplete(path, step)
         if reason is None:
             return path

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -27,8 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import tinylora
-from tinylora.adapters import STACKED, Shared, config_from_dict
+from tinylora import __version__
+from tinylora.adapters import STACKED, Shared, config_from_dict, files
 from tinylora.adapters.sharded import gathered, of_zero3, shape_of, sharded_as, whole
 from tinylora.nn.four_bit import dense_weight
 from tinylora.nn.model import (
@@ -38,6 +38,7 @@ from tinylora.nn.model import (
     attach,
     base_digests,
     fingerprint,
+    layers_with,
     named_numbers,
     refuse_lost,
     refuse_merged,
@@ -68,7 +69,7 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
     with gathered(numbers.values()):
         # Copies: safetensors takes no tied weights, and FSDP1 cannot free what numpy has seen
         tensors = {n: whole(p).to("cpu", copy=True).contiguous() for n, p in numbers.items()}
-    layers = {n: layer for n, layer in adapted_layers(model).items() if name in layer.adapters}
+    layers = layers_with(model, name)
     gone = [site.name for site in shared.sites if site.name not in layers]
     if gone:
         raise ValueError(
@@ -92,34 +93,22 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
                 tensors[f"frozen.{site}.{n}"] = adapter.get_buffer(n).detach().cpu().contiguous()
     header = {
         "format": FORMAT_VERSION,
-        "tinylora": tinylora.__version__,
+        "tinylora": __version__,
         "config": shared.config.to_dict(),
         "modules": len(shared.sites),
         "base": shared.fingerprint,
         "factors": factors,
     } | ({"foreign": True} if shared.foreign else {})
     header["checksum"] = _checksum(header, tensors)
-    return write_whole(
+    return files.write_whole(
         Path(folder) / FILE,
         lambda path: save_file(tensors, path, metadata={"format": "pt", "tinylora": json.dumps(header)}),
     )
 
 
-def write_whole(path: Path, write: Callable[[str], object]) -> Path:
-    """Let `write` fill a file beside `path`, and move it there whole. Returns `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as scratch:
-        pass
-    try:
-        write(scratch.name)
-        with open(scratch.name, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(scratch.name, 0o666 & ~umask())  # a temporary file is private, an adapter is not
-        os.replace(scratch.name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(scratch.name)
-    return path
+def numbers_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a file's tensors those of `named_numbers`: without frozen factors."""
+    return {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
 
 
 def refuse_existing(out: str | os.PathLike) -> None:
@@ -134,7 +123,7 @@ def whole_folder(out: str | os.PathLike) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}.", suffix=".tmp"))
     try:
-        os.chmod(scratch, 0o777 & ~umask())
+        os.chmod(scratch, 0o777 & ~files.umask())
         yield scratch
         refuse_existing(out)
         os.rename(scratch, out)
@@ -198,7 +187,7 @@ def restore(
         if any(map(of_zero3, named_numbers(model, name).values())):
             raise ValueError("the adapter is sharded (ZeRO-3), expected to load it before deepspeed.initialize")
         refuse_other_factors(path, header, tensors, shared_of(model, name), layers)
-    trained = {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
+    trained = numbers_in(tensors)
     saved = find_modules_to_save(model, config.modules_to_save, layers)
     odd = _odd_ones(trained, config, sites_of(layers), saved)
     if odd:
@@ -251,7 +240,7 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {version}, expected {FORMAT_VERSION}: "
-            f"it was written by another tinylora ({header.get('tinylora')}, this is {tinylora.__version__}), whose "
+            f"it was written by another tinylora ({header.get('tinylora')}, this is {__version__}), whose "
             "numbers mean something else here"
         )
     if claimed != _checksum(header, tensors):
@@ -307,13 +296,3 @@ def _checksum(header: dict, tensors: dict[str, Tensor]) -> str:
         sha.update(f"{name} {t.dtype} {tuple(t.shape)} ".encode())
         sha.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
     return sha.hexdigest()
-
-
-def umask() -> int:
-    """The process's file mode creation mask."""
-    with contextlib.suppress(OSError, StopIteration):  # Linux says it; elsewhere it can only be read by setting it
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -17,7 +17,6 @@ from tinylora.ops.linear import (
     by_torch_alone,
     frozen_linear,
     plain,
-    unchecked,
     without_autocast,
 )
 
@@ -97,21 +96,16 @@ class FourBitLinear(Linear):
         with without_autocast(x.device.type):
             inner = x.to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
-            if rows is not None:
-                ids, core = rows.of(x), adapter.row_core()
-                y = adapted_linear(
-                    inner, packed_weight(self), down, core, up, bias, ids, basis=basis, batch_invariant=invariant
-                )
-            elif dropped or not (plain(inner) or invariant or by_torch_alone()):
+            ids = None if rows is None else rows.of(x)
+            if ids is None and (dropped or not (plain(inner) or invariant or by_torch_alone())):
                 # The graph of whoever looks at the call from outside must not keep W: bitsandbytes' own node does not.
                 if dropped:
                     inner = F.dropout(inner, adapter.dropout)
                 y = self.foreign.forward(self, x).to(dtype) + low_rank(inner, down, core, up, basis)
-            elif inner.shape[-1:] == (self.in_features,) and inner.device == down.device:
-                y = unchecked(inner, packed_weight(self), down, core, up, bias, None, basis, invariant)
             else:
+                core = core if ids is None else adapter.row_core()
                 y = adapted_linear(
-                    inner, packed_weight(self), down, core, up, bias, basis=basis, batch_invariant=invariant
+                    inner, packed_weight(self), down, core, up, bias, ids, basis=basis, batch_invariant=invariant
                 )
         return y.to(x.dtype)
 

@@ -8,6 +8,7 @@ from tinylora.adapters import Adapter, AdapterConfig, own_storages
 from tinylora.adapters.sharded import in_pieces
 from tinylora.nn.kept import Kept, Operands
 from tinylora.ops import adapted_linear
+from tinylora.ops.eager import mix
 from tinylora.ops.linear import frozen_linear, plain, unchecked
 
 MOVES = 64  # how often what a layer keeps may have moved before it keeps nothing
@@ -15,9 +16,7 @@ MOVES = 64  # how often what a layer keeps may have moved before it keeps nothin
 
 def low_rank(x: Tensor, down: Tensor, core: Tensor | None, up: Tensor, basis: Tensor | None) -> Tensor:
     """((X Dᵀ) Cᵀ) Uᵀ, [..., N], in x's dtype: the correction alone."""
-    if basis is not None:
-        core = torch.einsum("u,uij->ij", core, basis)
-    z = F.linear(x, down.to(x.dtype))
+    core, z = mix(core, basis), F.linear(x, down.to(x.dtype))
     if core is not None:
         core = core.to(x.dtype)
         z = z * core if core.dim() == 1 else F.linear(z, core)

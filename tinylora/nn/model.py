@@ -225,6 +225,11 @@ def adapted_layers(model: nn.Module) -> dict[str, Linear]:
     return {uncompiled(n): m for n, m in model.named_modules() if isinstance(m, Linear)}
 
 
+def layers_with(model: nn.Module, name: str) -> dict[str, Linear]:
+    """Those of them that have an adapter of this name."""
+    return {n: layer for n, layer in adapted_layers(model).items() if name in layer.adapters}
+
+
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
     """The model's modules that are trained whole beside an adapter, by name."""
     return {uncompiled(n): m for n, m in model.named_modules() if isinstance(m, SavedModule)}
@@ -266,13 +271,17 @@ def named_numbers(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         return {f"{prefix}{n}": t for n, t in tensors.items()}
 
     found = owned(shared_of(model, name), "")
-    for path, layer in adapted_layers(model).items():
-        if name in layer.adapters:
-            found |= owned(layer.adapters[name], f"{path}." if path else "")
+    for path, layer in layers_with(model, name).items():
+        found |= owned(layer.adapters[name], f"{path}." if path else "")
     for path, module in saved_modules(model).items():
         if name in module.copies:
             found |= owned(module.copies[name], f"saved.{path}.")
     return found
+
+
+def trained_numbers(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
+    """What trains of an adapter, by its name in `named_numbers`."""
+    return {n: t for n, t in named_numbers(model, name).items() if isinstance(t, nn.Parameter)}
 
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
@@ -291,7 +300,7 @@ def refuse_lost(model: nn.Module, name: str) -> None:
     of a pipeline.
     """
     shared = shared_of(model, name)
-    kept = {n for n, layer in adapted_layers(model).items() if name in layer.adapters}
+    kept = layers_with(model, name)
     lost = [site.name for site in shared.sites if site.name not in kept]
     if lost:
         there = {uncompiled(path): module for path, module in model.named_modules()}
@@ -306,7 +315,7 @@ def refuse_lost(model: nn.Module, name: str) -> None:
 
 
 def _trains(model: nn.Module, name: str) -> list[nn.Parameter]:
-    return [t for t in named_numbers(model, name).values() if isinstance(t, nn.Parameter)]
+    return list(trained_numbers(model, name).values())
 
 
 def activate(model: nn.Module, name: str | None) -> None:

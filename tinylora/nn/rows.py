@@ -1,6 +1,7 @@
 """A different adapter for every sequence of a batch: thousands of TinyLoRA adapters are a few numbers each."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -9,8 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from tinylora.adapters import STACKED, Rows, Shared
-from tinylora.nn.checkpoint import FILE, read, refuse_other_factors
-from tinylora.nn.model import adapted_layers, named_numbers, refuse_lost, refuse_merged, shared_of, whereabouts
+from tinylora.nn.checkpoint import FILE, numbers_in, read, refuse_other_factors
+from tinylora.nn.model import (
+    adapted_layers,
+    layers_with,
+    refuse_lost,
+    refuse_merged,
+    shared_of,
+    trained_numbers,
+    whereabouts,
+)
 
 
 def stack(
@@ -33,7 +42,7 @@ def stack(
     shared = shared_of(model, name)
     refuse_whole_modules(shared, name)
     refuse_lost(model, name)
-    trains = {n: t for n, t in named_numbers(model, name).items() if isinstance(t, nn.Parameter)}
+    trains = trained_numbers(model, name)
     if not adapters:
         raise ValueError("adapters is empty, expected at least one")
     one = next(iter(shared.layers.values()))
@@ -44,10 +53,11 @@ def stack(
         if not isinstance(adapter, Mapping):
             path = os.path.join(adapter, FILE)
             header, tensors = read(path)
-            if header["base"] != shared.fingerprint or header["config"] != _as_json(shared.config.to_dict()):
+            config = json.loads(json.dumps(shared.config.to_dict()))
+            if header["base"] != shared.fingerprint or header["config"] != config:
                 raise ValueError(f"{path} has another config or base model than adapter {name!r}, expected the same")
             refuse_other_factors(path, header, tensors, shared, adapted_layers(model))
-            adapter = {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
+            adapter = numbers_in(tensors)
         found, expected = ({n: tuple(t.shape) for n, t in d.items()} for d in (adapter, trains))
         if found != expected:
             odd = sorted(set(found.items()) ^ set(expected.items()))[0]
@@ -116,7 +126,7 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
     """
     shared = shared_of(model, name)
     refuse_merged(model)
-    runs = {layer.active for layer in adapted_layers(model).values() if name in layer.adapters}
+    runs = {layer.active for layer in layers_with(model, name).values()}
     if runs != {name}:
         others = ", ".join(sorted(map(repr, runs)))
         raise ValueError(f"adapter {name!r} is not active ({others} is), expected tinylora.activate(model, {name!r})")
@@ -178,10 +188,3 @@ def _sequences(args: Sequence, kwargs: Mapping) -> int | None:
     tokens = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and not t.is_floating_point())
     first = next((t for t in (*named, *tokens) if isinstance(t, Tensor) and t.dim() > 0), None)
     return None if first is None else first.shape[0]
-
-
-def _as_json(value):
-    """Tuples as the lists that JSON makes of them."""
-    if isinstance(value, dict):
-        return {k: _as_json(v) for k, v in value.items()}
-    return [_as_json(v) for v in value] if isinstance(value, list | tuple) else value

@@ -9,12 +9,7 @@ Only adapters whose core alone trains are grouped: their thin factors are frozen
 once. The group's weights are moved into one storage, of which each layer's `weight` is a view, under its own name.
 """
 
-import ast
-import inspect
-import textwrap
 from collections import Counter
-from collections.abc import Iterator
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +18,7 @@ from torch import Tensor, nn
 from tinylora.adapters import Adapter, Factors
 from tinylora.adapters.base import lay_together
 from tinylora.adapters.sharded import of_zero3
+from tinylora.nn.calls import called_together
 from tinylora.nn.kept import Kept, Operands
 from tinylora.nn.linear import Linear
 from tinylora.ops.dispatch import MAX_RANK
@@ -334,77 +330,3 @@ def _wide(adapters: list[Adapter]) -> Wide | None:
         parts.append(views)
         i, n = i + r, n + size
     return Wide(down, up, basis, one_v, parts)
-
-
-# --- which layers receive one tensor -----------------------------------------------------------------------
-
-
-@cache
-def called_together(parent: type[nn.Module]) -> list[list[str]]:
-    """Names of the children that the forward of this class calls with one variable, side by side; [] if unknown."""
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(parent.forward)))
-        function = ast.parse(source).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError):  # no source: made by exec, or not Python
-        return []
-    if not isinstance(function, ast.FunctionDef) or not function.args.args:
-        return []
-    return list(_together(function.body, function.args.args[0].arg))
-
-
-def _together(block: list[ast.stmt], self_name: str) -> Iterator[list[str]]:
-    """The groups of one straight run of statements, and of every block within it."""
-    called: dict[str, list[str]] = {}
-    done: list[list[str]] = []
-    views: dict[str, str] = {}  # variable -> the one whose numbers it may have
-    for statement in block:
-        inner = [b for field in ("body", "orelse", "finalbody") for b in [getattr(statement, field, None)] if b]
-        inner += [handler.body for handler in getattr(statement, "handlers", [])]
-        for b in inner:
-            yield from _together(b, self_name)
-        if not inner:
-            for name, variable in _calls(statement, self_name):
-                called.setdefault(variable, []).append(name)
-        for variable, in_place in _changed(statement):
-            whole = views.get(variable, variable)
-            for v in [v for v in called if v == variable or (in_place and views.get(v, v) == whole)]:
-                done.append(called.pop(v))
-            if not in_place:
-                views.pop(variable, None)
-        if isinstance(statement, ast.Assign):
-            origin = _root(statement.value)
-            views |= {t.id: views.get(origin, origin) for t in statement.targets if isinstance(t, ast.Name) and origin}
-    yield from (names for names in (*done, *called.values()) if len(names) > 1)
-
-
-def _changed(statement: ast.stmt) -> Iterator[tuple[str, bool]]:
-    """Variables that it assigns, or changes in place (True): x[0] = 1, x += y, x.add_(y), neg_(x), relu(x,
-    inplace=True), out=x."""
-    for node in ast.walk(statement):
-        if isinstance(node, ast.Name | ast.Subscript | ast.Attribute) and not isinstance(node.ctx, ast.Load):
-            name = _root(node)
-            if name is not None:
-                yield name, not isinstance(node, ast.Name) or isinstance(statement, ast.AugAssign)
-        elif isinstance(node, ast.Call):
-            named = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if named.endswith("_") or any(k.arg in ("inplace", "out") for k in node.keywords):
-                yield from ((n.id, True) for n in ast.walk(node) if isinstance(n, ast.Name))
-
-
-def _root(node: ast.AST) -> str | None:
-    """x of x, x[0], x.T and x.view(-1)."""
-    while isinstance(node, ast.Subscript | ast.Attribute | ast.Call):
-        node = node.func if isinstance(node, ast.Call) else node.value
-    return node.id if isinstance(node, ast.Name) else None
-
-
-def _calls(node: ast.AST, self_name: str) -> Iterator[tuple[str, str]]:
-    """(child, variable) for every `self.child(variable, ..)` that runs whenever the statement does."""
-    if isinstance(node, ast.IfExp | ast.BoolOp | ast.Lambda | ast.comprehension | ast.FunctionDef | ast.ClassDef):
-        return
-    for child in ast.iter_child_nodes(node):
-        yield from _calls(child, self_name)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
-        owner, given = node.func.value, node.args[0]
-        if isinstance(owner, ast.Name) and owner.id == self_name and isinstance(given, ast.Name):
-            yield node.func.attr, given.id

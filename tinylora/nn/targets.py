@@ -1,15 +1,12 @@
 """Which layers of a model an adapter goes to."""
 
-import ast
-import inspect
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 from torch import nn
 
 from tinylora.adapters import Site
+from tinylora.nn.calls import only_read
 from tinylora.nn.four_bit import is_four_bit
 from tinylora.nn.linear import Linear
 
@@ -53,35 +50,6 @@ def _read_by_its_parent(model: nn.Module, name: str) -> bool:
     module = model.get_submodule(parent)
     mamba = own in ("dt_proj", "x_proj", "out_proj") and hasattr(module, "A_log") and hasattr(module, "D")
     return mamba or own in only_read(type(module))
-
-
-_NO_NUMBERS = {"dtype", "device", "shape", "size", "dim", "is_meta", "requires_grad"}
-
-
-@cache
-def only_read(parent: type[nn.Module]) -> frozenset[str]:
-    """Names of the children whose weight this class's methods read, and which none of them calls or hands on."""
-    read, otherwise = set(), set()
-    own = [cls for cls in parent.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
-    methods = [(name, inspect.unwrap(f)) for cls in own for name, f in vars(cls).items() if callable(f)]
-    for name, method in methods:
-        if not inspect.isfunction(method) or name == "__init__":
-            continue
-        try:
-            (function,) = ast.parse(textwrap.dedent(inspect.getsource(method))).body
-            self_name = function.args.args[0].arg
-        except (OSError, TypeError, SyntaxError, ValueError, IndexError, AttributeError):  # no source to be had
-            return frozenset()
-        nodes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
-        around = {id(node.value): node for node in nodes}
-        for node in nodes:
-            if isinstance(node.value, ast.Name) and node.value.id == self_name:
-                weight = around.get(id(node))
-                if weight is None:
-                    otherwise.add(node.attr)
-                elif weight.attr == "weight" and getattr(around.get(id(weight)), "attr", None) not in _NO_NUMBERS:
-                    read.add(node.attr)
-    return frozenset(read - otherwise)
 
 
 def _special(model: nn.Module, name: str, layer: nn.Linear) -> bool:

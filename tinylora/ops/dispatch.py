@@ -9,7 +9,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-MAX_RANK = 128  # kernels.tiles.MAX_RANK, which only a process with Triton may import
+from tinylora.kernels.tiles import MAX_RANK
+
 # Triton's interface moves between minor versions; these two ends run in the tests.
 OLDEST_TRITON, NEWEST_TRITON = (3, 6), (3, 9)
 KERNELS, TORCH = "kernels", "torch"
@@ -80,13 +81,15 @@ def route_of(x: Tensor, weight: Tensor, down: Tensor, core: Tensor | None, up: T
     """`route` for these operands on this machine."""
     kind = weight.dtype, down.dtype, up.dtype, None if core is None else core.dtype, down.shape[0]
     # Off the CPU nothing changes from call to call: whether Triton interprets is decided when the kernels are imported.
-    return (_route.__wrapped__ if x.is_cpu else _route)(x.device, *kind)
+    return (route_on.__wrapped__ if x.is_cpu else route_on)(x.device, *kind)
 
 
 @cache
-def _route(device: torch.device, dtype: torch.dtype, *rest) -> tuple[str, str]:
-    *factors, r = rest
+def route_on(
+    device: torch.device, dtype: torch.dtype, down: torch.dtype, up: torch.dtype, core: torch.dtype | None, r: int
+) -> tuple[str, str]:
+    """`route` for operands of these dtypes and this rank, on this device of this machine."""
     nvidia = device.type == "cuda" and torch.version.cuda is not None
     capability = capability_of(device) if nvidia else None
-    factors = tuple(t for t in factors if t is not None)
+    factors = (down, up) if core is None else (down, up, core)
     return route(device.type, dtype, factors, r, capability, interpreting(), triton_version())

@@ -1,6 +1,6 @@
 """The operator as torch calls: what runs on a CPU, and wherever no kernel covers the operands.
 
-Three rules keep it fast and exact:
+Four rules keep it fast and exact:
 - Y is touched twice, by the frozen matmul and by one in-place addmm; no delta, no sum, no cast of Y exists.
 - Everything at rank r (z, s, t, q: [M, r]) is fp32 even for bf16 operands. Torch has no bf16 x bf16 -> fp32
   matmul on CPUs, so `thin` upcasts a block of rows that stays in the L2 cache, never the whole of x. On a card it has

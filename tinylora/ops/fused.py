@@ -1,4 +1,4 @@
-"""The operator through the Triton kernels: the same two functions as `eager`, the same numbers.
+"""The operator through the Triton kernels: `eager`'s functions by the same names, the same numbers.
 
 Both directions are one function, `_linear`: dX = dY W + ((dY U) C) D is the operator on (Wᵀ, Uᵀ, Cᵀ, Dᵀ).
 """
@@ -403,7 +403,9 @@ class Bound:
     def backward(self, dys: Sequence[Tensor], z: Tensor) -> tuple[Tensor, Tensor] | None:
         """(dX, dC or dv) from dY [M, N], in parts or whole."""
         run = self.ways.get(tuple([(dy.shape, dy.stride(), dy.dtype, dy.device) for dy in dys]))
-        return None if run is None or self._elsewhere(z) else run(dys, z)
+        if run is None or not z.is_contiguous() or z.data_ptr() % 16:  # a hook on saved tensors may unpack others
+            return None
+        return None if self._elsewhere(z) else run(dys, z)
 
     @staticmethod
     def _elsewhere(t: Tensor) -> bool:
@@ -601,5 +603,5 @@ def _factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor) -> None:
     way(z, core, x, out)
 
 
-# The same two functions with rows that do not depend on each other (`batch_invariant=True`).
+# The operator's two functions with rows that do not depend on each other (`batch_invariant=True`).
 invariant = SimpleNamespace(forward=partial(forward, pin=True), backward=partial(backward, pin=True))

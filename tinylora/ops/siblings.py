@@ -62,7 +62,11 @@ def adapted_linears(
         y, _ = found or _forward(x, weights, down, _one_core_apart(cores, basis), up, biases, ids, basis, want_z=False)
         if kept is not None and found is None:
             kept.learn(x, False)
-    return (y,) if len(sizes) == 1 else y.split_with_sizes(sizes, -1)
+    if len(sizes) == 1:
+        return (y,)
+    parts = y.split_with_sizes(sizes, -1)
+    # Made without a graph, and within one each may be changed in place as any layer's output may: no view then.
+    return tuple([part.data for part in parts]) if torch.is_grad_enabled() else parts
 
 
 def _one_core(cores: Sequence[Tensor | None], basis: Tensor | None) -> Tensor | None:
