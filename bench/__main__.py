@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import time
@@ -185,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = what.add_parser("rollout", help=_first(rollout), description=rollout.__doc__)
     common(p)
-    p.add_argument("--model", choices=shapes.models(), default="Qwen2.5-0.5B", help="(default %(default)s)")
+    p.add_argument("--model", choices=shapes.decoders(), default="Qwen2.5-0.5B", help="(default %(default)s)")
     p.add_argument(
         "--batch", type=count, nargs="+", default=[1, 8], help="sequences; agreement takes the last (default 1 8)"
     )
@@ -225,6 +226,7 @@ def _first(module) -> str:
 def plan(args, device: torch.device, budget: float) -> linear.Plan:
     """The plan that the arguments of `linear` describe."""
     cpu = device.type == "cpu"
+    sample = cpu if args.layers is None else args.layers == "sample"
     return linear.Plan(
         models=tuple(args.models),
         dtypes=tuple(args.dtypes),
@@ -232,7 +234,8 @@ def plan(args, device: torch.device, budget: float) -> linear.Plan:
         passes=tuple(args.passes),
         providers=tuple(args.providers),
         budget=budget,
-        sample=cpu if args.layers is None else args.layers == "sample",
+        sample=sample,
+        most=linear.CPU_OPERATIONS if sample and not args.M else math.inf,  # what was asked for is measured
         r=args.r,
         u=args.u,
     )
@@ -244,6 +247,12 @@ def main(argv: list[str] | None = None) -> int:
     except rows.Unusable as error:
         print(error, file=sys.stderr)
         return 2
+    except ImportError as error:
+        print(f"{error}: pip install -e '.[rl,bench]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the rows that were measured are kept", file=sys.stderr)
+        return 130
 
 
 def _main(argv: list[str] | None) -> int:
@@ -416,7 +425,7 @@ def _show(results, missed, seconds) -> None:
         title = f"Geometric means over the shapes of Qwen2.5 at M >= {report.BAR_ROWS}"
         shown += [f"{title}\n\n{report.means_table(results.rows)}", "\n".join(report.bars(results.rows))]
     text = "\n\n".join(shown)
-    results.path.with_suffix(".md").write_text(text + "\n")
+    results.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     report.plot(kept, results.path.with_suffix(".png"))
     report.plot(kept, results.path.with_name(f"{results.path.stem}-layer.png"), "layer", block.PROVIDERS)
     print(f"\n{text}\n")

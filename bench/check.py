@@ -20,6 +20,11 @@ def reason(error: Exception) -> str:
     return " ".join(f"{why}: {error}".split())[:200]
 
 
+def why_not(error: Exception) -> str:
+    """The same, but that what is not installed is not measured, and takes no earlier measurement's place."""
+    return f"not measured: {error}" if isinstance(error, ImportError) else reason(error)
+
+
 def some_rows(M: int, device: torch.device) -> Tensor:
     """The rows that are compared."""
     return torch.linspace(0, M - 1, min(ROWS, M), device=device).long()

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import multiprocessing
 import random
+import signal
 import tempfile
 import time
 import warnings
@@ -260,6 +261,7 @@ def _start_worker(steps) -> None:
     global _steps
     _steps = steps
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: what is whole is in the file
     torch.set_num_threads(1)  # tiny models are fastest so, and there is a worker for every core
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -339,7 +341,7 @@ def run_demo(folder: Path) -> None:
     runs = [*controls, *(replace(run, seed=s) for s in SEEDS for run in DEMO)]
     rows = carry_out(folder, "demo", runs, ("test",), anew=True)
     text = table(rows)
-    (folder / "demo.md").write_text(text + "\n")
+    (folder / "demo.md").write_text(text + "\n", encoding="utf-8")
     plot(rows, folder / "demo.png")
     print(f"\n{text}\n\n{folder / 'demo'} (.csv, .md, .png)")
 
@@ -363,7 +365,7 @@ def run_evolution(folder: Path) -> None:
     rows = carry_out(folder, "evolution", [replace(r, steps=160) for r in runs], ("test",), every=8)
     plot_evolution(rows, folder / "evolution.png")
     text = evolution_table(rows)
-    (folder / "evolution.md").write_text(text + "\n")
+    (folder / "evolution.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\n{folder / 'evolution'} (.csv, .md, .png)")
 
 
@@ -379,7 +381,7 @@ def run_sweep(folder: Path) -> None:
     rows = carry_out(folder, "sweep", [Run("base", steps=PRETRAINING), *runs], ("validation", "test"))
     plot_sweep(rows, folder / "sweep.png")
     text = sweep_table(rows)
-    (folder / "sweep.md").write_text(text + "\n")
+    (folder / "sweep.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\n{folder / 'sweep'} (.csv, .md, .png)")
 
 

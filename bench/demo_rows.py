@@ -76,14 +76,15 @@ def read(path: Path) -> list[dict[str, str]]:
     """The whole rows of a file of results, [] if there is none; a line that was cut short is left out."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and row.keys() >= set(COLUMNS)]
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        found = list(csv.DictReader(file))
+    return [row for row in found if None not in row.values() and row.keys() == set(COLUMNS)]
 
 
 def write(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".tmp")
-    with fresh.open("w", newline="") as file:
+    with fresh.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -102,7 +103,8 @@ def unfinished(rows: list[dict], runs: Sequence[Run], base: str | None) -> tuple
     """The rows that hold for these runs on this base, and the runs that are left; if all hold, none and all."""
     wanted = {key_of(run) for run in runs}
     rows = [row for row in rows if row["base"] == base and key(row) in wanted]
-    have = {key(row) for row in rows}
+    have = {key(row) for row in rows if row["step"] == row["steps"]}  # its last row is there, and so all of them
+    rows = [row for row in rows if key(row) in have]
     if have == wanted:
         rows, have = [], set()
     return rows, [run for run in runs if key_of(run) not in have]

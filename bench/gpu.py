@@ -33,7 +33,7 @@ from tabulate import tabulate
 
 from bench import report, roofline, shapes, timing, tune
 from bench.children import end_with_parent
-from bench.rows import OUT, RESULTS, ROOT, commit
+from bench.rows import OUT, RESULTS, ROOT, Unusable, commit, locked
 
 LIMIT = 480.0  # seconds of a stage
 FINISHED, FAILED, LATE, STARTED = "finished", "failed", "out of time", "started"
@@ -144,11 +144,15 @@ def run(out: Path | None, names: tuple[str, ...], dry: bool, known: tuple[str, .
         out = Path(tempfile.mkdtemp(prefix="bench-gpu-dry-run-"))
     out = (out or OUT / "gpu").resolve()
     if dry and out.is_relative_to(RESULTS.resolve()):
-        raise ValueError(f"out is {out}, expected another folder than bench/results for a dry run: it measures nothing")
-    out.mkdir(parents=True, exist_ok=True)
+        raise Unusable(f"out is {out}, expected another folder than bench/results for a dry run: it measures nothing")
+    with locked(out / STATE):
+        return _run(out, names, dry, known, limit)
+
+
+def _run(out: Path, names: tuple[str, ...], dry: bool, known: tuple[str, ...], limit: float) -> int:
     state = read(out)
     if state and state.get("dry_run") != dry:
-        raise ValueError(f"{out} holds {'a dry run' if state['dry_run'] else 'measurements'}, expected the other kind")
+        raise Unusable(f"{out} holds {'a dry run' if state['dry_run'] else 'measurements'}, expected the other kind")
     state = {"dry_run": dry, "stages": state.get("stages", {})}
     lines, good, ran = [], True, False
     for stage in STAGES:
@@ -174,7 +178,7 @@ def run(out: Path | None, names: tuple[str, ...], dry: bool, known: tuple[str, .
             log.write(f"\n=== {stage.name}: python -m {' '.join(entry['arguments'])}\n")
             log.flush()
             if stage.name == "table" and not (out / TABLE).exists():
-                (out / TABLE).write_text(f"{report.BEGIN}\n{report.END}\n")
+                (out / TABLE).write_text(f"{report.BEGIN}\n{report.END}\n", encoding="utf-8")
 
             def keep(stage=stage):
                 if stage.keep and (ROOT / stage.keep).is_dir():
@@ -197,12 +201,15 @@ def run(out: Path | None, names: tuple[str, ...], dry: bool, known: tuple[str, .
 
 def read(out: Path) -> dict:
     """What stages.json holds; empty if there is none."""
-    return json.loads((out / STATE).read_text()) if (out / STATE).exists() else {}
+    try:
+        return json.loads((out / STATE).read_text()) if (out / STATE).exists() else {}
+    except ValueError as error:
+        raise Unusable(f"{out / STATE} is not JSON ({error}), expected what a run wrote, or none") from None
 
 
 def write(out: Path, state: dict) -> None:
     fresh = out / f"{STATE}.tmp"
-    fresh.write_text(json.dumps(state, indent=1) + "\n")
+    fresh.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     fresh.replace(out / STATE)
 
 

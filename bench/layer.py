@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bench import block, roofline, shapes, timing
 from bench import providers as who
-from bench.check import reason
+from bench.check import reason, why_not
 from bench.linear import BOTH, DTYPES, PASSES, R, U, _peak_mb
 from bench.rows import Results, Row
 
@@ -109,8 +109,8 @@ def _make(plan, case, results, model, dtype) -> dict[str, block.Provider]:
             continue  # compiling takes longer than timing all the others does
         try:
             present[name] = case.provider(name)
-        except ImportError as error:
-            results.add(_row(plan, (model, dtype, None), name, "", "", note=f"not measured: {error}"))
+        except Exception as error:  # not installed, or not at this rank
+            results.add(_row(plan, (model, dtype, None), name, "", "", note=why_not(error)))
     return present
 
 

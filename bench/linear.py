@@ -1,5 +1,6 @@
 """`python -m bench linear`: forward and forward + backward of one adapted linear layer."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from tqdm import tqdm
 
 from bench import providers as who
 from bench import shapes, timing
-from bench.check import Gate, reason
+from bench.check import Gate, reason, why_not
 from bench.providers import Case, Provider
 from bench.rows import Results, Row
 
@@ -35,7 +36,8 @@ class Plan:
     passes: tuple[str, ...]
     providers: tuple[str, ...]
     budget: float
-    sample: bool  # the sample above, or every distinct layer and every M
+    sample: bool  # the layers of the sample above, or every distinct one
+    most: float = math.inf  # operations of a cell
     r: int = R
     u: int = U
 
@@ -46,7 +48,7 @@ class Plan:
         for model in self.models:
             chosen = [s for s in shapes.layers(model) if not self.sample or s.projections[0] in SAMPLE]
             for place, layer in enumerate(chosen):
-                rows = [M for M in self.rows if not self.sample or 2 * M * layer.N * layer.K <= CPU_OPERATIONS]
+                rows = [M for M in self.rows if self.most >= 2 * M * layer.N * layer.K]
                 order = (not model.startswith("Qwen2.5"), place)
                 cells += [(order, (layer, dtype, rows)) for dtype in self.dtypes if rows]
         return [cell for _, cell in sorted(cells, key=lambda c: c[0])]
@@ -91,8 +93,8 @@ def _make(plan, case, results, layer, dtype) -> dict[str, Provider]:
             continue
         try:
             present[name] = who.make(name, case.linear, case.factors)
-        except ImportError as error:
-            results.add(_row(plan, layer, dtype, None, name, "", note=f"not measured: {error}"))
+        except Exception as error:  # not installed, or not at this rank
+            results.add(_row(plan, layer, dtype, None, name, "", note=why_not(error)))
     return present
 
 

@@ -12,7 +12,7 @@ from bench import block, demo_tables, peft, roofline
 from bench import providers as who
 from bench.layer import CAPTURED, NF4
 from bench.linear import PASSES, R, U
-from bench.rows import Row, new_figure, read
+from bench.rows import Row, Unusable, new_figure, read
 
 HOW = """Every figure is a row in a CSV beside this file, with its commit, device and versions. Where tinylora loses,
 the row stays. `python -m bench` measures, `python -m bench table` writes this file."""
@@ -51,9 +51,11 @@ def barred(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
 
 
 def over(cells: Iterable[dict[str, Row]], provider: str, base: str) -> list[float]:
-    """provider's time over base's, in every cell that has both."""
+    """provider's time over base's, in every cell that has both, of runs that can be compared."""
     pairs = ((cell.get(provider), cell.get(base)) for cell in cells)
-    return [_over(a, b) for a, b in pairs if a and b and a.p50_ms and b.p50_ms]
+    timed = [(a, b) for a, b in pairs if a and b and a.p50_ms and b.p50_ms]
+    # Where one alone was measured beside the bare layer, they are of two runs, and a machine is now slow, now fast.
+    return [_over(a, b) for a, b in timed if (a.ratio_to_bare is None) == (b.ratio_to_bare is None)]
 
 
 def _over(a: Row, b: Row) -> float:
@@ -116,7 +118,14 @@ def linear_table(rows: list[Row]) -> str:
             )
         lines.append(line)
     headers = ["model", "layer", "N x K", "dtype", "M", "pass", "bare ms", *names]
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    text = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    return "\n\n".join([text, *_without_times(rows, "linear")])
+
+
+def _without_times(rows: list[Row], op: str) -> list[str]:
+    """Why some have no times at all."""
+    notes = {f"{row.mode or row.provider}: {row.note}" for row in rows if row.op == op and row.M is None}
+    return sorted(note.removeprefix(": ") for note in notes)
 
 
 def layer_table(rows: list[Row]) -> str:
@@ -142,19 +151,21 @@ def layer_table(rows: list[Row]) -> str:
     means = [f"{name} {geometric_mean(found):.2f} ({len(found)} cells)" for name, found in pairs if found]
     if means:
         text += f"\n\nAt M ≥ {BAR_ROWS}, geometric means of the time of ours over: " + ", ".join(means)
-    notes = {f"{row.mode or row.provider}: {row.note}" for row in rows if row.op == "layer" and row.M is None}
-    notes |= {f"{row.provider}, {row.model}, {row.dtype}, M = {row.M}: {row.note}" for row in refused}
+    notes = {f"{row.provider}, {row.model}, {row.dtype}, M = {row.M}: {row.note}" for row in refused}
     found = [f"{r.pass_} {_ceiling(r)}" for r in rows if r.op == "ceilings"]
     below = ["The bound is the roofline of: " + ", ".join(found)] if found else []
-    return "\n\n".join([text, *below, *sorted(notes)])
+    return "\n\n".join([text, *below, *_without_times(rows, "layer"), *sorted(notes)])
 
 
 def parts_table(rows: list[Row]) -> str:
     """The kernels one by one, against the library's bare matmul."""
-    lines = [[r.model, r.layer, f"{r.N} x {r.K}", r.M, r.pass_, r.provider, *_part(r)] for r in rows if r.op == "parts"]
+    timed = [r for r in rows if r.op == "parts" and r.M is not None]
+    lines = [[r.model, r.layer, f"{r.N} x {r.K}", r.M, r.pass_, r.provider, *_part(r)] for r in timed]
     headers = ["model", "layer", "N x K", "M", "part", "provider", "us", "GB/s", "TFLOP/s", "over F.linear"]
     found = [f"{r.pass_} {_ceiling(r)}" for r in rows if r.op == "ceilings"]
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True) + "\n\nCeilings: " + ", ".join(found)
+    text = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    below = ["Ceilings: " + ", ".join(found)] if found else []
+    return "\n\n".join([text, *below, *_without_times(rows, "parts")])
 
 
 def _part(row: Row) -> list[str]:
@@ -334,8 +345,8 @@ def _asides(rows: list[Row]) -> list[str]:
     for (spectrum, shape), cell in _by(rows, "svd", lambda r: (r.layer, f"{r.N} x {r.K}")):
         seconds = [f"{cell[n].p50_ms / 1e3:.2f} s" if n in cell else "" for n in (who.OURS, who.PEFT)]
         lines.append([f"start-up of one {shape} layer, {spectrum}", *seconds])
-    agreed = [r for r in rows if r.op == "rollout" and r.layer == "agreement" and r.note.startswith("|Δ")]
-    drift = {r.provider: r.note for r in agreed}
+    agreed = [r for r in rows if r.op == "rollout" and r.layer == "agreement"]
+    drift = {r.provider: r.note for r in agreed if r.note.startswith("|Δ") and "mean " in r.note}
     for name, what in ((who.OURS, "unmerged"), (who.INVARIANT, "batch_invariant"), ("merged", "merged into bf16")):
         if name in drift:
             means = [drift[n].split("mean ")[1].split(",")[0] if n in drift else "" for n in (name, who.PEFT)]
@@ -404,9 +415,9 @@ def markdown(rows: list[Row]) -> str:
 def write_readme(readme: Path, results: Path) -> None:
     """Replace what stands between the README's two marks by a table per CSV in `results`, and renew README.md there,
     which has all tables and the demo's."""
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme} has no single pair of marks {BEGIN} and {END}")
+        raise Unusable(f"{readme} has no single pair of marks {BEGIN} and {END}, expected a README with them")
     measured = [rows for rows in map(read, sorted(results.glob("*.csv"))) if rows]
     measured.sort(key=lambda rows: not rows[0].device.startswith("NVIDIA"))
     body = "\n\n".join(map(summary, measured)) or "Nothing has been measured yet."
@@ -415,8 +426,8 @@ def write_readme(readme: Path, results: Path) -> None:
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
     whole = [*map(markdown, measured), *filter(None, [demo_tables.markdown(results / "demo")])]
-    (results / "README.md").write_text("\n\n".join(["# Results", HOW, *whole]) + "\n")
-    readme.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}")
+    (results / "README.md").write_text("\n\n".join(["# Results", HOW, *whole]) + "\n", encoding="utf-8")
+    readme.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}", encoding="utf-8")
 
 
 def plot(rows: list[Row], path: Path, op: str = "linear", names: tuple[str, ...] = who.NAMES) -> None:

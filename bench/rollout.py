@@ -42,9 +42,9 @@ from tqdm import tqdm
 import tinylora
 from bench import providers as who
 from bench import shapes, timing
-from bench.check import WrongResult, reason
+from bench.check import WrongResult, reason, why_not
 from bench.layer import CAPTURED, EAGER
-from bench.rows import Results, Row, new_figure
+from bench.rows import Results, Row, Unusable, new_figure
 from tinylora.adapters import lora_xs
 from tinylora.adapters.factor_cache import cached_svd
 from tinylora.ops import adapted_linear
@@ -71,6 +71,8 @@ def build(model: str, device: torch.device, blocks: int | None = None, vocabular
     if vocabulary:
         settings["vocab_size"] = vocabulary
     if blocks:
+        if blocks > settings["num_hidden_layers"]:
+            raise Unusable(f"blocks is {blocks}, expected at most {model}'s {settings['num_hidden_layers']}")
         settings["num_hidden_layers"] = blocks
         settings.pop("layer_types", None)
     config = transformers.AutoConfig.for_model(**settings)
@@ -255,7 +257,7 @@ class Contest:
                 tinylora.stack(made, [{"v_0": v} for v in values(self.adapters)])
             self.models[name] = made
         except Exception as error:  # one that cannot be made must not take the others' rows with it
-            self.absent[name] = _why(error)
+            self.absent[name] = why_not(error)
 
     def run(
         self, results: Results, pass_: str, called: str, batch: int, counts: list[int], length: int, new: int,
@@ -380,10 +382,6 @@ def many(model: str, results: Results, device, rows: int, budget: float) -> None
     contest.run(results, MANY, called, rows, [1, rows], MANY_LENGTH, MANY_NEW, budget)
 
 
-def _why(error: Exception) -> str:
-    return f"not measured: {error}" if isinstance(error, ImportError) else reason(error)
-
-
 def _called(model: str, blocks: int | None) -> str:
     return f"{model}, {blocks} blocks" if blocks else model
 
@@ -429,7 +427,7 @@ def agreement(
                 mean, top, largest = d.mean(), d.quantile(0.99), d.max()
                 note = f"|Δ log p|: mean {mean:.3g}, p99 {top:.3g}, largest {largest:.3g} over {len(d)} tokens"
             except Exception as error:  # one that fails must not take the others' rows with it
-                note = _why(error)
+                note = why_not(error)
             results.add(Row("rollout", called, "agreement", name, "log p", batch, None, None, R, U, "bf16", note=note))
             bar.update()
 

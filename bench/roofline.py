@@ -92,14 +92,17 @@ SMALL = (0, 0)
 EXTRA: dict[str, tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]] = {
     who.BARE: ((), ()),
     who.PEFT: (  # x widened, C, x Dᵀ, z Cᵀ, s Uᵀ, the sum in fp32, rounded: all in fp32
-        ((6, 0), SMALL, SMALL, (4, 0), SMALL, (0, 4), (0, 10), (0, 6)),
-        ((0, 6), (0, 6), (0, 4), SMALL, SMALL, (4, 0), (6, 0), (6, 0), SMALL, SMALL, SMALL),
+        ((6, 0), SMALL, (4, 0), SMALL, (0, 4), (0, 10), (0, 6)),
+        ((0, 6), (0, 6), (0, 4), SMALL, (4, 0), (6, 0), (6, 0), SMALL, SMALL),
     ),
     who.PEFT_SAME_DTYPE: (
-        (SMALL, SMALL, (2, 0), SMALL, (0, 2), (0, 6)),
-        ((0, 2), SMALL, SMALL, (2, 0), (6, 0), SMALL, SMALL, SMALL),
+        (SMALL, (2, 0), SMALL, (0, 2), (0, 6)),
+        ((0, 2), SMALL, (2, 0), (6, 0), SMALL, SMALL),
     ),
-    who.ADDMM: (((2, 0), SMALL, (0, 4)), ((0, 2), SMALL, (4, 0), SMALL)),
+    who.ADDMM: (  # C first: cast, mixed, cast; and dv after
+        (SMALL, SMALL, SMALL, (2, 0), SMALL, (0, 4)),
+        ((0, 2), SMALL, (4, 0), SMALL, SMALL, SMALL),
+    ),
     who.ALONE: (((2, 0),), ((0, 2), SMALL)),
     who.OURS: (((2, 0),), ((0, 2), SMALL)),  # the forward's once for a group
 }

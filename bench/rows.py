@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import datetime
+import io
 import os
 import platform
 import re
@@ -125,7 +126,10 @@ def locked(path: Path) -> Iterator[None]:
 
     A file beside it is locked, not the path itself, which is replaced; a process that dies unlocks it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unusable(f"{path.parent} cannot be made ({error.strerror}), expected a folder to write to") from None
     if fcntl is None:
         yield
         return
@@ -176,7 +180,7 @@ class Results:
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.path))
             self._tidy()  # what a killed run left half written must not run into the first row of this one
-            self._file = stack.enter_context(self.path.open("a", newline=""))
+            self._file = stack.enter_context(self.path.open("a", newline="", encoding="utf-8"))
             self._leave = stack.pop_all()
         self._writer = csv.writer(self._file, lineterminator="\n")
         return self
@@ -189,7 +193,7 @@ class Results:
         """The file written anew: whole rows, the newest of each kind."""
         kept = read(self.path) if self.path.exists() else []
         fresh = self.path.with_suffix(".tmp")
-        with fresh.open("w", newline="") as file:
+        with fresh.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             writer.writerows(_cells(row) for row in kept)
@@ -260,7 +264,12 @@ def read(path: Path) -> list[Row]:
             raise bad(line, column, f"{text!r}, expected {what}") from None
 
     rows = []
-    with path.open(newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # as spreadsheets write it
+    except UnicodeDecodeError as error:
+        raise Unusable(f"{path} is not UTF-8 ({error.reason} at byte {error.start}), expected it") from None
+    text = text[: text.rfind("\n") + 1]  # what a killed run left of a last line
+    with io.StringIO(text, newline="") as file:
         lines = csv.reader(file)
         columns = next(lines, COLUMNS)
         for place, column in enumerate(columns, 1):

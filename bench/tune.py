@@ -246,7 +246,7 @@ def read(path: Path) -> list[Row]:
     found: dict[tuple[Cell, str], list[Row]] = {}
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
-            if None in line.values():
+            if None in line.values() or None in line:
                 continue
             values = {}
             for name, text in line.items():

@@ -15,19 +15,21 @@ tinylora.apply(model, tinylora.TinyLoraConfig(r=2, u=1, n_tie=16))
 
 
 def right(completions, answer, **_):
-    last = [[text.split("####")[-1].strip() for text in texts] for texts in (completions, answer)]
+    texts = [completion[-1]["content"] for completion in completions]
+    last = [[text.split("####")[-1].strip() for text in both] for both in (texts, answer)]
     return [float(c == a) for c, a in zip(*last, strict=True)]
 
 
 problems = load_dataset("json", data_files=data, split="train")
 task = ' Let\'s think step by step and output the final answer after "####".'
-problems = problems.map(lambda p: {"prompt": p["question"] + task})
+problems = problems.map(lambda p: {"prompt": [{"role": "user", "content": p["question"] + task}]})
 trainer = adapter_trainer(GRPOTrainer)(  # GRPOTrainer itself works, too; its checkpoints hold the whole model
     model=model,
     processing_class=AutoTokenizer.from_pretrained(name),
     reward_funcs=right,
     train_dataset=problems,
-    args=GRPOConfig(output_dir=out, learning_rate=2e-4, num_generations=4, max_completion_length=512,
+    args=GRPOConfig(output_dir=out, learning_rate=2e-4, lr_scheduler_type="constant", loss_type="grpo",
+                    num_generations=4, max_completion_length=512,  # 4096 in the recipe, and 64 sequences a step
                     per_device_train_batch_size=16, max_steps=steps, logging_steps=1, report_to=[],
                     bf16=False),  # that is autocast, which a bf16 model does not need; v is fp32 either way
 )  # fmt: skip

@@ -254,6 +254,11 @@ def test_a_file_edited_by_hand_is_read_or_refused_with_the_place(tmp_path, capsy
     assert written(header, first, second) == results.rows
     assert written("\ufeff" + header, first, header, "", second) == results.rows
     assert written(header, first, second[:40]) == results.rows[:1]
+    results.path.write_text("\n".join((header, first, second[:-2])))  # cut within its date: no fewer cells
+    assert rows.read(results.path) == results.rows[:1]
+    results.path.write_text(header + "\n" + first + "\n", encoding="utf-16")
+    with pytest.raises(rows.Unusable, match="is not UTF-8"):
+        rows.read(results.path)
     for lines, message in (
         ((header, first + ",", second), f"line 2, column {n + 1}: {n + 1} cells, expected {n}"),
         ((header, first, second + first), f"line 3, column {n + 1}: {2 * n - 1} cells"),
@@ -286,6 +291,48 @@ def test_why_there_is_no_time_holds_until_there_is_one(tmp_path):
     with rows.Results(tmp_path, CPU) as results:
         results.add(row("peft", "forward", 1, p50_ms=2.0))
     assert [(r.provider, r.p50_ms) for r in rows.read(results.path)] == [("ours", 1.0), ("peft", 2.0)]
+
+
+def test_what_is_asked_for_is_measured_or_a_line_says_why(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(linear, "CPU_OPERATIONS", 1000.0)
+    command = [
+        "linear",
+        "--models",
+        "Qwen2.5-0.5B",
+        "--dtypes",
+        "fp32",
+        "--device",
+        "cpu",
+        "--providers",
+        "bare",
+        "ours",
+    ]
+    command += ["--budget", "1", "--out", str(tmp_path)]
+    assert main([*command, "--M", "16"]) == 0
+    assert {r.M for r in rows.read(next(tmp_path.glob("*.csv")))} == {16}
+    assert main([*command, "--M", "1", "--r", "40"]) == 1
+    assert "ours: failed: ValueError: TinyLoraConfig: r is 40, expected 1 to 32" in capsys.readouterr().out
+    assert main(["linear", "--out", "/dev/null/x"]) == 2
+    assert main(["table", "--results", str(tmp_path), "--readme", str(next(tmp_path.glob("*.md")))]) == 2
+    assert "no single pair of marks" in capsys.readouterr().err
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(linear, "run", stopped)
+    assert main(command) == 130 and "interrupted" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["rollout", "--questions", "agreement", "--out", str(tmp_path)]) == 2
+    assert "transformers" in capsys.readouterr().err
+
+
+def test_times_of_two_runs_are_no_ratio():
+    """One was measured beside the bare layer, the other one by itself, when the machine was faster or slower."""
+    beside = rows.Row("linear", "m", "q_proj", "bare", "forward", 16, p50_ms=2.0, ratio_to_bare=1.0)
+    alone = dataclasses.replace(beside, provider="ours", p50_ms=1.0, ratio_to_bare=None)
+    together = dataclasses.replace(alone, ratio_to_bare=1.1)
+    assert report.over([{"bare": beside, "ours": alone}], "ours", "bare") == []
+    assert report.over([{"bare": beside, "ours": together}], "ours", "bare") == [1.1]
 
 
 def test_linear_from_the_command_line(small, tmp_path, capsys):
@@ -434,6 +481,9 @@ def test_the_gate_of_whole_models():
     ):
         with pytest.raises(check.WrongResult):
             model._gate("ours", wrong, own, torch.float32)
+    for name in ("bare", "peft"):  # who is wrong is no measure for the others
+        with pytest.raises(check.WrongResult):
+            model._gate(name, {"output": 1e-6, "gradient": 1.0}, {}, torch.float32)
 
 
 def test_the_angle_is_exact():
@@ -463,6 +513,11 @@ def test_model(tmp_path, monkeypatch):
     assert not [r.note for r in results.rows if r.note]
     timed = [(r.pass_, r.provider) for r in results.rows if r.pass_ != "startup"]
     assert timed == [(pass_, p) for pass_ in ("forward", "training step") for p in ("bare", "peft", "ours")]
+    monkeypatch.setitem(sys.modules, "peft", None)  # what was measured with it stays
+    with rows.Results(tmp_path, CPU) as again:
+        model.run(again, CPU, dtypes=("fp32",), budget=0.1, sentences=2, tokens=16)
+    kept = [r.pass_ for r in rows.read(again.path) if r.provider == "peft" and r.p50_ms]
+    assert sorted(kept) == ["forward", "startup", "training step"]
 
 
 def test_the_table_is_written_between_the_marks_and_again_the_same(small, tmp_path):

@@ -177,6 +177,15 @@ def test_a_dry_run_and_measurements_do_not_mix(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_one_run_in_a_folder_and_a_state_that_can_be_read(tmp_path, capsys):
+    command = ["gpu", "--dry-run", "--stage", "table", "--out", str(tmp_path)]
+    with rows.locked(tmp_path / gpu.STATE):
+        assert main(command) == 2 and "expected no other run in this folder" in capsys.readouterr().err
+    (tmp_path / gpu.STATE).write_text('{"dry_run": tr')
+    assert main(command) == 2 and "is not JSON" in capsys.readouterr().err
+    assert main(["gpu", "--dry-run", "--out", str(rows.RESULTS)]) == 2
+
+
 def test_without_a_gpu_nothing_is_measured(capsys):
     assert main(["gpu"]) == 2
     assert "no CUDA device" in capsys.readouterr().err

@@ -119,6 +119,7 @@ def row(run, greedy, validation=0.5, **more):
     cells |= {c: "" if v is None else str(v) for c, v in zip(demo_rows.RUN_COLUMNS, demo_rows.key_of(run), strict=True)}
     accuracies = {"test_greedy": greedy, "test_sampled": 0.4}
     accuracies |= {"validation_greedy": validation, "validation_sampled": 0.1}
+    more = {"step": run.steps} | more
     return cells | {k: str(v) for k, v in accuracies.items()} | {k: str(v) for k, v in more.items()}
 
 
@@ -158,6 +159,8 @@ def test_table_and_figures(tmp_path):
 def test_an_interrupted_file_is_completed_and_a_whole_one_made_again():
     runs = [demo_rows.Run("zero adapter", **demo_rows.tiny(), seed=s) for s in range(3)]
     rows = [row(run, 0.9, base="this") for run in runs]
+    begun = row(replace(runs[2], steps=8), 0.1, base="this", step=4)  # of a curve that was cut in the middle
+    assert demo_rows.unfinished([*rows[:2], begun], [*runs[:2], replace(runs[2], steps=8)], "this")[0] == rows[:2]
     assert demo_rows.unfinished(rows[:2], runs, "this") == (rows[:2], runs[2:])
     assert demo_rows.unfinished([rows[0], row(runs[1], 0.9, base="other")], runs, "this") == (rows[:1], runs[1:])
     assert demo_rows.unfinished(rows, runs, "this") == ([], runs)

@@ -640,13 +640,13 @@ def test_a_model_that_peft_adapted_takes_the_fast_path_and_resumes(tiny, tmp_pat
         tinylora.unpatch_peft()
 
 
-def test_the_plain_script_of_the_docs(tiny, tmp_path, monkeypatch):
+def test_the_plain_script_of_the_docs(tiny, chat, tmp_path, monkeypatch):
     script = Path(__file__).parents[1] / "docs" / "grpo.py"
     data = tiny / "data" / "train.jsonl"
-    monkeypatch.setattr(sys, "argv", [str(script), str(tiny / "model"), str(data), str(tmp_path / "out"), "2"])
+    monkeypatch.setattr(sys, "argv", [str(script), str(chat), str(data), str(tmp_path / "out"), "2"])
     runpy.run_path(str(script), run_name="__main__")
-    assert len(script.read_text().splitlines()) <= 35
-    model, _ = load_model(tiny / "model", "float32")
+    assert len(script.read_text().splitlines()) <= 37
+    model, _ = load_model(chat, "float32")
     tinylora.load(model, tmp_path / "out")
     assert sum(p.numel() for p in tinylora.adapter_parameters(model)) == 1
 
@@ -719,9 +719,9 @@ def test_eval_of_a_base_of_ours_and_of_pefts(tiny, tmp_path, capsys):
         assert code == 2 and message in error
 
 
-@pytest.mark.parametrize("command", ["grpo", "sft"])
-def test_a_chat_model_from_end_to_end(command, tiny, tmp_path, capsys):
-    """As Qwen2.5-7B-Instruct is one. An epoch: GRPO leaves out the prompts that fill no batch, SFT trains on them."""
+@pytest.fixture
+def chat(tiny, tmp_path):
+    """The folder of a chat model, as Qwen2.5-7B-Instruct is one."""
     shutil.copytree(tiny / "model", tmp_path / "chat")
     _, tokenizer = load_model(tmp_path / "chat", "float32")
     tokenizer.chat_template = (
@@ -729,10 +729,16 @@ def test_a_chat_model_from_end_to_end(command, tiny, tmp_path, capsys):
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     tokenizer.save_pretrained(tmp_path / "chat")
+    return tmp_path / "chat"
+
+
+@pytest.mark.parametrize("command", ["grpo", "sft"])
+def test_a_chat_model_from_end_to_end(command, tiny, chat, tmp_path, capsys):
+    """An epoch: GRPO leaves out the prompts that fill no batch, SFT trains on them."""
     size = {"grpo": {"batch_size": 20, "micro_batch_size": 5}, "sft": {"batch_size": 8, "micro_batch_size": 4}}[command]
-    assert train(tiny, tmp_path / "run", None, command, model=tmp_path / "chat", epochs=1, **size) == 0
+    assert train(tiny, tmp_path / "run", None, command, model=chat, epochs=1, **size) == 0
     assert "12 problems, 2 steps" in capsys.readouterr().out and len(log(tmp_path / "run")) == 2
-    scored = ["eval", "--model", tmp_path / "chat", "--data", tiny / "data", "--adapter", tmp_path / "run" / "adapter"]
+    scored = ["eval", "--model", chat, "--data", tiny / "data", "--adapter", tmp_path / "run" / "adapter"]
     assert cli.main([*map(str, scored), "--max-completion-length", "4"]) == 0
 
 
