@@ -81,10 +81,9 @@ def route_of(x: Tensor, weight: Tensor, down: Tensor, core: Tensor | None, up: T
     """`route` for these operands on this machine."""
     kind = weight.dtype, down.dtype, up.dtype, None if core is None else core.dtype, down.shape[0]
     # Off the CPU nothing changes from call to call: whether Triton interprets is decided when the kernels are imported.
-    return (route_on.__wrapped__ if x.is_cpu else route_on)(x.device, *kind)
+    return (route_on if x.is_cpu else _route_once)(x.device, *kind)
 
 
-@cache
 def route_on(
     device: torch.device, dtype: torch.dtype, down: torch.dtype, up: torch.dtype, core: torch.dtype | None, r: int
 ) -> tuple[str, str]:
@@ -93,3 +92,6 @@ def route_on(
     capability = capability_of(device) if nvidia else None
     factors = (down, up) if core is None else (down, up, core)
     return route(device.type, dtype, factors, r, capability, interpreting(), triton_version())
+
+
+_route_once = cache(route_on)
