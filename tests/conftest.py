@@ -43,3 +43,22 @@ def poison_empty(monkeypatch):
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def one_thread():
+    """Two threads that wait for each other on a busy machine take ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def unpatched_afterwards():
+    from tinylora import unpatch_peft
+    from tinylora.integrations.peft import reset_counts
+
+    reset_counts()
+    yield
+    unpatch_peft()

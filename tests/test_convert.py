@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 from models import qwen2, tokens
+from peft_models import CONFIGS, adapted
 from safetensors.torch import load_file
 from test_family import trained
-from test_peft import CONFIGS, adapted
 
 import tinylora
 from tinylora import AdaLoraConfig, LoraConfig, LoraXSConfig, TinyLoraConfig, VeraConfig

@@ -9,15 +9,13 @@ import pytest
 import torch
 import transformers
 from models import qwen2, tokens
+from peft_models import CONFIGS, TARGETS, adapted, kinds, shake
 from safetensors.torch import load_file, save_file
 from test_family import ADAPTERS, trained
-from test_peft import CONFIGS, TARGETS, adapted, shake
 
 import tinylora
 from tinylora import AdaLoraConfig, LoraConfig, LoraXSConfig, TinyLoraConfig, VeraConfig
 from tinylora.integrations import peft_files
-
-kinds = pytest.mark.parametrize("kind", CONFIGS)
 
 
 def close(a, b):
