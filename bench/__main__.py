@@ -55,6 +55,7 @@ examples:
 COMMANDS = ("linear", "layer", "host", "memory", "svd", "model", "peft", "rollout", "analysis", "folders")
 COMMANDS += ("demo", "parts", "tune", "roofline", "gpu", "table")
 MAIN_BUDGET = 150.0
+INTERRUPTED = 130  # as shells have it
 NOISY = 1.3  # spread of a typical cell from which on a run should not be trusted; 1.1 on a quiet machine
 
 
@@ -247,12 +248,14 @@ def main(argv: list[str] | None = None) -> int:
     except rows.Unusable as error:
         print(error, file=sys.stderr)
         return 2
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "bench").split(".")[0] in ("bench", "tinylora"):
+            raise
         print(f"{error}: pip install -e '.[rl,bench]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the rows that were measured are kept", file=sys.stderr)
-        return 130
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _main(argv: list[str] | None) -> int:

@@ -268,9 +268,12 @@ def _here(arguments: list[str], log) -> int:
                 import pytest
 
                 return int(pytest.main(rest))
-            from bench.__main__ import main
+            from bench.__main__ import INTERRUPTED, main
 
-            return main(rest)
+            rc = main(rest)
+            if rc == INTERRUPTED:
+                raise KeyboardInterrupt
+            return rc
         except Exception:
             traceback.print_exc(file=log)
             return 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tinylora import LoraXSConfig, TinyLoraConfig
-from tinylora.adapters import Site, config_from_dict, noise
+from tinylora.adapters import Factors, Site, config_from_dict, noise
 from tinylora.adapters.tying import tie_groups
 
 TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -97,6 +97,14 @@ def test_errors(config, message):
 @pytest.mark.parametrize("config", [TinyLoraConfig(u=3, target_modules=["q_proj"]), LoraXSConfig(r=4, sigma="split")])
 def test_configs_survive_json(config):
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_change_has_the_digits_of_its_widest_factor():
+    thin = torch.randn(2, 3, dtype=torch.float64), torch.eye(2), torch.randn(4, 2)
+    for factors in (Factors(*thin), Factors(thin[0].float(), thin[1].double(), thin[2])):
+        assert factors.delta().dtype == torch.float64
+        want = factors.up.double() @ factors.core.double() @ factors.down.double()
+        torch.testing.assert_close(factors.delta(), want, rtol=1e-12, atol=1e-12)
 
 
 def test_import_is_light():

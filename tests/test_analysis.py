@@ -72,7 +72,7 @@ def test_names_that_look_like_ours():
         def __init__(self):
             super().__init__()
             self.original_proj, self.copies = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)])
-            self.again = self.original_proj
+            self.again = nn.ModuleList([self.original_proj])
 
     assert list(analysis.effective_weights(Model())) == ["original_proj", "copies.0"]
 

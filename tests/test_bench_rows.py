@@ -93,6 +93,8 @@ def test_a_file_edited_by_hand_is_read_or_refused_with_the_place(tmp_path, capsy
     assert written(header, first, second[:40]) == results.rows[:1]
     results.path.write_text("\n".join((header, first, second[:-2])))  # cut within its date: no fewer cells
     assert rows.read(results.path) == results.rows[:1]
+    results.path.write_text("\n".join((header, first, second)))  # an editor may leave the last newline out
+    assert rows.read(results.path) == results.rows
     results.path.write_text(header + "\n" + first + "\n", encoding="utf-16")
     with pytest.raises(rows.Unusable, match="is not UTF-8"):
         rows.read(results.path)

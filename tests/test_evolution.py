@@ -128,7 +128,7 @@ def test_decode_steps_on_a_static_cache_are_compiled_once():
             es.step(prompts, ANSWERS[:2])
             stacks = [t for n, t in es.model.named_buffers() if "stacked_" in n]
             assert len(stacks) == len(names) and all((t == k).all() for t in stacks)
-            places.add(tuple(t.data_ptr() for stack in es.stack for t in stack.values()))
+            places.add(tuple(t.data_ptr() for t in es.stack.values()))
         assert len(places) == 1 and len(*places) == len(names)
         found.append(es.numbers())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -257,12 +257,13 @@ def test_every_combination_of_tied_lora(tied, mask):
         (lambda: TiedLoraConfig.preset("TL1"), "preset is 'TL1', expected one of LoRA, TL5"),
         (lambda: AdaLoraConfig(total_steps=10, r=2, target_r=3), "target_r is 3, expected at most r, 2"),
         (lambda: AdaLoraConfig(total_steps=10, warmup_steps=5, final_steps=5), "total_steps is 10, expected more than"),
-        (lambda: AdaLoraConfig(total_steps=10, beta1=1.0), "beta1 is 1.0, expected between 0 and 1"),
+        (lambda: AdaLoraConfig(total_steps=10, beta1=1.0), "beta1 is 1.0, expected a number above 0 and below 1"),
         (lambda: VeraConfig(r=0), "r is 0"),
         (lambda: VeraConfig(d_initial=math.nan), "d_initial is nan, expected a number"),
         (lambda: LoraConfig(alpha=math.inf), "alpha is inf, expected a number above 0"),
         (lambda: LoraConfig(alpha=True), "alpha is True, expected a number above 0"),
         (lambda: LoraConfig(rslora="no"), "rslora is 'no', expected True or False"),
+        (lambda: LoraConfig(target_modules={"q_proj": ""}, alpha="x"), "alpha is 'x'"),
         (lambda: LoraConfig(target_modules=5), "target_modules is 5, expected None, a regular expression"),
         (lambda: AdaLoraConfig(total_steps=10, alpha="8"), "alpha is '8', expected a number above 0"),
         (lambda: AdaLoraConfig(total_steps=10, beta1="x"), "beta1 is 'x', expected a number above 0"),
@@ -279,6 +280,18 @@ def test_errors(make, message):
     with pytest.raises(ValueError) as error:
         make()
     assert message in str(error.value)
+
+
+def test_numbers_and_names_of_other_kinds():
+    """As numpy, a generator and the files of yesterday have them."""
+    import numpy
+
+    config = AdaLoraConfig(total_steps=10, alpha=numpy.float32(8), target_modules=numpy.array(["q_proj"]))
+    assert type(config.alpha) is float and config.alpha == 8 and config.target_modules == ("q_proj",)
+    assert LoraConfig(rslora=1).rslora is True and LoraConfig(rslora=None).rslora is False
+    assert TinyLoraConfig(groups=iter([0, 1])).groups == (0, 1)
+    assert TiedLoraConfig(fused=iter([["q_proj", "k_proj"]])).fused == (("q_proj", "k_proj"),)
+    assert TiedLoraConfig(tied=(), fused=()).fused == ()
 
 
 # --- against PEFT -------------------------------------------------------------------------------------------------
@@ -515,7 +528,7 @@ class Wrapper(torch.optim.Optimizer):
         return self.inner.step(closure)
 
 
-@pytest.mark.parametrize("how", ["closure", "closure=", "within another's", "after a step that failed"])
+@pytest.mark.parametrize("how", ["closure", "closure=", "within another's", "of others", "after a step that failed"])
 def test_adalora_counts_a_step_once_and_penalises_what_steps(how):
     def run(how):
         model, ids = (
@@ -523,7 +536,8 @@ def test_adalora_counts_a_step_once_and_penalises_what_steps(how):
             tokens(),
         )
         optimizer = torch.optim.SGD(tinylora.adapter_parameters(model), lr=0.1)
-        wrapped = Wrapper(optimizer)
+        wrapped, outer = Wrapper(optimizer), Wrapper(torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+        outer.inner = optimizer
 
         def closure():
             optimizer.zero_grad()
@@ -543,9 +557,10 @@ def test_adalora_counts_a_step_once_and_penalises_what_steps(how):
                 kept, wrapped.fails = [p.grad.clone() for p in tinylora.adapter_parameters(model)], True
                 with pytest.raises(MemoryError):
                     wrapped.step()
+                wrapped.fails = False
                 for p, grad in zip(tinylora.adapter_parameters(model), kept, strict=True):
                     p.grad = grad
-            (wrapped if how == "within another's" else optimizer).step()
+            (optimizer if how == "plain" else outer if how == "of others" else wrapped).step()
         assert int(model.tinylora["default"].steps) == 4
         return torch.cat([p.detach().flatten() for p in tinylora.adapter_parameters(model)])
 

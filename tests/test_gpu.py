@@ -307,6 +307,8 @@ def test_generate_on_a_static_cache_follows_v():
 
 def test_generate_on_a_static_cache_follows_the_stack():
     """As evolution strategies use it: other adapters in every generation, from one CUDA graph."""
+    from tinylora.nn.rows import own_stack
+
     transformers = pytest.importorskip("transformers")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -316,13 +318,13 @@ def test_generate_on_a_static_cache_follows_the_stack():
         vocab_size=512,
     )  # fmt: skip
     model = tinylora.apply(transformers.Qwen2ForCausalLM(config), tinylora.TinyLoraConfig(u=2)).cuda().eval()
-    names = [n for n, _ in model.tinylora.default.named_parameters()]
+    names, own = [n for n, _ in model.tinylora.default.named_parameters()], {}
     ids = torch.randint(0, 512, (1, 8), device="cuda").repeat(4, 1)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
     distinct = set()
     for scale in (0.5, 1.0, -0.5):
-        tinylora.stack(model, [dict.fromkeys(names, torch.full((2,), scale * k)) for k in range(4)])
-        with tinylora.adapter_ids(model, [0, 1, 2, 3]):
+        adapters = [dict.fromkeys(names, torch.full((2,), scale * k)) for k in range(4)]
+        with own_stack(model, "default", adapters, own), tinylora.adapter_ids(model, [0, 1, 2, 3]):
             tokens = model.generate(ids, **settings)
             assert torch.equal(tokens, model.generate(ids, disable_compile=True, **settings))
         distinct |= {tuple(row) for row in tokens.tolist()}

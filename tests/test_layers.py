@@ -20,6 +20,7 @@ LAYERS = (
     "tasks",
     "recipes",
     "analysis",
+    "generation",
     "evolution",
     "integrations",
     "cli_train",

@@ -26,6 +26,11 @@ def base_logits(model=None):
     return (qwen2() if model is None else model)(tokens()).logits
 
 
+def test_factors_are_not_in_pefts_files(tmp_path):
+    with pytest.raises(ValueError, match="factors is True, expected False with format='peft'"):
+        tinylora.save(tinylora.apply(qwen2(layers=1), LoraConfig(r=2)), tmp_path, factors=True, format="peft")
+
+
 @kinds
 @pytest.mark.parametrize("tying", [0.0, 0.55, 1.0])
 def test_pefts_adapter_in_our_model(kind, tying, tmp_path):

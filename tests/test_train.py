@@ -234,7 +234,7 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
     refuses("grpo.seed is in the recipe, expected the recipe's seed", seed=7)
     refuses("grpo.reward_weights is in the recipe, expected the recipe's reward", reward_weights=[0.5, 0.5])
     refuses("grpo.bf16 is in the recipe, expected none: it is the run's own", bf16=True)
-    refuses("grpo.save_only_model is True in the recipe, with which no run resumes", save_only_model=True)
+    refuses("grpo.save_only_model is True, expected none: no run resumes with it", save_only_model=True)
     refuses("grpo.train_sampling_strategy is 'group_by_length'", train_sampling_strategy="group_by_length")
     refuses("grpo.ignore_data_skip is True", ignore_data_skip=True)
     fails("seed is 4294967296, expected less than 2^32", seed=1 << 32)

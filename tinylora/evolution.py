@@ -10,17 +10,17 @@ After Salimans et al., arXiv 1703.03864 (antithetic pairs; one step size). Stand
 advantage, taken over adapters in the place of completions: it makes η the length of a step where the fitness is linear.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tinylora.adapters import noise
+from tinylora.generation import ends_of_text, evaluating, own_settings, padded_left, until_end
 from tinylora.nn.model import shared_of, trained_numbers
-from tinylora.nn.rows import adapter_ids, own_stack, refuse_whole_modules, stack
+from tinylora.nn.rows import adapter_ids, own_stack, refuse_whole_modules
 
 Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -35,51 +35,6 @@ class Generation:
     spread: float
     moved: float
     completions: int
-
-
-def ends_of_text(model: nn.Module, tokenizer) -> set[int]:
-    """The tokens that end a text: the tokenizer's, and those of the model's generation settings, as in TRL."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return {end for end in (tokenizer.eos_token_id, *ends) if end is not None}
-
-
-@contextlib.contextmanager
-def own_settings(model: nn.Module) -> Iterator[None]:
-    """Of the model's generation settings the special tokens alone: what is asked of generate() acts, and nothing else.
-
-    A checkpoint's own (Qwen2.5's penalise repetition, others forbid tokens) would act wherever a call leaves them out.
-    """
-    before = model.generation_config
-    special = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    model.generation_config = type(before)(**{name: getattr(before, name, None) for name in special})
-    try:
-        yield
-    finally:
-        model.generation_config = before
-
-
-def padded_left(prompts: Sequence[Sequence[int]], pad: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(token ids, attention mask), [m, width]: a prompt ends where its answer begins."""
-    ids = [[pad] * (width - len(p)) + list(p) for p in prompts]
-    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval(), and afterwards as it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    """What comes before the first of `ends`."""
-    return tokens[: next((k for k, t in enumerate(tokens) if t in ends), len(tokens))]
 
 
 class Evolution:
@@ -144,7 +99,7 @@ class Evolution:
             self.generation |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         if cache is not None:
             self.generation["cache_implementation"] = cache
-        self.stack: list[dict[str, Tensor]] = []  # kept: a captured graph reads a generation where the first one lay
+        self.stack: dict = {}  # kept: a captured graph reads a generation where the first one lay
 
     def step(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> Generation:
         """One generation on these prompts (token ids), the same for every perturbed adapter, and the update.
@@ -173,8 +128,7 @@ class Evolution:
         """What each of `adapters` [n, d] earns on each prompt, [n, m]: one generate() of n · m rows."""
         if len(prompts) != len(answers) or not prompts:
             raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers, expected as many, at least one")
-        with own_stack(self.model, self.name, self.stack):
-            stack(self.model, self._named(adapters), self.name)
+        with own_stack(self.model, self.name, self._named(adapters), self.stack):
             out, width = self._generated(len(adapters), prompts)
         rows = [until_end(tokens, self.ends) for tokens in out[:, width:].tolist()]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)

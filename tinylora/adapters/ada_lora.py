@@ -13,7 +13,8 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from types import FrameType
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class AdaLora(Adapter):
         return Factors(self.down, self.shared.config.scale * self.lam, self.up)
 
     @torch.no_grad()
-    def add_orthogonality(self, gamma: float, stepping: set[int]) -> None:
+    def add_orthogonality(self, gamma: float, stepping: frozenset[int]) -> None:
         """Add d/dP γ ‖PᵀP - I‖² = 4 γ P (PᵀP - I), and Q's, to the gradients of those that step."""
         eye = torch.eye(self.lam.numel(), dtype=self.lam.dtype, device=self.lam.device)
         if self.up.grad is not None and id(self.up) in stepping:
@@ -87,7 +88,7 @@ class AdaLoraShared(Shared):
         self._stepped = []
         _watch(self)
 
-    def before_step(self, stepping: set[int], loss_scale: float) -> None:
+    def before_step(self, stepping: frozenset[int], loss_scale: float) -> None:
         if any(a.lam.requires_grad and stepped_elsewhere(a.lam) for a in self.layers.values()):
             raise ValueError("AdaLoRA acts when an optimizer steps λ, and DeepSpeed steps copies: expected DDP")
         for adapter in self.layers.values():
@@ -98,7 +99,7 @@ class AdaLoraShared(Shared):
             if adapter.lam.requires_grad:
                 adapter.add_orthogonality(self.config.orthogonality * loss_scale, stepping)
 
-    def _refuse_several(self, stepping: set[int]) -> None:
+    def _refuse_several(self, stepping: frozenset[int]) -> None:
         """ValueError where optimizers with different λ take turns: one step of all would count as several, and the
         budget be shared out among a few layers at a time. Another optimizer from some step on is none of that, nor one
         with more layers, or fewer.
@@ -113,7 +114,7 @@ class AdaLoraShared(Shared):
             self._stepped.append(own)
 
     @torch.no_grad()
-    def after_step(self, stepping: set[int]) -> None:
+    def after_step(self, stepping: frozenset[int]) -> None:
         """Score, and on the schedule keep the budget's most important λ of the whole model and zero the rest."""
         adapters = self._of(stepping)
         if not adapters:
@@ -133,7 +134,7 @@ class AdaLoraShared(Shared):
             for adapter in adapters:
                 adapter.lam.mul_(adapter.kept)
 
-    def _of(self, stepping: set[int]) -> list[AdaLora]:
+    def _of(self, stepping: frozenset[int]) -> list[AdaLora]:
         return [a for a in self.layers.values() if id(a.lam) in stepping and a.lam.requires_grad]
 
 
@@ -177,9 +178,7 @@ class AdaLoraConfig(AdapterConfig):
         require(self, "total_steps", room, "more than warmup_steps and final_steps together")
         require_number(self, "alpha", above=0)
         require_number(self, "orthogonality", least=0)
-        require_number(self, "beta1", "beta2", above=0)
-        for name in ("beta1", "beta2"):
-            require(self, name, getattr(self, name) < 1, "between 0 and 1")
+        require_number(self, "beta1", "beta2", above=0, below=1)
 
     @property
     def scale(self) -> float:
@@ -218,34 +217,43 @@ def _watch(shared: AdaLoraShared) -> None:
         _hooks.append(register_optimizer_step_post_hook(_after))
 
 
-class _Steps(threading.local):
-    """The steps that are under way in a thread, the outermost first: an optimizer may step another one within its own
-    (ZeroRedundancyOptimizer, Lookahead), and the two are one step."""
+class _Step(NamedTuple):
+    """An optimizer's step that is under way: the call, the ids of what it steps, whether it is a part of another's."""
+
+    call: FrameType
+    stepping: frozenset[int]
+    within: bool
+
+
+class _UnderWay(threading.local):
+    """The steps of a thread, the outermost first. An optimizer may step another one within its own: of the same
+    parameters (ZeroRedundancyOptimizer, Lookahead) the two are one step, of others each is one."""
 
     def __init__(self):
-        self.optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
+        self.steps: list[_Step] = []
 
 
-_steps = _Steps()
+_under_way = _UnderWay()
 
 
 def _before(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     if not _watched:
         return None
-    under_way = _steps.optimizers
-    while under_way and not _steps_now(under_way[-1]()):
-        under_way.pop()  # an error ended it
-    under_way.append(weakref.ref(optimizer))
-    if len(under_way) > 1:
+    call, steps = sys._getframe(1), _under_way.steps
+    while steps and not _called_from(steps[-1].call, call):
+        steps.pop()  # an error ended it
+    stepping = frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
+    steps.append(_Step(call, stepping, any(stepping <= outer.stepping for outer in steps)))
+    if steps[-1].within:
         return None
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not callable(closure):
-        _penalise(optimizer)
+        _penalise(optimizer, stepping)
         return None
 
     def penalised():  # it makes the gradients, once or several times
         loss = closure()
-        _penalise(optimizer)
+        _penalise(optimizer, stepping)
         return loss
 
     if "closure" in kwargs:
@@ -253,32 +261,32 @@ def _before(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tupl
     return (args[0], penalised, *args[2:]), kwargs
 
 
-def _steps_now(optimizer: torch.optim.Optimizer | None) -> bool:
-    """Whether a caller of ours is a method of it."""
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_locals.get("self", frame) is not optimizer:
+def _called_from(outer: FrameType, call: FrameType) -> bool:
+    frame = call.f_back
+    while frame is not None and frame is not outer:
         frame = frame.f_back
     return frame is not None
 
 
-def _penalise(optimizer: torch.optim.Optimizer) -> None:
-    scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under torch.amp.GradScaler undoes it in its step
-    _each(optimizer, lambda shared, own: shared.before_step(own, 1.0 if scale is None else scale.item()))
+def _penalise(optimizer: torch.optim.Optimizer, stepping: frozenset[int]) -> None:
+    if not _skips(optimizer):
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under GradScaler undoes it in its step
+        for shared in list(_watched):
+            shared.before_step(stepping, 1.0 if scale is None else scale.item())
 
 
 def _after(optimizer: torch.optim.Optimizer, *_) -> None:
-    under_way = _steps.optimizers
-    while under_way and under_way.pop()() is not optimizer:
-        pass
-    if not under_way:
-        _each(optimizer, lambda shared, own: shared.after_step(own))
+    call, steps = sys._getframe(1), _under_way.steps
+    while steps:
+        step = steps.pop()
+        if step.call is call:
+            if not step.within and not _skips(optimizer):
+                for shared in list(_watched):
+                    shared.after_step(step.stepping)
+            return
 
 
-def _each(optimizer: torch.optim.Optimizer, call) -> None:
-    """`call` with every allocator and the ids of what steps; with none where a fused optimizer skips a step of inf."""
-    skipped = getattr(optimizer, "found_inf", None) if _watched else None
-    if not _watched or (skipped is not None and skipped.item()):
-        return
-    stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for shared in list(_watched):
-        call(shared, stepping)
+def _skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a fused optimizer under torch.amp.GradScaler skips this step, for a gradient that is inf."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import numbers
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -298,11 +299,11 @@ class AdapterConfig:
         for name in ("target_modules", "modules_to_save"):
             names = getattr(self, name)
             if names is not None and not (isinstance(names, str) and name == "target_modules"):
-                fits = isinstance(names, Sequence | Set) and not isinstance(names, str) and len(names) > 0
-                fits = fits and all(isinstance(t, str) and t for t in names)
+                several = as_tuple(names)
+                fits = bool(several) and all(isinstance(t, str) and t for t in several)
                 regular = " a regular expression," if name == "target_modules" else ""
                 require(self, name, fits, f"None,{regular} or names in a list")
-                object.__setattr__(self, name, tuple(names))
+                object.__setattr__(self, name, several)
 
     def shared(self, sites: Sequence[Site]) -> dict[str, Numbers]:
         """The numbers that the model's root owns, by name."""
@@ -336,20 +337,36 @@ class AdapterConfig:
         return {"kind": self.kind} | dataclasses.asdict(self)
 
 
+def as_tuple(values: Any) -> tuple | None:
+    """What an iterable other than a text has, or None."""
+    return tuple(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else None
+
+
 def require(config: AdapterConfig, name: str, holds: bool, expected: str) -> None:
     """ValueError unless `holds`: which field of which config, what it is, what was expected."""
     if not holds:
         raise ValueError(f"{type(config).__name__}: {name} is {getattr(config, name)!r}, expected {expected}")
 
 
-def require_number(config: AdapterConfig, *names: str, least: float = -math.inf, above: float = -math.inf) -> None:
-    """ValueError unless these fields are finite numbers of at least `least`, and above `above`."""
+def require_number(
+    config: AdapterConfig,
+    *names: str,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
+    """ValueError unless these fields are finite numbers within the bounds. numpy's become Python's."""
+    bounds = [] if least is None else [f"of {least:g} or more"]
+    bounds += [] if above is None else [f"above {above:g}"]
+    bounds += [] if below is None else [f"below {below:g}"]
+    expected = " ".join(["a number", " and ".join(bounds)]).strip()
     for name in names:
         value = getattr(config, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        holds = number and value >= least and value > above
-        bound = f" above {above:g}" if above > -math.inf else f" of {least:g} or more" if least > -math.inf else ""
-        require(config, name, holds, f"a number{bound}")
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        holds = number and (least is None or value >= least) and (above is None or value > above)
+        require(config, name, holds and (below is None or value < below), expected)
+        if type(value) not in (int, float):
+            object.__setattr__(config, name, float(value))
 
 
 def require_whole(config: AdapterConfig, *names: str, least: int = 1) -> None:

@@ -49,7 +49,8 @@ class LoraConfig(AdapterConfig):
         super().__post_init__()
         require_whole(self, "r")
         require_number(self, "alpha", above=0)
-        require(self, "rslora", isinstance(self.rslora, bool), "True or False")
+        require(self, "rslora", self.rslora in (True, False, None), "True or False")
+        object.__setattr__(self, "rslora", bool(self.rslora))
 
     @property
     def scale(self) -> float:

@@ -23,6 +23,7 @@ from tinylora.adapters.base import (
     Numbers,
     Shared,
     Site,
+    as_tuple,
     require,
     require_whole,
 )
@@ -147,10 +148,11 @@ class TinyLoraConfig(AdapterConfig):
         super().__post_init__()
         require_whole(self, "r", "u", "n_tie")
         if self.groups is not None:
-            whole = isinstance(self.groups, Sequence) and all(type(g) is int for g in self.groups)
-            whole = whole and set(self.groups) == set(range(len(set(self.groups))))
+            groups = as_tuple(self.groups)
+            whole = groups is not None and all(type(g) is int for g in groups)
+            whole = whole and set(groups) == set(range(len(set(groups))))
             require(self, "groups", whole, "integers from 0 on, without a gap")
-            object.__setattr__(self, "groups", tuple(self.groups))
+            object.__setattr__(self, "groups", groups)
         require(self, "tying", self.tying in TYINGS, f"one of {', '.join(TYINGS)}")
         require(self, "sigma", self.sigma in SIGMAS, f"one of {', '.join(SIGMAS)}")
 

@@ -7,13 +7,13 @@ q,k,v projection with one A and one u a layer; for models that keep the three ap
 that share them, so that the counts are the paper's: 4 d r numbers for a tied pair on d x d projections.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 from tinylora.adapters import noise
-from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Site, require, require_whole
+from tinylora.adapters.base import Adapter, AdapterConfig, Factors, Numbers, Site, as_tuple, require, require_whole
 from tinylora.adapters.vera import kaiming
 
 PARTS = ("down", "up", "u", "v")
@@ -63,17 +63,15 @@ class TiedLoraConfig(AdapterConfig):
         super().__post_init__()
         require_whole(self, "r")
         for name, allowed, least in (("tied", PARTS[:2], 0), ("trained", PARTS, 1)):
-            parts = getattr(self, name)
-            fits = isinstance(parts, Sequence | Set) and not isinstance(parts, str) and all(p in allowed for p in parts)
-            fits = fits and len(parts) >= least
+            parts = as_tuple(getattr(self, name))
+            fits = parts is not None and all(p in allowed for p in parts) and len(parts) >= least
             require(self, name, fits, f"{'some' if least else 'any'} of {', '.join(allowed)}")
             object.__setattr__(self, name, tuple(p for p in allowed if p in parts))
-        groups = self.fused if isinstance(self.fused, Sequence) and not isinstance(self.fused, str) else (None,)
-        fits = all(
-            isinstance(g, Sequence) and not isinstance(g, str) and all(isinstance(n, str) for n in g) for g in groups
-        )
+        groups = as_tuple(self.fused)
+        groups = None if groups is None else tuple(map(as_tuple, groups))
+        fits = groups is not None and None not in groups and all(isinstance(n, str) for g in groups for n in g)
         require(self, "fused", fits, "groups of names, each a list")
-        object.__setattr__(self, "fused", tuple(map(tuple, self.fused)))
+        object.__setattr__(self, "fused", groups)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "TiedLoraConfig":

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from tinylora.evolution import ends_of_text, evaluating, own_settings, padded_left, until_end
+from tinylora.generation import ends_of_text, evaluating, own_settings, padded_left, until_end
 from tinylora.integrations import processes
 from tinylora.integrations.transformers import prompt_ids
 from tinylora.tasks import gsm8k

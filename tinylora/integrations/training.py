@@ -87,6 +87,7 @@ def _run(command: str, settings: dict[str, Any], out: Path, resume: bool) -> Pat
         same_processes(stored, out)
     else:
         refuse_used(out)
+        _refuse_what_does_not_resume(command, settings)
     problems = data.load_problems(settings["data"], settings["split"])
     check(command, settings, len(problems))
     seen = data.digest(problems)
@@ -359,11 +360,6 @@ def arguments(command: str, settings: dict[str, Any], out: str | os.PathLike):
     for name in settings[command].keys() & own.keys():
         what = f"the recipe's {INSTEAD[name]}" if INSTEAD[name] else "none: it is the run's own"
         raise ValueError(f"{command}.{name} is in the recipe, expected {what}")
-    for name, value in NOT_RESUMED.items():
-        if settings[command].get(name) == value:
-            raise ValueError(
-                f"{command}.{name} is {value!r} in the recipe, with which no run resumes: expected without"
-            )
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise ValueError(
             f"accelerate's mixed_precision is {os.environ['ACCELERATE_MIXED_PRECISION']}, expected no (accelerate "
@@ -374,6 +370,12 @@ def arguments(command: str, settings: dict[str, Any], out: str | os.PathLike):
 
 # Of TRL's arguments: an order drawn from random numbers that are gone, or checkpoints of less than there was.
 NOT_RESUMED = {"train_sampling_strategy": "group_by_length", "ignore_data_skip": True, "save_only_model": True}
+
+
+def _refuse_what_does_not_resume(command: str, settings: dict[str, Any]) -> None:
+    for name, value in NOT_RESUMED.items():
+        if settings[command].get(name) == value:
+            raise ValueError(f"{command}.{name} is {value!r}, expected none: no run resumes with it")
 
 
 def _reward(name: str):

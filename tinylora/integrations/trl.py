@@ -63,8 +63,8 @@ def adapter_trainer(trainer: type) -> type:
             config = kwargs.get("args") or next((a for a in args if hasattr(a, "output_dir")), None)
             beta = getattr(config, "beta", 0.0) if ours and _has_reference(trainer) else 0.0
             if ours:
-                if config is None and _has_reference(trainer):
-                    raise ValueError(f"args is missing, expected {trainer.__name__}'s: a beta decides on a reference")
+                if config is None and _has_reference(trainer, by_default=True):
+                    raise ValueError(f"args is missing, expected {trainer.__name__}'s: by default its beta is above 0")
                 _refuse(model, config, trainer)
                 if getattr(model, "is_quantized", False) and _takes_ref_model(trainer) and not kwargs.get("ref_model"):
                     raise ValueError(
@@ -174,11 +174,11 @@ def _takes_ref_model(trainer: type) -> bool:
     return "ref_model" in inspect.signature(trainer.__init__).parameters
 
 
-def _has_reference(trainer: type) -> bool:
-    """Whether it runs `ref_model` for log-probabilities, and loads the base by name for one."""
+def _has_reference(trainer: type, by_default: bool = False) -> bool:
+    """Whether it runs `ref_model` for log-probabilities, and loads the base by name for one, unless beta is 0."""
     from trl import GRPOTrainer, RLOOTrainer
 
-    return issubclass(trainer, GRPOTrainer | RLOOTrainer)
+    return issubclass(trainer, RLOOTrainer if by_default else GRPOTrainer | RLOOTrainer)
 
 
 def _refuse(model: nn.Module, config, trainer: type) -> None:

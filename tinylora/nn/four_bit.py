@@ -17,6 +17,7 @@ from tinylora.ops.linear import (
     by_torch_alone,
     frozen_linear,
     plain,
+    unchecked,
     without_autocast,
 )
 
@@ -102,6 +103,8 @@ class FourBitLinear(Linear):
                 if dropped:
                     inner = F.dropout(inner, adapter.dropout)
                 y = self.foreign.forward(self, x).to(dtype) + low_rank(inner, down, core, up, basis)
+            elif ids is None and inner.shape[-1:] == (self.in_features,) and inner.device == down.device:
+                y = unchecked(inner, packed_weight(self), down, core, up, bias, None, basis, invariant)
             else:
                 core = core if ids is None else adapter.row_core()
                 y = adapted_linear(

@@ -29,8 +29,7 @@ def stack(
 
     adapters: each a folder that `tinylora.save` wrote, or a mapping from the names in such a file ("v_0",
     "<layer>.core") to tensors. All share the frozen factors of `name`, so a folder must have its config and base.
-    The stack takes A times the adapter's numbers, in fp32 beside the model. A new one replaces it: of as many sets in
-    place, so that a captured CUDA graph sees the new numbers.
+    The stack takes A times the adapter's numbers, in fp32 beside the model; a new one replaces it.
 
     ValueError: no adapters, a folder of another config or base or with other frozen factors, names or shapes that do
     not fit, an adapter whose thin factors train (LoRA, VeRA, AdaLoRA, Tied-LoRA: one batch cannot hold several of
@@ -63,24 +62,13 @@ def stack(
             odd = sorted(set(found.items()) ^ set(expected.items()))[0]
             raise ValueError(f"adapters[{i}] does not fit {name!r}: {odd[0]} with shape {odd[1]} is on one side only")
         sets.append(adapter)
-    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could not train later
-        stacks = []
+    with torch.inference_mode(False):  # what is made in inference mode could not train later
         for module in (shared, *shared.layers.values()):
             for own, parameter in list(module.named_parameters()):
                 full = next(n for n, t in trains.items() if t is parameter)
                 values = torch.stack([torch.as_tensor(numbers[full]).detach().to(parameter) for numbers in sets])
-                stacks.append((module, STACKED + own, values))
-        for module, own, values in stacks:
-            before = module._buffers.get(own)
-            if before is not None and _alike(before, values) and not before.is_inference():
-                before.copy_(values)
-            else:
-                module.register_buffer(own, values, persistent=False)
+                module.register_buffer(STACKED + own, values, persistent=False)
     return model
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def refuse_whole_modules(shared: Shared, name: str) -> None:
@@ -93,27 +81,46 @@ def refuse_whole_modules(shared: Shared, name: str) -> None:
 
 
 @contextlib.contextmanager
-def own_stack(model: nn.Module, name: str, own: list[dict[str, Tensor]]) -> Iterator[None]:
-    """Within, the model has the stack that `own` holds ([] for none), and what it has at the end is `own`'s then.
-    Afterwards it has its stack of before again, or none."""
+def own_stack(model: nn.Module, name: str, adapters: Sequence[Mapping[str, Tensor]], own: dict) -> Iterator[None]:
+    """Within, the model has a stack of `adapters`, and afterwards the one of before, or none.
+
+    own: empty at first, keeps the tensors: those of as many adapters lie where the last ones did, so that what has
+    captured their addresses reads the new ones.
+    """
     shared = shared_of(model, name)
     modules = (shared, *shared.layers.values())
 
-    def exchange(stacks: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        taken = []
-        for module, stack in zip(modules, stacks or [{}] * len(modules), strict=True):
-            taken.append({n: t for n, t in module._buffers.items() if n.startswith(STACKED)})
-            for n in taken[-1]:
-                delattr(module, n)
-            for n, t in stack.items():
-                module.register_buffer(n, t, persistent=False)
-        return taken
+    def taken() -> dict:
+        found = {}
+        for module in modules:
+            for n in [n for n in module._buffers if n.startswith(STACKED)]:
+                found[module, n] = module._buffers.pop(n)
+                module._non_persistent_buffers_set.discard(n)
+        return found
 
-    before = exchange(own)
+    def put(tensors: dict) -> None:
+        for (module, n), t in tensors.items():
+            module.register_buffer(n, t, persistent=False)
+
+    before = taken()
     try:
+        stack(model, adapters, name)
+        fresh = taken()
+        if own.keys() == fresh.keys() and all(_alike(own[key], t) for key, t in fresh.items()):
+            for key, t in fresh.items():
+                own[key].copy_(t)
+        else:
+            own.clear()
+            own.update(fresh)
+        put(own)
         yield
     finally:
-        own[:] = exchange(before)
+        taken()
+        put(before)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ def adapted_linears(
     if len(sizes) == 1:
         return (y,)
     parts = y.split_with_sizes(sizes, -1)
-    # Made without a graph, and within one each may be changed in place as any layer's output may: no view then.
+    # Views of one call may not be changed in place where gradients are recorded, as any layer's output may.
     return tuple([part.data for part in parts]) if torch.is_grad_enabled() else parts
 
 
