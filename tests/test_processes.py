@@ -36,7 +36,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     tiny_gsm8k.write_problems(folder / "data")
-    tiny_gsm8k.write_model(folder / "model")
+    tiny_gsm8k.write_chat_model(tiny_gsm8k.write_model(folder / "model"), folder / "chat")
     return folder
 
 

@@ -721,15 +721,7 @@ def test_eval_of_a_base_of_ours_and_of_pefts(tiny, tmp_path, capsys):
 
 @pytest.fixture
 def chat(tiny, tmp_path):
-    """The folder of a chat model, as Qwen2.5-7B-Instruct is one."""
-    shutil.copytree(tiny / "model", tmp_path / "chat")
-    _, tokenizer = load_model(tmp_path / "chat", "float32")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' }}\n"
-        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    tokenizer.save_pretrained(tmp_path / "chat")
-    return tmp_path / "chat"
+    return tiny_gsm8k.write_chat_model(tiny / "model", tmp_path / "chat")
 
 
 @pytest.mark.parametrize("command", ["grpo", "sft"])

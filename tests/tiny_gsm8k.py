@@ -1,6 +1,7 @@
 """A language model of a few thousand numbers that speaks GSM8K's format, and a dozen problems of our own in it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -68,5 +69,17 @@ def write_model(folder: Path, dtype=torch.float32, steps=100) -> Path:
         loss.backward()
         optimizer.step()
     model.to(dtype).eval().save_pretrained(folder)
+    chars.save_pretrained(folder)
+    return folder
+
+
+def write_chat_model(model: Path, folder: Path) -> Path:
+    """The same as a chat model, as Qwen2.5-7B-Instruct is one. A user's turn is its text, after which it has learned
+    to answer."""
+    shutil.copytree(model, folder)
+    chars = tokenizer()
+    chars.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' }}{% endfor %}"
+    )
     chars.save_pretrained(folder)
     return folder
