@@ -297,3 +297,68 @@ def test_numbers_of_other_factors_than_the_files(tmp_path):
     for onto in (tinylora.load, lambda model, folder: tinylora.stack(model, [folder])):
         with pytest.raises(ValueError, match="has other frozen factors than the adapter on the model"):
             onto(other, tmp_path / "mine")
+
+
+def test_what_was_loaded_is_no_longer_the_files(tmp_path):
+    """Whoever writes into the file afterwards changes nothing of the model."""
+    for kind in ("tinylora", "peft"):
+        folder = tmp_path / kind
+        model = tinylora.apply(qwen2(layers=1), TinyLoraConfig(u=2, n_tie=100, sigma="split"))
+        for v in tinylora.adapter_parameters(model):
+            torch.nn.init.normal_(v)
+        path = tinylora.save(model, folder, format=kind, **({"factors": True} if kind == "tinylora" else {}))
+        loaded = tinylora.load(qwen2(layers=1), folder)
+        want = loaded(tokens()).logits
+        with open(path, "r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            file.write(bytes(path.stat().st_size // 2))
+        assert torch.equal(loaded(tokens()).logits, want)
+
+
+def test_files_are_written_where_fsync_wants_to_write(tmp_path, monkeypatch):
+    """As on Windows; and everybody may read them whom the umask lets."""
+    import fcntl
+    import stat
+
+    fsync = os.fsync
+
+    def windows(descriptor):
+        assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", windows)
+    before = os.umask(0o027)
+    try:
+        path = tinylora.save(tinylora.apply(qwen2(layers=1), TinyLoraConfig()), tmp_path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_made_or_loaded_in_inference_mode(tmp_path):
+    from tinylora.nn.model import named_numbers
+
+    tinylora.save(tinylora.apply(qwen2(), TinyLoraConfig()), tmp_path)
+    with torch.inference_mode():
+        born = qwen2()
+    for model in (qwen2(), born):
+        with torch.inference_mode():
+            tinylora.load(model, tmp_path)
+            model(tokens())
+            tinylora.stack(model, [{n: p + 1 for n, p in named_numbers(model).items()}] * 2)
+            with tinylora.adapter_ids(model, [0, 1]):
+                model(tokens())
+        tinylora.load(model, tmp_path)
+    tinylora.load(qwen2(), tmp_path)(tokens()).logits.sum().backward()
+    model = qwen2()
+    with torch.inference_mode():
+        tinylora.load(model, tmp_path)
+    model(tokens()).logits.sum().backward()
+    assert all(p.grad is not None for p in tinylora.adapter_parameters(model))
+
+
+def test_torchs_default_device_is_not_the_adapters():
+    model = qwen2(layers=1)
+    with torch.device("meta"):
+        tinylora.apply(model, tinylora.LoraConfig(r=2))
+    assert model(tokens()).logits.isfinite().all()

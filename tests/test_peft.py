@@ -1,6 +1,7 @@
 """PEFT, live: patched layers against PEFT's own in numbers and gradients, every way out, and what users do."""
 
 import copy
+import sys
 
 import peft
 import pytest
@@ -311,3 +312,16 @@ def test_gradient_checkpointing(reentrant):
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_without_bitsandbytes_there_are_no_four_bits(monkeypatch):
+    from tinylora.integrations.peft import covered
+
+    model = adapted("LoRA", layers=1)  # PEFT remembers that it is there
+    for name in [n for n in sys.modules if n.split(".")[0] == "bitsandbytes" or n.endswith(".bnb")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    tinylora.patch_peft()
+    model(input_ids=tokens())
+    only_fast("LoRA", 7)
+    assert "peft.tuners.lora.Linear" in covered() and not any("4bit" in name for name in covered())

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from models import qwen2, tokens
+from torch import nn
 
 import tinylora
 from tinylora import LoraConfig, LoraXSConfig, TinyLoraConfig
@@ -97,6 +98,66 @@ def test_static_cache_compiles_in_one_graph():
     assert torch.equal(eager, compiled)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_who_is_not_within_is_served_by_nobody_elses_adapters():
+    """A thread, or a task, that runs the model while another one is within."""
+    model, _ = stacked(TinyLoraConfig(u=2, n_tie=5), 2)
+
+    def run():
+        with torch.no_grad():
+            return model(tokens())
+
+    with tinylora.adapter_ids(model, [0, 1]), ThreadPoolExecutor(1) as pool:
+        with pytest.raises(ValueError, match="entered by another thread or task than the one that runs the model"):
+            pool.submit(run).result()
+        run()
+
+    async def within(entered, done):
+        with tinylora.adapter_ids(model, [0, 1]):
+            entered.set()
+            await done.wait()
+
+    async def beside(entered, done):
+        await entered.wait()
+        try:
+            with pytest.raises(ValueError, match="another thread or task"):
+                run()
+        finally:
+            done.set()
+
+    async def both():
+        events = asyncio.Event(), asyncio.Event()
+        await asyncio.gather(within(*events), beside(*events))
+
+    asyncio.run(both())
+
+
+def test_rows_that_only_happen_to_be_as_many_are_refused():
+    class Encoder(nn.Module):  # tokens first, as torch's own is by default
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(50, 32)
+            self.layers = nn.ModuleList([nn.TransformerEncoderLayer(32, 4, 64)])
+
+        def forward(self, input_ids):
+            return self.layers[0](self.embed(input_ids).transpose(0, 1)).transpose(0, 1)
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Module()])
+            self.layers[0].experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    for model, message in ((Encoder().eval(), "batch_first is False"), (Experts(), "is one of several experts")):
+        tinylora.apply(model, TinyLoraConfig(n_tie=9))
+        tinylora.stack(model, [{"v_0": torch.ones(1)}] * 4)
+        with pytest.raises(ValueError, match=message), tinylora.adapter_ids(model, [0, 1, 2, 3]):
+            pass
+    layer = tinylora.Linear.from_linear(nn.Linear(8, 8), TinyLoraConfig())
+    tinylora.stack(layer, [{"v_0": torch.ones(1)}] * 4)
+    with tinylora.adapter_ids(layer, [0, 1, 2, 3]), pytest.raises(ValueError, match="with its tokens first"):
+        layer(torch.randn(4, 4, 8).transpose(0, 1))
 
 
 def test_a_new_stack_leaves_what_somebody_holds_of_the_former():

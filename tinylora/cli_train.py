@@ -212,7 +212,7 @@ def _eval(options: argparse.Namespace) -> None:
         what = {"model": settings["model"], "adapter": options.adapter, "data": settings["data"]} | settings["eval"]
         what |= {"dtype": settings["dtype"], "instruction": settings["instruction"], "versions": run_folder.versions()}
         text = json.dumps(what | found, indent=1, ensure_ascii=False) + "\n"
-        print(write_whole(Path(options.out), lambda path: Path(path).write_text(text, encoding="utf-8")))
+        print(write_whole(Path(options.out), lambda path: Path(path).write_text(text, "utf-8", "surrogateescape")))
 
 
 def _get(values: dict[str, Any], name: str) -> Any:

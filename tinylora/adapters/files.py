@@ -14,7 +14,7 @@ def write_whole(path: Path, write: Callable[[str], object]) -> Path:
         pass
     try:
         write(scratch.name)
-        with open(scratch.name, "rb") as written:
+        with open(scratch.name, "r+b") as written:
             os.fsync(written.fileno())
         os.chmod(scratch.name, 0o666 & ~umask())  # a temporary file is private, an adapter is not
         os.replace(scratch.name, path)

@@ -32,13 +32,14 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
     adapter; its batches are prepared one after the other and neither captured nor compiled, because the ids of a
     packed batch are made anew for each. No manager outlives the context: requests that it finds running fail.
 
-    One thread or task at a time, and what is checkpointed with reentry must run its backward within.
+    One thread or task at a time: the one that runs the model (a streamer's thread enters the context itself). What is
+    checkpointed with reentry must run its backward within.
 
-    ValueError: no stack, ids out of range, a merged model, dropout while training, another thread or task within one, a
-    merge or another adapter activated within; in the forward, a layer that sees
-    packed or flattened rows, which do not say whose they are; in generate_batch(), another number of prompts than
-    ids, a persistent manager, tensor parallelism, or a config that asks for asynchronous batching, CUDA graphs or
-    compilation.
+    ValueError: no stack, ids out of range, a merged model, dropout while training, experts or layers that take tokens
+    first, another thread or task within one or running the model, a merge or another adapter activated within; in the
+    forward, a layer that sees packed or flattened rows, which do not say whose they are; in generate_batch(), another
+    number of prompts than ids, a persistent manager, tensor parallelism, or a config that asks for asynchronous
+    batching, CUDA graphs or compilation.
     """
     with rows.adapter_ids(model, ids, name):
         if not hasattr(type(model), "init_continuous_batching"):
@@ -122,11 +123,15 @@ class _Requests:
         return found
 
     def _manager(self, generation_config=None, continuous_batching_config=None, **kwargs):
-        from transformers import ContinuousBatchingConfig
-
         if not self._within():
             own = type(self.model).init_continuous_batching
             return own(self.model, generation_config, continuous_batching_config, **kwargs)
+        try:
+            from transformers import ContinuousBatchingConfig
+        except ImportError:
+            raise ImportError(
+                "generate_batch within adapter_ids needs a newer transformers (tried with 5.23)"
+            ) from None
         if getattr(self.model, "_cached_continuous_batching_manager", None) is not None:
             raise ValueError(
                 "the model has a persistent manager, whose cache may hold other adapters' keys and values: "

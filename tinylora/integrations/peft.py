@@ -24,6 +24,7 @@ on this path.
 import functools
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -448,7 +449,7 @@ def reset_counts() -> None:
 
 def covered() -> list[str]:
     """The layers that `patch_peft` covers, as PEFT names them."""
-    return [f"{module.removesuffix('.layer')}.{cls}" for module, cls, *_ in _COVERED.values()]
+    return [f"{module.removesuffix('.layer')}.{cls}" for module, cls, *_ in _here().values()]
 
 
 def _classes() -> dict[str, tuple[type, Callable, bool]]:
@@ -456,5 +457,14 @@ def _classes() -> dict[str, tuple[type, Callable, bool]]:
         import peft  # noqa: F401
     except ImportError as error:
         raise ImportError("patch_peft needs peft: pip install tinylora[peft]") from error
-    found = {kind: (getattr(import_module(m), name, None), *how) for kind, (m, name, *how) in _COVERED.items()}
-    return {kind: how for kind, how in found.items() if how[0] is not None}  # without bitsandbytes there are no 4 bits
+    found = {kind: (getattr(import_module(m), name, None), *how) for kind, (m, name, *how) in _here().items()}
+    return {kind: how for kind, how in found.items() if how[0] is not None}
+
+
+def _here() -> dict[str, tuple]:
+    """_COVERED, without the layers of four bits where bitsandbytes is not installed: PEFT's modules import it."""
+    try:
+        there = find_spec("bitsandbytes") is not None
+    except ValueError:  # None in sys.modules
+        there = False
+    return {kind: how for kind, how in _COVERED.items() if there or not how[0].endswith(".bnb")}

@@ -382,7 +382,8 @@ def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} does not exist, expected PEFT's adapter as safetensors")
     try:
         with safe_open(path, "pt") as file:
-            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
+            names = file.keys()  # a safe_open is no mapping
+            tensors = {n: file.get_tensor(n).clone() for n in names}  # what is the file's changes with it
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from None
     if _pair(Path(folder)) != pair or settings.read_text() != text:

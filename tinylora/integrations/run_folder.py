@@ -95,7 +95,7 @@ def refuse_used(out: Path) -> None:
 def write_run(out: Path, command: str, settings: dict[str, Any], data_digest: str) -> None:
     """What a resumed run has to have in common with this one, and what it ran on. The first process writes it."""
     what = {"command": command, "settings": settings, "data_digest": data_digest, "processes": processes.count()}
-    text = json.dumps(what | {"versions": versions()}, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(what | {"versions": versions()}, indent=1) + "\n"
     if processes.rank() == 0:
         files.write_whole(out / RUN, lambda path: Path(path).write_text(text, encoding="utf-8"))
 

@@ -145,6 +145,7 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> 
     return restore(model, path, *read(path), name)
 
 
+@torch.inference_mode(False)
 def restore(
     model: nn.Module,
     path: Path,
@@ -227,7 +228,7 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {n: file.get_tensor(n) for n in file.offset_keys()}
+            tensors = {n: file.get_tensor(n).clone() for n in file.offset_keys()}  # what is the file's changes with it
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from None
     if metadata.keys() != {"format", "tinylora"} or metadata["format"] != "pt":

@@ -75,6 +75,7 @@ def apply(
     return model
 
 
+@torch.inference_mode(False)  # what is made in inference mode could not train later
 def attach(
     root: nn.Module,
     layers: Mapping[str, nn.Linear],
@@ -111,13 +112,15 @@ def attach(
             )
     if any(of_zero3(p) for module in saved.values() for p in module.parameters()):
         raise ValueError("modules_to_save are sharded (ZeRO-3), expected to put the adapter on before deepspeed does")
-    shared = config.shared_class(config, sites, fingerprint(digests))
-    if frozen is None:
-        with torch.no_grad():
-            frozen = {
-                site.name: config.frozen(site, dense_weight(layers[site.name]), digests[site.name])
-                for site in _progress(sites, f"{config.kind} factors")
-            }
+    with torch.device("cpu"):  # and not on torch's default device, which may be meta
+        shared = config.shared_class(config, sites, fingerprint(digests))
+        if frozen is None:
+            with torch.no_grad():
+                frozen = {
+                    site.name: config.frozen(site, dense_weight(layers[site.name]), digests[site.name])
+                    for site in _progress(sites, f"{config.kind} factors")
+                }
+        made = {site.name: config.adapter(site, frozen[site.name], shared) for site in sites}
 
     device = layers[sites[0].name].weight.device
     if STORE not in root._modules:
@@ -134,7 +137,7 @@ def attach(
             before, layer = layer, wrapped(layer)
             for place in places[before]:
                 root.set_submodule(place, layer)
-        adapter = config.adapter(site, frozen[site.name], shared).to(layer.weight.device)
+        adapter = made[site.name].to(layer.weight.device)
         layer.add(name, adapter.train(layer.training))
         shared.layers[site.name] = adapter
     for path, module in saved.items():
@@ -363,7 +366,8 @@ def refuse_within(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """`with tinylora.disabled(model):` runs the base model: GRPO's reference policy, or a baseline.
 
-    One thread or task at a time: ValueError for another, and on a merged model.
+    One thread or task at a time: ValueError for another, and on a merged model. Whoever runs the model meanwhile, from
+    any thread, runs the base.
     """
     refuse_merged(model)
     held = _disabled_by.get(model)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
@@ -128,8 +129,8 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
     """`tinylora.adapter_ids` (integrations/continuous_batching.py) without its part for continuous batching.
 
     ValueError: no stack, ids out of range, a merged model, an adapter that is not active, dropout while training,
-    another thread or task that is within one; in the forward, a layer that sees packed or flattened rows, which do not
-    say whose they are.
+    experts, another thread or task that is within one or runs the model meanwhile; in the forward, a layer that sees
+    packed or flattened rows, which do not say whose they are.
     """
     shared = shared_of(model, name)
     refuse_merged(model)
@@ -142,6 +143,7 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
         raise ValueError(
             f"adapter {name!r} has no stack of numbers to choose from: tinylora.stack(model, adapters) first"
         )
+    _refuse_rows_of_others(model, [site.name for site in shared.sites])
     ids = torch.as_tensor(ids, device=stacked.device)
     if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"adapter_ids is {tuple(ids.shape)} {ids.dtype}, expected [B] integers, one per sequence")
@@ -170,7 +172,30 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
         raise ValueError(f"adapter_ids of {name!r} ended before one that began within it, expected them in turn")
 
 
+def _refuse_rows_of_others(model: nn.Module, sites: Sequence[str]) -> None:
+    """ValueError for layers whose rows are not the sequences', and that may still be as many."""
+    experts = [site for site in sites if re.search(r"\bexperts?\.\d+\.", f"{site}.")]
+    if experts:
+        raise ValueError(
+            f"{experts[0]} is one of several experts, whose rows are those that a router gave it: expected "
+            "target_modules without experts"
+        )
+    parents = {site[:i] for site in sites for i, letter in enumerate(site) if letter == "."} - {""}
+    for path in sorted(parents):
+        if any(getattr(child, "batch_first", True) is False for child in model.get_submodule(path).children()):
+            raise ValueError(
+                f"{path} takes tokens first and sequences second (batch_first is False), expected batch_first=True: "
+                "adapter_ids could not tell whose a row is"
+            )
+
+
 def _enter(rows: Rows, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    packed = "cu_seq_lens_q" in kwargs  # continuous batching, in a thread of its own: that knows whose tokens it has
+    if not torch.compiler.is_compiling() and not packed and rows.owner != whereabouts():
+        raise ValueError(
+            "adapter_ids was entered by another thread or task than the one that runs the model, expected it around "
+            "the call itself: with adapter_ids(...) in the function that the thread runs"
+        )
     rows.batch = _sequences(args, kwargs) or len(rows.ids)
     look_at_images(rows, model, kwargs.get("input_ids", args[0] if args else None), kwargs)
 
