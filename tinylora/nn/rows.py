@@ -216,7 +216,9 @@ def _leave(rows: Rows, *_) -> None:
 
 def _sequences(args: Sequence, kwargs: Mapping) -> int | None:
     """How many sequences a model is called with, where its arguments say so: token ids, or what is named as theirs."""
-    named = (kwargs.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"))
-    tokens = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and not t.is_floating_point())
-    first = next((t for t in (*named, *tokens) if isinstance(t, Tensor) and t.dim() > 0), None)
-    return None if first is None else first.shape[0]
+    named = [kwargs.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")]
+    tokens = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and not t.is_floating_point()]
+    for t in (*named, *tokens):
+        if isinstance(t, Tensor) and t.dim() > 0:
+            return t.shape[0]
+    return None
