@@ -350,15 +350,23 @@ def test_made_or_loaded_in_inference_mode(tmp_path):
                 model(tokens())
         tinylora.load(model, tmp_path)
     tinylora.load(qwen2(), tmp_path)(tokens()).logits.sum().backward()
-    model = qwen2()
-    with torch.inference_mode():
-        tinylora.load(model, tmp_path)
-    model(tokens()).logits.sum().backward()
-    assert all(p.grad is not None for p in tinylora.adapter_parameters(model))
+    for kind in ("tinylora", "peft", "apply"):
+        model = qwen2()
+        if kind == "tinylora":
+            tinylora.save(tinylora.apply(qwen2(), TinyLoraConfig()), tmp_path / kind, factors=True)
+        elif kind == "peft":
+            tinylora.save(tinylora.apply(qwen2(), TinyLoraConfig(n_tie=100)), tmp_path / kind, format="peft")
+        with torch.inference_mode():
+            tinylora.apply(model, TinyLoraConfig()) if kind == "apply" else tinylora.load(model, tmp_path / kind)
+        model(tokens()).logits.sum().backward()
+        assert all(p.grad is not None for p in tinylora.adapter_parameters(model))
 
 
-def test_torchs_default_device_is_not_the_adapters():
-    model = qwen2(layers=1)
-    with torch.device("meta"):
-        tinylora.apply(model, tinylora.LoraConfig(r=2))
-    assert model(tokens()).logits.isfinite().all()
+def test_torchs_default_device_is_not_the_adapters(tmp_path):
+    for config in (tinylora.LoraConfig(r=2), tinylora.AdaLoraConfig(total_steps=9)):
+        model, other = qwen2(layers=1), qwen2(layers=1)
+        with torch.device("meta"):
+            tinylora.apply(model, config)
+            tinylora.save(model, tmp_path / config.kind, format="peft")
+            tinylora.load(other, tmp_path / config.kind)
+        assert model(tokens()).logits.isfinite().all() and other(tokens()).logits.isfinite().all()

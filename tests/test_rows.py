@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import qwen2, tokens
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tinylora
 from tinylora import LoraConfig, LoraXSConfig, TinyLoraConfig
@@ -154,10 +155,54 @@ def test_rows_that_only_happen_to_be_as_many_are_refused():
         tinylora.stack(model, [{"v_0": torch.ones(1)}] * 4)
         with pytest.raises(ValueError, match=message), tinylora.adapter_ids(model, [0, 1, 2, 3]):
             pass
-    layer = tinylora.Linear.from_linear(nn.Linear(8, 8), TinyLoraConfig())
-    tinylora.stack(layer, [{"v_0": torch.ones(1)}] * 4)
-    with tinylora.adapter_ids(layer, [0, 1, 2, 3]), pytest.raises(ValueError, match="with its tokens first"):
-        layer(torch.randn(4, 4, 8).transpose(0, 1))
+
+    class TimeMajor(nn.Module):  # inside; its rows are the sequences' all the same
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Module()])
+            self.layers[0].lstm, self.layers[0].fc = nn.LSTM(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layers[0].fc(self.layers[0].lstm(x.transpose(0, 1))[0].transpose(0, 1))
+
+    model = tinylora.apply(TimeMajor(), TinyLoraConfig(n_tie=9))
+    tinylora.stack(model, [{"v_0": torch.ones(1)}] * 4)
+    with tinylora.adapter_ids(model, [0, 1, 2, 3]):
+        model(torch.randn(4, 4, 8))
+
+
+def test_layers_that_were_taken_out_or_wrapped():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    model, _ = stacked(TinyLoraConfig(u=2, n_tie=5), 2)
+    model.model.layers[1].mlp.up_proj = Wrapper(model.model.layers[1].mlp.up_proj)
+    model.model.layers = model.model.layers[1:]
+    with tinylora.adapter_ids(model, [0, 1]):
+        model(tokens(), use_cache=False)
+
+
+def test_a_stack_that_fails_leaves_the_former():
+    model, sets = stacked(LoraXSConfig(r=2), 2)
+    before = {n: t for n, t in model.named_buffers() if "stacked_" in n}
+    last = list(sets[0])[-1]
+    with pytest.raises(NotImplementedError):
+        tinylora.stack(model, [sets[0], sets[1] | {last: sets[1][last].to("meta")}])
+    assert all(t is before[n] for n, t in model.named_buffers() if "stacked_" in n)
+
+
+def test_a_backward_recomputes_in_whatever_thread():
+    model, _ = stacked(TinyLoraConfig(u=2, n_tie=5), 2)
+    embedded = model.model.embed_tokens(tokens()).detach().requires_grad_()
+    with tinylora.adapter_ids(model, [0, 1]), ThreadPoolExecutor(1) as pool:
+        loss = checkpoint(lambda e: model(inputs_embeds=e).logits.sum(), embedded, use_reentrant=False)
+        pool.submit(loss.backward).result()
+    assert embedded.grad.abs().max() > 0
 
 
 def test_a_new_stack_leaves_what_somebody_holds_of_the_former():

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
+from types import CodeType, FrameType
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -218,9 +218,10 @@ def _watch(shared: AdaLoraShared) -> None:
 
 
 class _Step(NamedTuple):
-    """An optimizer's step that is under way: the call, the ids of what it steps, whether it is a part of another's."""
+    """An optimizer's step that is under way: the call, by its frame's id and code, as the frame itself would keep all
+    callers' locals; the ids of what it steps; whether it is a part of another's."""
 
-    call: FrameType
+    call: tuple[int, CodeType]
     stepping: frozenset[int]
     within: bool
 
@@ -243,7 +244,7 @@ def _before(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tupl
     while steps and not _called_from(steps[-1].call, call):
         steps.pop()  # an error ended it
     stepping = frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
-    steps.append(_Step(call, stepping, any(stepping <= outer.stepping for outer in steps)))
+    steps.append(_Step((id(call), call.f_code), stepping, any(stepping <= outer.stepping for outer in steps)))
     if steps[-1].within:
         return None
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -261,9 +262,9 @@ def _before(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tupl
     return (args[0], penalised, *args[2:]), kwargs
 
 
-def _called_from(outer: FrameType, call: FrameType) -> bool:
+def _called_from(outer: tuple[int, CodeType], call: FrameType) -> bool:
     frame = call.f_back
-    while frame is not None and frame is not outer:
+    while frame is not None and (id(frame), frame.f_code) != outer:
         frame = frame.f_back
     return frame is not None
 
@@ -279,7 +280,7 @@ def _after(optimizer: torch.optim.Optimizer, *_) -> None:
     call, steps = sys._getframe(1), _under_way.steps
     while steps:
         step = steps.pop()
-        if step.call is call:
+        if step.call == (id(call), call.f_code):
             if not step.within and not _skips(optimizer):
                 for shared in list(_watched):
                     shared.after_step(step.stepping)

@@ -126,11 +126,6 @@ class Rows:
                 f"x has shape {tuple(x.shape)}, expected a first dimension of {expected}: adapter_ids came for {B} "
                 "sequences, and rows that are packed, flattened or in another order do not say whose they are"
             )
-        if x.dim() == 3 and first == x.shape[1] > 1 and x.stride(0) < x.stride(1):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)} and lies with its tokens first, which are as many as sequences here: "
-                "adapter_ids cannot tell which are which, expected another length (padding)"
-            )
         if several and None not in (self.each, self.batch) and first != B * self.each:
             raise ValueError(
                 f"x has a first dimension of {first}, expected {B * self.each}: the model has put a second batch after "

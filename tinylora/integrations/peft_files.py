@@ -592,6 +592,11 @@ def load_peft(
     digests: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """`load` of a folder of PEFT's; `digests` for a model whose weights lie elsewhere."""
+    with checkpoint.as_always():
+        return _load_peft(model, folder, name, digests)
+
+
+def _load_peft(model, folder, name, digests) -> nn.Module:
     kind = read(folder)[0]["peft_type"]
     reader = _READERS[kind](folder, model)
     try:

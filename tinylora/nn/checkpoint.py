@@ -142,10 +142,17 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> 
     another base model, an adapter of that name with another config or merged, tensors of other shapes.
     """
     path = Path(folder) / FILE
-    return restore(model, path, *read(path), name)
+    with as_always():
+        return restore(model, path, *read(path), name)
 
 
-@torch.inference_mode(False)
+@contextlib.contextmanager
+def as_always() -> Iterator[None]:
+    """Tensors that can train later, on the CPU, whatever the caller's mode and torch's default device are."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
+
+
 def restore(
     model: nn.Module,
     path: Path,

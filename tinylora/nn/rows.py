@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -63,12 +63,15 @@ def stack(
             odd = sorted(set(found.items()) ^ set(expected.items()))[0]
             raise ValueError(f"adapters[{i}] does not fit {name!r}: {odd[0]} with shape {odd[1]} is on one side only")
         sets.append(adapter)
+    stacks = []  # all of them, before one takes another's place
     with torch.inference_mode(False):  # what is made in inference mode could not train later
         for module in (shared, *shared.layers.values()):
             for own, parameter in list(module.named_parameters()):
                 full = next(n for n, t in trains.items() if t is parameter)
                 values = torch.stack([torch.as_tensor(numbers[full]).detach().to(parameter) for numbers in sets])
-                module.register_buffer(STACKED + own, values, persistent=False)
+                stacks.append((module, STACKED + own, values))
+    for module, own, values in stacks:
+        module.register_buffer(own, values, persistent=False)
     return model
 
 
@@ -143,7 +146,7 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
         raise ValueError(
             f"adapter {name!r} has no stack of numbers to choose from: tinylora.stack(model, adapters) first"
         )
-    _refuse_rows_of_others(model, [site.name for site in shared.sites])
+    _refuse_rows_of_others(model, layers_with(model, name))
     ids = torch.as_tensor(ids, device=stacked.device)
     if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"adapter_ids is {tuple(ids.shape)} {ids.dtype}, expected [B] integers, one per sequence")
@@ -172,17 +175,18 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
         raise ValueError(f"adapter_ids of {name!r} ended before one that began within it, expected them in turn")
 
 
-def _refuse_rows_of_others(model: nn.Module, sites: Sequence[str]) -> None:
+def _refuse_rows_of_others(model: nn.Module, layers: Iterable[str]) -> None:
     """ValueError for layers whose rows are not the sequences', and that may still be as many."""
-    experts = [site for site in sites if re.search(r"\bexperts?\.\d+\.", f"{site}.")]
+    layers = list(layers)
+    experts = [layer for layer in layers if re.search(r"\bexperts?[._](\w+_)?\d+\.", f"{layer}.")]
     if experts:
         raise ValueError(
             f"{experts[0]} is one of several experts, whose rows are those that a router gave it: expected "
             "target_modules without experts"
         )
-    parents = {site[:i] for site in sites for i, letter in enumerate(site) if letter == "."} - {""}
-    for path in sorted(parents):
-        if any(getattr(child, "batch_first", True) is False for child in model.get_submodule(path).children()):
+    for path in sorted({layer[:i] for layer in layers for i, letter in enumerate(layer) if letter == "."}):
+        attentions = [m for m in model.get_submodule(path).children() if isinstance(m, nn.MultiheadAttention)]
+        if not all(attention.batch_first for attention in attentions):
             raise ValueError(
                 f"{path} takes tokens first and sequences second (batch_first is False), expected batch_first=True: "
                 "adapter_ids could not tell whose a row is"
@@ -190,8 +194,10 @@ def _refuse_rows_of_others(model: nn.Module, sites: Sequence[str]) -> None:
 
 
 def _enter(rows: Rows, model: nn.Module, args: tuple, kwargs: dict) -> None:
-    packed = "cu_seq_lens_q" in kwargs  # continuous batching, in a thread of its own: that knows whose tokens it has
-    if not torch.compiler.is_compiling() and not packed and rows.owner != whereabouts():
+    # Continuous batching has a thread of its own, and knows whose tokens it has; a backward may recompute in another.
+    packed = "cu_seq_lens_q" in kwargs and "cache" in kwargs
+    asked = not torch.compiler.is_compiling() and not packed and torch._C._current_graph_task_id() == -1
+    if asked and rows.owner != whereabouts():
         raise ValueError(
             "adapter_ids was entered by another thread or task than the one that runs the model, expected it around "
             "the call itself: with adapter_ids(...) in the function that the thread runs"
