@@ -14,9 +14,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from models import qwen2
 from problems import Problem, assert_as_good_as_torch, exact, grads, packed, torch_own
 
 import tinylora
+from tinylora.nn.rows import own_stack
 from tinylora.ops import adapted_linear
 
 launch = pytest.importorskip("tinylora.kernels.launch")
@@ -280,53 +282,44 @@ def test_compiled_into_cuda_graphs():
             torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
 
 
-def test_generate_on_a_static_cache_follows_v():
-    """transformers compiles the decode step into CUDA graphs: once, and v changes between generations."""
-    transformers = pytest.importorskip("transformers")
+STATIC = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+
+
+@pytest.fixture
+def adapted():
+    """A small Qwen2 with an adapter, and nothing compiled yet."""
+    pytest.importorskip("transformers")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=512,
-    )  # fmt: skip
-    model = tinylora.apply(transformers.Qwen2ForCausalLM(config), tinylora.TinyLoraConfig(u=2)).cuda().eval()
+    model = qwen2(hidden=256, intermediate_size=768, vocab_size=512)
+    return tinylora.apply(model, tinylora.TinyLoraConfig(u=2)).cuda()
+
+
+def test_generate_on_a_static_cache_follows_v(adapted):
+    """transformers compiles the decode step into CUDA graphs: once, and v changes between generations."""
     ids = torch.randint(0, 512, (4, 8), device="cuda")
-    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
     distinct = set()
     for scale in (0.0, 0.5, -0.5):
         with torch.no_grad():
-            for v in tinylora.adapter_parameters(model):
+            for v in tinylora.adapter_parameters(adapted):
                 v.fill_(scale)
-        tokens = model.generate(ids, **settings)
-        assert torch.equal(tokens, model.generate(ids, disable_compile=True, **settings))
+        tokens = adapted.generate(ids, **STATIC)
+        assert torch.equal(tokens, adapted.generate(ids, disable_compile=True, **STATIC))
         distinct.add(tuple(tokens.flatten().tolist()))
     assert len(distinct) == 3
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_generate_on_a_static_cache_follows_the_stack():
+def test_generate_on_a_static_cache_follows_the_stack(adapted):
     """As evolution strategies use it: other adapters in every generation, from one CUDA graph."""
-    from tinylora.nn.rows import own_stack
-
-    transformers = pytest.importorskip("transformers")
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=512,
-    )  # fmt: skip
-    model = tinylora.apply(transformers.Qwen2ForCausalLM(config), tinylora.TinyLoraConfig(u=2)).cuda().eval()
-    names, own = [n for n, _ in model.tinylora.default.named_parameters()], {}
+    names, own = [n for n, _ in adapted.tinylora.default.named_parameters()], {}
     ids = torch.randint(0, 512, (1, 8), device="cuda").repeat(4, 1)
-    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
     distinct = set()
     for scale in (0.5, 1.0, -0.5):
         adapters = [dict.fromkeys(names, torch.full((2,), scale * k)) for k in range(4)]
-        with own_stack(model, "default", adapters, own), tinylora.adapter_ids(model, [0, 1, 2, 3]):
-            tokens = model.generate(ids, **settings)
-            assert torch.equal(tokens, model.generate(ids, disable_compile=True, **settings))
+        with own_stack(adapted, "default", adapters, own), tinylora.adapter_ids(adapted, [0, 1, 2, 3]):
+            tokens = adapted.generate(ids, **STATIC)
+            assert torch.equal(tokens, adapted.generate(ids, disable_compile=True, **STATIC))
         distinct |= {tuple(row) for row in tokens.tolist()}
     assert len(distinct) > 5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
