@@ -184,11 +184,11 @@ def _gate(name: str, errors: dict[str, float], own: dict[str, float], dtype: tor
     """At most twice PyTorch's own error, plus one unit in the last place. Returns PyTorch's own errors from now on.
 
     Its own is the larger of the base model's and PEFT's, which is PyTorch's code for an adapter: the gradient of v is
-    a sum over all rows that cancels more than the base's gradient. PEFT is therefore held to the output alone.
+    a sum over all rows that cancels more than the base's gradient. PEFT's need therefore only be nearly right.
     """
     allowed = {key: 2 * error + torch.finfo(dtype).eps for key, error in own.items()}
     if name != who.OURS:  # what the others are held to must be nearly right itself
-        allowed = {key: min(0.1, allowed.get(key, 0.1) if key == "output" else 0.1) for key in errors}
+        allowed = {"output": min(0.1, allowed.get("output", 0.1)), "gradient": 0.1}
     for key in allowed:
         if not errors[key] <= allowed[key]:  # NaN must not pass
             raise WrongResult(f"{key}: relative error {errors[key]:.1e} against fp64, allowed {allowed[key]:.1e}")

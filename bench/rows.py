@@ -268,9 +268,8 @@ def read(path: Path) -> list[Row]:
         text = path.read_text(encoding="utf-8-sig")  # as spreadsheets write it
     except UnicodeDecodeError as error:
         raise Unusable(f"{path} is not UTF-8 ({error.reason} at byte {error.start}), expected it") from None
-    if not text.rstrip(' \t"').endswith(
-        ("\n", "Z")
-    ):  # a last line that was cut within its date is as long as a whole one
+    # A last line that was cut within its date has as many cells as a whole one.
+    if not text.rstrip(' \t"').endswith(("\n", "Z")):
         text = text[: text.rfind("\n") + 1]
     with io.StringIO(text, newline="") as file:
         lines = csv.reader(file)

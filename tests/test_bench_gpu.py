@@ -186,6 +186,17 @@ def test_one_run_in_a_folder_and_a_state_that_can_be_read(tmp_path, capsys):
     assert main(["gpu", "--dry-run", "--out", str(rows.RESULTS)]) == 2
 
 
+def test_ctrl_c_in_a_stage_of_a_dry_run_ends_the_run(tmp_path, monkeypatch):
+    from bench import linear
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(linear, "run", stopped)
+    assert main(["gpu", "--dry-run", "--stage", "linear", "table", "--out", str(tmp_path)]) == 130
+    assert "table" not in statuses(tmp_path)
+
+
 def test_without_a_gpu_nothing_is_measured(capsys):
     assert main(["gpu"]) == 2
     assert "no CUDA device" in capsys.readouterr().err

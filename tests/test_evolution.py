@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 
 import pytest
@@ -279,3 +280,11 @@ def test_rewards_that_differ_by_rounding_are_no_step():
     for wrong in ({"sigma": float("inf")}, {"lr": float("nan")}, {"temperature": float("nan")}):
         with pytest.raises(ValueError, match="expected"):
             evolution(TinyLoraConfig(u=3, n_tie=4), **wrong)
+
+
+def test_a_folder_whose_name_is_not_utf8_is_noted_as_it_is(tmp_path):
+    from tinylora.integrations import run_folder
+
+    name = os.fsdecode(b"donn\xe9es")
+    run_folder.write_run(tmp_path, "es", {"data": name}, "digest")
+    assert run_folder.read_run(tmp_path)["settings"]["data"] == name

@@ -41,6 +41,7 @@ from tinylora.adapters.sharded import in_pieces
 from tinylora.nn import checkpoint
 from tinylora.nn.model import (
     adapter_names,
+    as_always,
     attach,
     base_digests,
     layers_with,
@@ -585,6 +586,7 @@ def _widen(t: Tensor, size: int, dim: int) -> Tensor:
     return torch.cat([t, t.new_zeros(shape)], dim)
 
 
+@as_always()
 def load_peft(
     model: nn.Module,
     folder: str | os.PathLike,
@@ -592,11 +594,6 @@ def load_peft(
     digests: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """`load` of a folder of PEFT's; `digests` for a model whose weights lie elsewhere."""
-    with checkpoint.as_always():
-        return _load_peft(model, folder, name, digests)
-
-
-def _load_peft(model, folder, name, digests) -> nn.Module:
     kind = read(folder)[0]["peft_type"]
     reader = _READERS[kind](folder, model)
     try:

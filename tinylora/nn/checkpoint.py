@@ -35,6 +35,7 @@ from tinylora.nn.model import (
     activate,
     adapted_layers,
     adapter_names,
+    as_always,
     attach,
     base_digests,
     fingerprint,
@@ -131,6 +132,7 @@ def whole_folder(out: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@as_always()
 def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> nn.Module:
     """Put the adapter from `folder` on the model under `name`, active and trainable. Returns the model.
 
@@ -142,15 +144,7 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> 
     another base model, an adapter of that name with another config or merged, tensors of other shapes.
     """
     path = Path(folder) / FILE
-    with as_always():
-        return restore(model, path, *read(path), name)
-
-
-@contextlib.contextmanager
-def as_always() -> Iterator[None]:
-    """Tensors that can train later, on the CPU, whatever the caller's mode and torch's default device are."""
-    with torch.inference_mode(False), torch.device("cpu"):
-        yield
+    return restore(model, path, *read(path), name)
 
 
 def restore(

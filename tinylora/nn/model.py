@@ -75,7 +75,15 @@ def apply(
     return model
 
 
-@torch.inference_mode(False)  # what is made in inference mode could not train later
+@contextlib.contextmanager
+def as_always() -> Iterator[None]:
+    """What is made in here can train later and comes from the CPU, also in inference mode and with another default device
+    (meta)."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
+
+
+@as_always()
 def attach(
     root: nn.Module,
     layers: Mapping[str, nn.Linear],
@@ -112,15 +120,14 @@ def attach(
             )
     if any(of_zero3(p) for module in saved.values() for p in module.parameters()):
         raise ValueError("modules_to_save are sharded (ZeRO-3), expected to put the adapter on before deepspeed does")
-    with torch.device("cpu"):  # and not on torch's default device, which may be meta
-        shared = config.shared_class(config, sites, fingerprint(digests))
-        if frozen is None:
-            with torch.no_grad():
-                frozen = {
-                    site.name: config.frozen(site, dense_weight(layers[site.name]), digests[site.name])
-                    for site in _progress(sites, f"{config.kind} factors")
-                }
-        made = {site.name: config.adapter(site, frozen[site.name], shared) for site in sites}
+    shared = config.shared_class(config, sites, fingerprint(digests))
+    if frozen is None:
+        with torch.no_grad():
+            frozen = {
+                site.name: config.frozen(site, dense_weight(layers[site.name]), digests[site.name])
+                for site in _progress(sites, f"{config.kind} factors")
+            }
+    made = {site.name: config.adapter(site, frozen[site.name], shared) for site in sites}
 
     device = layers[sites[0].name].weight.device
     if STORE not in root._modules:

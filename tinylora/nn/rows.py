@@ -98,8 +98,8 @@ def own_stack(model: nn.Module, name: str, adapters: Sequence[Mapping[str, Tenso
         found = {}
         for module in modules:
             for n in [n for n in module._buffers if n.startswith(STACKED)]:
-                found[module, n] = module._buffers.pop(n)
-                module._non_persistent_buffers_set.discard(n)
+                found[module, n] = module._buffers[n]
+                delattr(module, n)
         return found
 
     def put(tensors: dict) -> None:
