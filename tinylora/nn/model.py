@@ -77,8 +77,8 @@ def apply(
 
 @contextlib.contextmanager
 def as_always() -> Iterator[None]:
-    """What is made in here can train later and comes from the CPU, also in inference mode and with another default device
-    (meta)."""
+    """What is made in here can train later and comes from the CPU: also in inference mode, and where torch's default
+    device is another (meta)."""
     with torch.inference_mode(False), torch.device("cpu"):
         yield
 
