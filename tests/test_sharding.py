@@ -1,4 +1,6 @@
-"""Models in several processes (DDP, FSDP1, FSDP2 over gloo), and what accelerate writes of weights in one storage."""
+"""Models in several processes (DDP, FSDP1, FSDP2, tensor parallelism, over gloo), and what accelerate writes of weights
+in one storage.
+"""
 
 import os
 import subprocess
@@ -140,6 +142,193 @@ with torch.no_grad():
 
 def test_fsdp1_is_saved_as_a_whole_or_not_at_all(tmp_path):
     _two_ranks(FSDP1, tmp_path)
+
+
+PARALLEL = """
+import sys
+import torch, torch.distributed as dist
+import tinylora, tinylora.analysis
+from transformers import AutoModelForCausalLM
+from tinylora.integrations.trl import adapter_trainer
+from tinylora.nn.model import trained_numbers
+from trl import SFTConfig, SFTTrainer
+from models import qwen2, tokens
+
+folder = sys.argv[1]
+dist.init_process_group("gloo")
+x = tokens()
+
+
+def pair():
+    \"\"\"The model in two processes, and in one; its MLP is as wide as two cannot share evenly.\"\"\"
+    yield AutoModelForCausalLM.from_pretrained(f"{folder}/base", tp_plan="auto")
+    yield AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+
+
+def numbers(model):
+    return list(trained_numbers(model).values())
+
+
+def refused(call, what):
+    try:
+        call()
+    except ValueError as error:
+        assert what in str(error), error
+    else:
+        raise AssertionError(f"not refused: {what}")
+
+
+if dist.get_rank() == 0:
+    qwen2(intermediate_size=161).save_pretrained(f"{folder}/base")
+dist.barrier()
+for config in (tinylora.TinyLoraConfig(u=3, n_tie=4), tinylora.LoraXSConfig(r=3)):
+    models = parallel, whole = [tinylora.apply(model, config) for model in pair()]
+    for model in models:
+        g = torch.Generator().manual_seed(3)
+        for p in numbers(model):
+            torch.nn.init.normal_(p, std=0.5, generator=g)
+    with torch.no_grad():
+        torch.testing.assert_close(parallel(x).logits, whole(x).logits)
+        with tinylora.disabled(whole):
+            assert (parallel(x).logits - whole(x).logits).abs().max() > 0.01
+        with tinylora.disabled(parallel), tinylora.disabled(whole):
+            torch.testing.assert_close(parallel(x).logits, whole(x).logits)
+    for checkpointed in (False, True):
+        for model in models:
+            model.zero_grad()
+            if checkpointed:
+                model.train().gradient_checkpointing_enable()
+            model(x, labels=x, use_cache=False).loss.backward()
+        for p, q in zip(*map(numbers, models), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+    for model in models:
+        model.eval()
+    said = [m.generate(x, max_new_tokens=5, do_sample=False, pad_token_id=0) for m in models]
+    assert torch.equal(*said)
+    a, b = map(tinylora.analysis.effective_weights, models)
+    assert all(torch.equal(a[n], b[n]) for n in a), "analysis"
+
+    # Files, ours with and without factors, go from one kind of model to the other.
+    for factors in (False, True):
+        path = f"{folder}/{config.kind} {factors} {dist.get_rank()}"
+        tinylora.save(parallel, path, factors=factors)
+        for model in pair():
+            tinylora.load(model, path)
+            torch.testing.assert_close(model(x).logits, whole(x).logits)
+        tinylora.load(parallel, path)
+
+    sets = [{n: torch.randn(p.shape, generator=g) for n, p in trained_numbers(whole).items()} for _ in range(3)]
+    with torch.no_grad():
+        ys = []
+        for model in models:
+            with tinylora.adapter_ids(tinylora.stack(model, sets), [2, 0]):
+                ys.append(model(x).logits)
+    torch.testing.assert_close(*ys)
+
+    refused(lambda: tinylora.merge(parallel), "expected a whole one to merge into")
+    refused(lambda: tinylora.save(parallel, path + " lora", format="lora"), "under tensor parallelism")
+    args = SFTConfig(output_dir=folder, use_cpu=True, bf16=False, report_to=[])
+    refused(lambda: adapter_trainer(SFTTrainer)(model=parallel, args=args), "under tensor parallelism")
+    parallel.model.layers[0].mlp.up_proj.batch_invariant = True
+    refused(lambda: parallel(x), "batch_invariant is set")
+for config, what in (
+    (tinylora.LoraConfig(), "expected TinyLoraConfig or LoraXSConfig"),
+    (tinylora.TinyLoraConfig(dropout=0.1), "no dropout"),
+    (tinylora.TinyLoraConfig(modules_to_save=["norm"]), "no modules_to_save"),
+):
+    refused(lambda: tinylora.apply(next(pair()), config), what)
+
+# What older transformers did: slices that say nothing of the rest.
+model = qwen2()
+own = model.model.layers[0].self_attn.q_proj
+own.weight = torch.nn.Parameter(own.weight[:32])
+refused(lambda: tinylora.apply(model, tinylora.TinyLoraConfig()), "each has a slice")
+"""
+
+
+def test_tensor_parallelism_of_transformers(tmp_path):
+    """Two processes with a slice each have one's outputs, gradients and files, where the core alone trains."""
+    _two_ranks(PARALLEL, tmp_path)
+
+
+PARALLELIZED = """
+import copy
+import torch, torch.distributed as dist
+import tinylora
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32, bias=i)) for i in range(2)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+for sequences in (False, True):  # whether each process has its part of every sequence between the layers
+    torch.manual_seed(0)
+    whole = Model()
+    parallel = copy.deepcopy(whole)
+    outside = {"input_layouts": Shard(1)} if sequences else {}, {"output_layouts": Shard(1)} if sequences else {}
+    for block in parallel.blocks:
+        parallelize_module(block, mesh, {"0": ColwiseParallel(**outside[0]), "2": RowwiseParallel(**outside[1])})
+    for model in (parallel, whole):
+        tinylora.apply(model, tinylora.TinyLoraConfig(u=3, n_tie=3))
+        g = torch.Generator().manual_seed(1)
+        for v in tinylora.adapter_parameters(model):
+            nn.init.normal_(v, std=0.5, generator=g)
+
+    def own(t):
+        return t.chunk(2, 1)[dist.get_rank()].clone() if sequences else t.clone()
+
+    x, dy = torch.randn(2, 2, 8, 32, generator=g)
+    x_own, x = own(x).requires_grad_(), x.requires_grad_()
+    y = whole(x)
+    y.backward(dy)
+    for again in (False, True):
+        if again:
+            parallel = copy.deepcopy(parallel)  # on which the first one's hooks are not
+            for v in tinylora.adapter_parameters(parallel):
+                v.grad = None
+        x_own.grad = None
+        y_own = parallel(x_own)
+        torch.testing.assert_close(y_own, own(y))
+        y_own.backward(own(dy))
+        torch.testing.assert_close(x_own.grad, own(x.grad))
+        for v, w in zip(*map(tinylora.adapter_parameters, (parallel, whole)), strict=True):
+            torch.testing.assert_close(v.grad, w.grad, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(parallel(x_own), own(y))
+
+# A weight that is spread and whose layer does not know of it; and a layer that is whole beside one that is not.
+for change, what in (
+    (lambda m: setattr(m[0], "weight", nn.Parameter(distribute_tensor(m[0].weight, mesh, [Shard(0)]))), "is spread"),
+    (lambda m: parallelize_module(m, mesh, {"0": ColwiseParallel()}), "which is whole everywhere"),
+):
+    model = Model()
+    change(model.blocks[0])
+    try:
+        tinylora.apply(model, tinylora.TinyLoraConfig())
+        raise AssertionError(f"not refused: {what}")
+    except ValueError as error:
+        assert what in str(error), error
+"""
+
+
+def test_tensor_parallelism_of_torch(tmp_path):
+    """parallelize_module's layers, whose inputs and outputs are DTensors with and without gradients."""
+    _two_ranks(PARALLELIZED, tmp_path)
 
 
 def test_accelerate_writes_every_tensor_of_siblings(tmp_path):

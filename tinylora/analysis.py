@@ -54,7 +54,7 @@ def effective_weights(model: nn.Module) -> dict[str, Tensor]:
             if isinstance(module, nn.Linear):
                 weight = dense_weight(module).float()
                 if isinstance(module, Linear) and module.active is not None and module.merged is None:
-                    weight = weight + module.adapters[module.active].factors().delta()
+                    weight = weight + module.delta()
                 found[name] = weight
     return found
 

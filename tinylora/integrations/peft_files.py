@@ -101,10 +101,11 @@ def save(
     if shared.sites[0].name == "":
         raise ValueError("a single Linear has no name that PEFT could find it by, expected a model")
     numbers = named_numbers(model, name)
-    if any(map(in_pieces, numbers.values())):
+    weights = [layer.weight for layer in layers_with(model, name).values()]
+    if any(map(in_pieces, (*numbers.values(), *weights))):
         raise ValueError(
-            f"format is {format!r}, but the model is sharded (FSDP2, ZeRO-3): expected the default, which every "
-            "process saves, and then `tinylora convert`"
+            f"format is {format!r}, but the model is sharded (FSDP2, ZeRO-3) or under tensor parallelism: expected the "
+            "default, which every process saves, and then `tinylora convert`"
         )
     layers = {site: layer.adapters[name] for site, layer in layers_with(model, name).items()}
     _refuse_what_peft_takes_for_experts(model, shared.sites, format)

@@ -12,6 +12,7 @@
     sync_ref      (sync_ref_model) refused: there is no second model to synchronise
     fsdp          refused, and deepspeed, too: their checkpoints are of the whole model
     4 bits        taken: transformers' Trainer refuses a quantised model on which it sees no adapter of PEFT's
+    tp            (tp_plan, tensor parallelism) refused: TRL gives every process prompts of its own
     use_reentrant refused in several processes where layers share what trains: DDP would stop in the first backward
 
 Rollouts run the adapted layers, unmerged, in `model.generate`: the base's weights are never written.
@@ -41,6 +42,7 @@ from tinylora.nn import checkpoint
 from tinylora.nn.linear import Linear
 from tinylora.nn.model import STORE, adapted_layers, adapter_names, disabled, layers_with, saved_modules
 from tinylora.nn.saved_module import SavedModule
+from tinylora.nn.tensor_parallel import ParallelLinear
 
 RUNNING = "running.safetensors"
 _STATE, _OPTIMIZER, _SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
@@ -195,6 +197,11 @@ def _refuse(model: nn.Module, config, trainer: type) -> None:
         )
     if getattr(config, "sync_ref_model", False):
         raise ValueError("sync_ref_model is True, expected False: with our adapter a reference stays the base")
+    if any(isinstance(layer, ParallelLinear) for layer in model.modules()):
+        raise ValueError(
+            "the model is under tensor parallelism, expected a whole one in every process: TRL gives each of them "
+            "prompts of its own. A loop of your own trains it"
+        )
     sharded = {"fsdp": "FSDP", "deepspeed": "DEEPSPEED"}
     for what, variable in sharded.items():
         if getattr(config, what, None) or os.environ.get(f"ACCELERATE_USE_{variable}", "").lower() in ("true", "1"):

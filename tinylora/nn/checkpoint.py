@@ -50,6 +50,7 @@ from tinylora.nn.model import (
 )
 from tinylora.nn.saved_module import lasting
 from tinylora.nn.targets import find_modules_to_save, find_targets, sites_of
+from tinylora.nn.tensor_parallel import put_together
 
 FILE = "adapter.safetensors"
 FORMAT_VERSION = 2  # in 1 the frozen factors came from the weights as they were, not rounded to bf16
@@ -91,7 +92,8 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
         for site, layer in layers.items():
             adapter = layer.adapters[name]
             for n in adapter.from_weight:
-                tensors[f"frozen.{site}.{n}"] = adapter.get_buffer(n).detach().cpu().contiguous()
+                t = put_together(layer, n, adapter.get_buffer(n))
+                tensors[f"frozen.{site}.{n}"] = t.detach().cpu().contiguous()
     header = {
         "format": FORMAT_VERSION,
         "tinylora": __version__,
@@ -265,7 +267,11 @@ def refuse_other_factors(
 ) -> None:
     """ValueError if the file's numbers belong to other frozen factors than this adapter has, beyond rounding."""
     adapters = shared.layers.items()
-    own = {f"frozen.{site}.{n}": adapter.get_buffer(n) for site, adapter in adapters for n in adapter.from_weight}
+    own = {
+        f"frozen.{site}.{n}": put_together(layers[site], n, adapter.get_buffer(n))
+        for site, adapter in adapters
+        for n in adapter.from_weight
+    }
     other = header.get("foreign", False) != shared.foreign
     if shared.from_file and not header["factors"] and not other:  # the file's are those that the weights give
         digests = base_digests(layers)

@@ -170,6 +170,10 @@ class Linear(nn.Linear):
         self._moved += kept is not None
         self._kept[name] = Kept.of(name, [self], operands) if self._moved < MOVES else None
 
+    def delta(self) -> Tensor:
+        """U C D of the active adapter, [N, K], in fp32 (fp64 if a factor is)."""
+        return self.adapters[self.active].factors().delta()
+
     @torch.no_grad()
     def merge(self) -> None:
         """W becomes W + U C D: summed in fp32 (fp64 for an fp64 W), rounded once to W's dtype.
@@ -180,7 +184,7 @@ class Linear(nn.Linear):
         if self.active is None or self.merged is not None:
             return
         self.refuse_merge()
-        delta = self.adapters[self.active].factors().delta()
+        delta = self.delta()
         self._unmerged_weight = self.weight.detach().to("cpu", copy=True)
         wider = torch.promote_types(delta.dtype, self.weight.dtype)  # an fp64 base keeps its digits
         self.weight.copy_(delta.to(wider).add_(self.weight))

@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 
 from tinylora.adapters import AdapterConfig, Shared
 from tinylora.adapters.factor_cache import digest
-from tinylora.adapters.sharded import of_zero3
+from tinylora.adapters.sharded import in_pieces, of_zero3, shape_of
 from tinylora.nn.four_bit import dense_weight, keep_as_loaded, wrapped
 from tinylora.nn.linear import Linear
 from tinylora.nn.saved_module import SavedModule, whole_module
 from tinylora.nn.siblings import group, ungroup
 from tinylora.nn.targets import find_modules_to_save, find_targets, several_in_one, sites_of, uncompiled
+from tinylora.nn.tensor_parallel import ParallelLinear, is_parallel, own_slices, refuse_parallel, refuse_sharded
 
 READERS = 8  # threads
 STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
@@ -106,6 +107,7 @@ def attach(
     refuse_merged(root)
     refuse_within(root)
     refuse_wrapped(root, layers)
+    refuse_parallel(layers, config)
     _refuse_taken(root, layers, name)
     sites = sites_of(layers)
     digests = digests or base_digests(layers)
@@ -127,6 +129,7 @@ def attach(
                 site.name: config.frozen(site, dense_weight(layers[site.name]), digests[site.name])
                 for site in _progress(sites, f"{config.kind} factors")
             }
+    frozen = {n: own_slices(layers[n], f) if is_parallel(layers[n]) else f for n, f in frozen.items()}
     made = {site.name: config.adapter(site, frozen[site.name], shared) for site in sites}
 
     device = layers[sites[0].name].weight.device
@@ -141,7 +144,7 @@ def attach(
     for site in sites:
         layer = layers[site.name]
         if not isinstance(layer, Linear):
-            before, layer = layer, wrapped(layer)
+            before, layer = layer, ParallelLinear.wrap(layer) if is_parallel(layer) else wrapped(layer)
             for place in places[before]:
                 root.set_submodule(place, layer)
         adapter = made[site.name].to(layer.weight.device)
@@ -169,10 +172,12 @@ def refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
             raise ValueError(
                 f"{name} is a part of one of PEFT's adapters, expected a model without: unload it, or put ours on first"
             )
-        if hasattr(layer.weight, "full_tensor"):
+        if is_parallel(layer):
+            refuse_sharded(name, layer, above)
+        elif type(layer) is nn.Linear and shape_of(layer.weight) != (layer.out_features, layer.in_features):
             raise ValueError(
-                f"{name} is sharded (FSDP2, or tensor parallelism, which is not supported), expected a whole model: "
-                "put the adapter on, then shard it by FSDP2"
+                f"{name} has a weight of {shape_of(layer.weight)}, expected {(layer.out_features, layer.in_features)}: "
+                "of a model that older transformers spread over processes (tp_plan), each has a slice that says nothing"
             )
 
 
@@ -211,7 +216,7 @@ def base_digests(layers: Mapping[str, nn.Linear]) -> dict[str, str]:
     def one(name: str) -> str:
         return digest(dense_weight(layers[name]).to(torch.bfloat16))
 
-    if any(of_zero3(layers[name].weight) for name in names):  # put together by all processes, in one order
+    if any(in_pieces(layers[name].weight) for name in names):  # put together by all processes, in one order
         return {name: one(name) for name in _progress(names, "reading weights")}
     # SHA-256 reads 2 GB/s a core: 13 GB of a 7B model's weights are 7 seconds on one, and it leaves the GIL alone.
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
