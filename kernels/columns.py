@@ -3,7 +3,7 @@
 The gradients of q, k and v arrive like that, and one product takes them all: dX = dY_q W_q + dY_k W_k + dY_v W_v.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -42,9 +42,9 @@ class ColumnBlocks:
             tensors = (torch.cat(tensors, 1),)
         return cls(tensors)
 
-    def three(self, of: Callable[[Tensor], object] = lambda t: t) -> tuple:
-        """`of` every block, as the kernels take them: None where there is none."""
-        return (*map(of, self.tensors), *[None] * (MOST - len(self.tensors)))
+    def three(self) -> tuple[Tensor | None, ...]:
+        """Every block, as the kernels take them: None where there is none."""
+        return (*self.tensors, *[None] * (MOST - len(self.tensors)))
 
     def divided_by(self, step: int) -> bool:
         """Whether every block is whole steps wide."""

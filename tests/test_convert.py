@@ -16,6 +16,8 @@ from test_family import trained
 import tinylora
 from tinylora import AdaLoraConfig, LoraConfig, LoraXSConfig, TinyLoraConfig, VeraConfig
 from tinylora.cli import main
+from tinylora.integrations import folders
+from tinylora.nn.model import adapted_layers
 
 
 @pytest.fixture(params=["one file", "shards"])
@@ -73,6 +75,16 @@ def test_convert_and_merge_ours(config, base, tmp_path, capsys):
     assert run("merge", "--base", base, "--adapter", tmp_path / "ours", "--out", merged) == 0
     close(model_of(merged)(tokens()).logits, want)
     assert {p.name for p in merged.iterdir()} == {p.name for p in base.iterdir()} - {"pytorch_model.bin"}
+
+
+def test_a_folder_of_fp64_merges_as_its_model_does(tmp_path):
+    base = folder_of(qwen2(dtype=torch.float64), tmp_path / "base", shards=False)
+    model = trained(transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), LoraXSConfig(r=3))
+    tinylora.save(model, tmp_path / "ours")
+    merged = folders.merge(base, tmp_path / "ours", tmp_path / "merged")
+    found = load_file(merged / "model.safetensors")
+    for name, layer in adapted_layers(tinylora.merge(model)).items():
+        torch.testing.assert_close(found[f"{name}.weight"], layer.weight, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -121,7 +121,7 @@ def test_decode_steps_on_a_static_cache_are_compiled_once():
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         es = evolution(TinyLoraConfig(u=3, n_tie=4), temperature=1.0, cache=cache)
-        es.generation |= {"compile_config": compiling} if cache else {}
+        es.settings |= {"compile_config": compiling} if cache else {}
         names = [n for n, _ in es.model.tinylora.default.named_parameters()]
         places = set()
         for k, prompts in enumerate((PROMPTS[2:], PROMPTS[:2], PROMPTS[1:3])):  # the longest is not the first
@@ -263,7 +263,7 @@ def test_an_encoder_decoder_s_texts_are_whole():
         d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, vocab_size=len(CHARS), decoder_start_token_id=0
     )
     es = evolution(TinyLoraConfig(), T5ForConditionalGeneration(config).eval())
-    es.generation |= {"min_new_tokens": 5, "eos_token_id": None}
+    es.settings |= {"min_new_tokens": 5, "eos_token_id": None}
     tinylora.stack(es.model, es._named(es.numbers()[None]))
     out, width = es._generated(1, [[5, 6, 7, 8, 9, 10, 11]])
     assert out[:, width:].shape == (1, 5)

@@ -222,6 +222,14 @@ def test_targets_that_leave_a_sibling_out_and_adapters_without_groups(calls):
     assert not groups(adapted(siblings=False))
 
 
+def test_siblings_false_holds_for_adapters_from_files(tmp_path):
+    alone = adapted(siblings=False)
+    tinylora.save(alone, tmp_path)
+    assert not groups(tinylora.load(alone, tmp_path, "second"))
+    assert groups(tinylora.load(qwen2(), tmp_path))
+    assert groups(tinylora.apply(alone, TinyLoraConfig(seed=5), "third"))
+
+
 def test_an_output_without_a_graph_may_be_changed_in_place():
     """v is frozen, and what somebody's hook adds trains: each output is one of its own, as any layer's."""
     model, bias = adapted(layers=1).requires_grad_(False), nn.Parameter(torch.ones(1))

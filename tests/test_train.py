@@ -284,7 +284,7 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
         assert cli.main(es) == 2 and "es.population is 2, expected at least 4" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "trl", None)
-    fails('pip install "tinylora[rl]"')
+    fails('training needs trl: pip install -e ".[rl]"')
 
 
 def test_what_sft_leaves_out_is_said_and_a_failed_start_may_be_repeated(tiny, tmp_path, capsys):

@@ -8,7 +8,7 @@ tinylora.save(model, "adapter")
 
 __version__ = "0.1.0"
 
-from tinylora import ops
+from tinylora import analysis, ops
 from tinylora.adapters import (
     AdaLoraConfig,
     LoraConfig,
@@ -36,6 +36,7 @@ __all__ = [
     "adapter_ids",
     "adapter_names",
     "adapter_parameters",
+    "analysis",
     "apply",
     "disabled",
     "load",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tinylora.generation import evaluating
 from tinylora.nn.four_bit import dense_weight
 from tinylora.nn.linear import Linear
 from tinylora.nn.saved_module import SavedModule
@@ -96,12 +97,8 @@ def held_out_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> 
 
     ValueError if there are no batches, or the model gives no loss (batches need labels).
     """
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         losses = [model(**batch).loss for batch in batches]
-    finally:
-        model.train(training)
     if not losses or losses[0] is None:
         raise ValueError("no loss to take the mean of, expected at least one batch with labels")
     return math.fsum(loss.item() for loss in losses) / len(losses)

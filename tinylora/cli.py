@@ -143,8 +143,8 @@ def _params(options: argparse.Namespace) -> None:
     rows += [(name, what, config.count(sites)) for name, what, config in others]
     rows += [("full fine-tuning", "", total)]
     types = ", ".join(dict.fromkeys(site.name.rpartition(".")[2] for site in sites))
-    others = several_in_one(model) if options.target_modules is None else []
-    left = f"; none in {len(others)} tensors that hold several matrices" if others else ""
+    packed = several_in_one(model) if options.target_modules is None else []
+    left = f"; none in {len(packed)} tensors that hold several matrices" if packed else ""
     print(f"{type(model).__name__}: {total:,} parameters, {len(sites)} modules to adapt ({types}){left}\n")
     table = [(name, what, f"{n:,}", _bytes(2 * n), f"{100 * n / total:.3g} %") for name, what, n in rows]
     headers = ("adapter", "settings", "trainable", "in bf16", "of the model")

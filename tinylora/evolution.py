@@ -51,12 +51,13 @@ class Evolution:
     temperature:    of the rollouts; 0 is greedy, and then the reward of greedy answers is what rises
     seed, number:   generation `number` draws its ε, and its samples, from (seed, number) alone: a run that is
                     continued with the numbers of the adapter and `number` is the run that was not interrupted
+    max_new_tokens: of a rollout; name: of the adapter
     cache:          transformers' cache_implementation. "static": transformers compiles the decode step, on a GPU into
                     CUDA graphs, once for all generations of as many rows, and prompts are padded to a multiple of 128
 
     The generate() of a step has n · len(prompts) rows. The adapter's parameters are updated in place after it.
     ValueError: no adapter of that name, one of another kind, modules_to_save (they cannot differ by row), a merged
-    model, an odd or non-positive population, sigma or lr not above 0, no pad_token.
+    model, an odd or non-positive population, sigma or lr not above 0, temperature below 0, no pad_token.
     """
 
     def __init__(
@@ -91,14 +92,14 @@ class Evolution:
             raise ValueError("tokenizer has no pad_token, expected one: prompts of a batch differ in length")
         self.model, self.tokenizer, self.reward, self.name = model, tokenizer, reward, name
         self.population, self.sigma, self.lr, self.seed, self.number = population, sigma, lr, seed, number
-        self.generation = {"max_new_tokens": max_new_tokens}
+        self.settings = {"max_new_tokens": max_new_tokens}
         self.ends = ends_of_text(model, tokenizer)
-        self.generation |= {"pad_token_id": tokenizer.pad_token_id, "do_sample": temperature > 0}
-        self.generation |= {"eos_token_id": sorted(self.ends)} if self.ends else {}
+        self.settings |= {"pad_token_id": tokenizer.pad_token_id, "do_sample": temperature > 0}
+        self.settings |= {"eos_token_id": sorted(self.ends)} if self.ends else {}
         if temperature > 0:
-            self.generation |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+            self.settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         if cache is not None:
-            self.generation["cache_implementation"] = cache
+            self.settings["cache_implementation"] = cache
         self.stack: dict = {}  # kept: a captured graph reads a generation where the first one lay
 
     def step(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> Generation:
@@ -142,7 +143,7 @@ class Evolution:
     def _generated(self, count: int, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
         """What `count` adapters make of the prompts, [count m, tokens], and how wide the prompts are in it."""
         width, device = max(map(len, prompts)), self._device()
-        if self.generation.get("cache_implementation") == "static":  # of another length it would be compiled anew
+        if self.settings.get("cache_implementation") == "static":  # of another length it would be compiled anew
             width += -width % 128
         decoder = getattr(self.model.config, "is_encoder_decoder", False)  # whose output begins with its start alone
         ids, mask = padded_left(prompts, self.tokenizer.pad_token_id, width, device)
@@ -152,7 +153,7 @@ class Evolution:
             torch.manual_seed(self.seed * 1_000_003 + self.number)
             with adapter_ids(self.model, of_row, self.name), own_settings(self.model):
                 out = self.model.generate(
-                    input_ids=ids.repeat(count, 1), attention_mask=mask.repeat(count, 1), **self.generation
+                    input_ids=ids.repeat(count, 1), attention_mask=mask.repeat(count, 1), **self.settings
                 )
         return out, 1 if decoder else width
 

@@ -116,7 +116,7 @@ class AdaLoraShared(Shared):
     @torch.no_grad()
     def after_step(self, stepping: frozenset[int]) -> None:
         """Score, and on the schedule keep the budget's most important λ of the whole model and zero the rest."""
-        adapters = self._of(stepping)
+        adapters = [a for a in self.layers.values() if id(a.lam) in stepping and a.lam.requires_grad]
         if not adapters:
             return
         config = self.config
@@ -133,9 +133,6 @@ class AdaLoraShared(Shared):
         elif step > last:  # the last allocation stands; before it a pruned triplet may grow back
             for adapter in adapters:
                 adapter.lam.mul_(adapter.kept)
-
-    def _of(self, stepping: frozenset[int]) -> list[AdaLora]:
-        return [a for a in self.layers.values() if id(a.lam) in stepping and a.lam.requires_grad]
 
 
 @dataclass(frozen=True)

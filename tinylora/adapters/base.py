@@ -200,12 +200,11 @@ class Shared(Owner):
     get its gradient right (registered per layer, FSDP2 crashes), and `.to` finds it.
     """
 
-    from_file = False  # whether frozen factors came in a file: they stand in every later one
-
     def __init__(self, config: "AdapterConfig", sites: Sequence[Site], fingerprint: str):
         super().__init__()
         self.config, self.sites, self.fingerprint = config, tuple(sites), fingerprint
         self.foreign = False  # whether frozen numbers came from elsewhere, so that no config and no seed gives them
+        self.from_file = False  # whether frozen factors came in a file: they stand in every later one
         self.__dict__["layers"] = {}  # site name -> Adapter, not registered: the layers own them
         self.rows: Rows | None = None  # which of the stacked numbers each row of the batch uses
         flops.register()
@@ -328,10 +327,6 @@ class AdapterConfig:
     def frozen(self, site: Site, weight: Tensor, weight_digest: str) -> dict[str, Tensor]:
         """The tensors of one layer that come from its weight, by name; `weight_digest` is of it rounded to bf16."""
         return {}
-
-    def adapter(self, site: Site, frozen: Mapping[str, Tensor], shared: Shared) -> Adapter:
-        """The module that puts this adapter into one layer."""
-        return self.adapter_class(site, frozen, shared)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; `config_from_dict` reads it."""

@@ -1,9 +1,10 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there."""
 
 import contextlib
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -22,6 +23,26 @@ def write_whole(path: Path, write: Callable[[str], object]) -> Path:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(scratch.name)
     return path
+
+
+@contextlib.contextmanager
+def whole_folder(out: str | os.PathLike) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when all went well, and is removed otherwise."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}.", suffix=".tmp"))
+    try:
+        os.chmod(scratch, 0o777 & ~umask())
+        yield scratch
+        refuse_existing(out)
+        os.rename(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_existing(out: str | os.PathLike) -> None:
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists, expected a new folder to write to")
 
 
 def umask() -> int:

@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tinylora.adapters import config_from_dict
+from tinylora.adapters import config_from_dict, files
+from tinylora.adapters.base import rank_dtype
 from tinylora.adapters.factor_cache import digest
 from tinylora.integrations import peft_files
 from tinylora.integrations.transformers import meta_model
 from tinylora.nn import checkpoint
 from tinylora.nn.model import adapted_layers, named_numbers
-from tinylora.nn.targets import find_targets, linear_layers
+from tinylora.nn.targets import find_targets, linear_layers, sites_of
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -148,7 +149,7 @@ def load_onto_skeleton(base: ModelFolder, folder: str | os.PathLike, with_base: 
     header, tensors = checkpoint.read(path)
     config = config_from_dict(header["config"])
     layers = find_targets(model, config.target_modules)
-    sites = {s.name: s for s in peft_files.sites_of(layers)}
+    sites = {s.name: s for s in sites_of(layers)}
     digests, frozen = {}, {}
     for name in _bar(layers, "reading weights"):
         weight, digests[name] = _digest(base, name, layers[name])
@@ -168,23 +169,23 @@ def convert(adapter: str | os.PathLike, out: str | os.PathLike, format: str, bas
     The base's weights are read a layer at a time: a 7B model takes less memory than its largest weight in fp32 and
     the adapter. ValueError if `out` exists, and as `tinylora.load` and `tinylora.save`.
     """
-    checkpoint.refuse_existing(out)
+    files.refuse_existing(out)
     model = load_onto_skeleton(ModelFolder(base), adapter, with_base=format == "tinylora")
     model.name_or_path = str(base)
-    with checkpoint.whole_folder(out) as scratch:
+    with files.whole_folder(out) as scratch:
         return Path(out) / peft_files.save(model, scratch, format=format).name
 
 
 def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.PathLike) -> Path:
     """Write the base model with the adapter in its weights, W + U C D, as a model folder of its own.
 
-    The sum is fp32 and is rounded once to the weight's dtype; file by file and block by block, so that memory holds the
-    adapter and 32 MB of a weight. The folder's other files are copied, and the folders of chat templates and of
-    sentence-transformers' modules, but not an adapter or weights in other formats, which would be the base's. Returns
-    `out`.
+    The sum is fp32 (fp64 of an fp64 base) and is rounded once to the weight's dtype; file by file and block by block,
+    so that memory holds the adapter and 32 MB of a weight. The folder's other files are copied, and the folders of chat
+    templates and of sentence-transformers' modules, but not an adapter or weights in other formats, which would be the
+    base's. Returns `out`.
     ValueError if `out` exists, for quantised or tied weights that would change, and as `tinylora.load`.
     """
-    checkpoint.refuse_existing(out)
+    files.refuse_existing(out)
     source = ModelFolder(base)
     model = load_onto_skeleton(source, adapter, with_base=False)
     factors, whole = {}, {}
@@ -193,7 +194,8 @@ def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.Pat
             own = layer.adapters["default"].factors()
             weight = f"{name}.weight"
             source.find(weight, tuple(layer.weight.shape))
-            factors[weight] = own.down.float(), own.up_core(torch.float32)
+            dtype = rank_dtype(*own)
+            factors[weight] = own.down.to(dtype), own.up_core(dtype)
     for name, t in named_numbers(model).items():
         if name.startswith("saved."):
             name = name.removeprefix("saved.")
@@ -205,7 +207,7 @@ def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.Pat
             raise ValueError(f"{tied[0]} and {name}.weight are one tensor in {base}, expected a weight of its own")
     total = sum(shard.path.stat().st_size for shard in source.shards)
     with (
-        checkpoint.whole_folder(out) as scratch,
+        files.whole_folder(out) as scratch,
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=None) as bar,
     ):
         weights, along = {shard.path for shard in source.shards}, _modules(source.folder) | {_TEMPLATES}
@@ -252,9 +254,8 @@ def _merge_shard(shard: Shard, out: Path, factors, whole, bar) -> None:
                     weight = torch.frombuffer(data, dtype=DTYPES[dtype]).view(-1, shape[1])
                     first = (at - start) // row
                     # In the wider of fp32 and the weight's own dtype, as Linear.merge has it.
-                    delta = (up[first : first + len(weight)] @ down).to(
-                        torch.promote_types(torch.float32, weight.dtype)
-                    )
+                    delta = up[first : first + len(weight)] @ down
+                    delta = delta.to(torch.promote_types(delta.dtype, weight.dtype))
                     _write(target, delta.add_(weight).to(weight.dtype))
                 else:
                     target.write(data)

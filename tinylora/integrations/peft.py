@@ -24,15 +24,15 @@ on this path.
 import functools
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from tinylora.integrations.optional import installed, needed
 from tinylora.nn.four_bit import is_four_bit, packed_weight
-from tinylora.ops.checks import autocasts, fits
+from tinylora.ops.checks import CAST, autocasts, fits
 from tinylora.ops.cpu import linear_on_cpu
 from tinylora.ops.dispatch import interpreting
 from tinylora.ops.four_bit import FourBit
@@ -47,7 +47,6 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 _traces = torch._C._get_tracing_state
 
 _TENSORS = (Tensor, nn.Parameter)
-_CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts
 
 
 def _plain(linear: nn.Module) -> bool:
@@ -348,7 +347,7 @@ def _watched() -> bool:
 
 def _under_autocast(compute, layer, name, x, weight, bias, traced) -> Tensor | str:
     """`compute` on what autocast makes of the base layer's operands, in autocast's dtype."""
-    if x.dtype not in _CAST or weight.dtype not in _CAST or x.device != weight.device:
+    if x.dtype not in CAST or weight.dtype not in CAST or x.device != weight.device:
         return _DIFFER
     device = x.device.type
     dtype = torch.get_autocast_dtype(device)
@@ -453,18 +452,12 @@ def covered() -> list[str]:
 
 
 def _classes() -> dict[str, tuple[type, Callable, bool]]:
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise ImportError("patch_peft needs peft: pip install tinylora[peft]") from error
+    needed("peft", "peft", "patch_peft")
     found = {kind: (getattr(import_module(m), name, None), *how) for kind, (m, name, *how) in _here().items()}
     return {kind: how for kind, how in found.items() if how[0] is not None}
 
 
 def _here() -> dict[str, tuple]:
     """_COVERED, without the layers of four bits where bitsandbytes is not installed: PEFT's modules import it."""
-    try:
-        there = find_spec("bitsandbytes") is not None
-    except ValueError:  # None in sys.modules
-        there = False
+    there = installed("bitsandbytes")
     return {kind: how for kind, how in _COVERED.items() if there or not how[0].endswith(".bnb")}

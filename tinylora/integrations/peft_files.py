@@ -80,16 +80,19 @@ def save(
     format: "tinylora" is `adapter.safetensors`: what trains, the rest rebuilt from the base on a load; with
             `factors` the frozen factors, (N + K) · r numbers a layer, stand in it as well.
             "peft" is the folder that PEFT's own TinyLoRA, LoRA, VeRA or AdaLoRA writes: PeftModel.from_pretrained
-            takes it. "lora" is a plain LoRA for PEFT, vLLM and SGLang: A = down, B = up core, in fp32, without an SVD.
+            takes it. "lora" is a plain LoRA for PEFT, vLLM and SGLang: A = down, B = up core, in fp32, without an SVD
+            (a LoRA as it is, with its alpha).
 
     Whatever interrupts it, a reader finds the previous adapter or the new one, or an error, and never the config of one
     with the tensors of the other: a new folder appears whole; in one that exists files are written beside their places,
     and for the moment between two moves there is no adapter_config.json (PEFT's error; `load` finds the new pair).
     Merged or not, active or not, the adapter is the same.
 
-    ValueError: no adapter of that name; another format; a TinyLoRA whose tying PEFT cannot express (its groups are
-    floor(modules / groups) modules and the rest in the last one), an adapter that PEFT has not (LoRA-XS, Tied-LoRA),
-    or a Linear by itself, whose parameters have no names: format="lora" takes all but the last.
+    ValueError: no adapter of that name, or one that lost a layer; another format, or `factors` with PEFT's; a folder
+    with an adapter in another format; a model in pieces (PEFT's formats; FSDP1's in ours, too); a TinyLoRA whose tying
+    PEFT cannot express (its groups are floor(modules / groups) modules and the rest in the last one), an adapter that
+    PEFT has not (LoRA-XS, Tied-LoRA), or a Linear by itself, whose parameters have no names: format="lora" takes all
+    but the last.
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
@@ -188,7 +191,7 @@ def _write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
             raise
 
     if not folder.exists():
-        with checkpoint.whole_folder(folder) as scratch:
+        with files.whole_folder(folder) as scratch:
             write(scratch, "")
         return folder / TENSORS
     _move_into_place(folder)
@@ -258,7 +261,9 @@ def _refuse_what_peft_takes_for_experts(model: nn.Module, sites: tuple[Site, ...
 
 
 def _plain_lora(shared, layers) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Any adapter as LoRA with scaling 1: A = down, B = up core; the product is taken in fp64 and rounded once."""
+    """Any adapter as LoRA with scaling 1: A = down, B = up core; the product is taken in fp64 and rounded once. A LoRA
+    as it is.
+    """
     config, tensors = shared.config, {}
     if isinstance(config, LoraConfig):
         return _as_peft(shared, layers)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from tinylora.integrations.optional import needed
 from tinylora.tasks import gsm8k
 from tinylora.tasks.gsm8k import Problem
 
@@ -32,7 +33,9 @@ def load_problems(source: str | os.PathLike, split: str) -> list[Problem]:
         for pattern in _PARQUET:
             files = sorted(path.glob(pattern.format(split=split)))
             if files:
-                records = _datasets().load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+                records = needed("datasets", "rl", "this data").load_dataset(
+                    "parquet", data_files=[str(f) for f in files], split="train"
+                )
                 return [gsm8k.problem(r, f"{path}, record {i}") for i, r in enumerate(records)]
         held = sorted(p.name for p in path.iterdir())
         raise ValueError(
@@ -41,7 +44,7 @@ def load_problems(source: str | os.PathLike, split: str) -> list[Problem]:
         )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise ValueError(f"{source} does not exist, expected a folder, a .jsonl file or a name on the Hub")
-    datasets = _datasets()
+    datasets = needed("datasets", "rl", "this data")
     try:
         records = datasets.load_dataset(str(source), "main", split=split)
     except (OSError, ValueError, RuntimeError) as error:
@@ -54,14 +57,6 @@ def load_problems(source: str | os.PathLike, split: str) -> list[Problem]:
 def digest(problems: Sequence[Problem]) -> str:
     """SHA-256 of the problems in their order: whether two runs saw the same data."""
     return hashlib.sha256(json.dumps([list(p) for p in problems]).encode()).hexdigest()
-
-
-def _datasets():
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError('this data needs the library datasets: pip install "tinylora[rl]"') from error
-    return datasets
 
 
 def _first_line(error: Exception) -> str:

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from tinylora.adapters import config_from_dict
 from tinylora.integrations import problems as data
 from tinylora.integrations import processes
+from tinylora.integrations.optional import needed
 from tinylora.integrations.run_folder import (
     ADAPTER,
     LOG,
@@ -76,7 +77,7 @@ def run(command: str, settings: dict[str, Any], out: str | os.PathLike, resume: 
     not fit each other, the model, the number of processes or TRL; data, or a number of processes, that has changed
     since; another run at work in `out`. ImportError without trl.
     """
-    require_trl()
+    needed("trl", "rl", "training")
     with locked(Path(out)):
         return _run(command, settings, Path(out), resume)
 
@@ -293,7 +294,7 @@ def make_trainer(
     model: with an adapter of ours, or one that PEFT adapted (after `tinylora.patch_peft()` its layers run the fused
     operator here as everywhere). ValueError for a setting that TRL does not have.
     """
-    require_trl()
+    needed("trl", "rl", "training")
     import datasets
     import trl
     from transformers import PrinterCallback, ProgressCallback
@@ -450,11 +451,3 @@ def _callbacks(path: Path) -> list:
                 self.bar.close()
 
     return [Log(), Progress()]
-
-
-def require_trl() -> None:
-    """ImportError that names the extra, without trl."""
-    try:
-        import trl  # noqa: F401
-    except ImportError as error:
-        raise ImportError('training needs trl: pip install "tinylora[rl]"') from error

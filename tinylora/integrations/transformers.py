@@ -1,11 +1,11 @@
 """Models of Hugging Face's, without their weights or with them, and prompts as their tokenizers have them."""
 
 import os
-from importlib.util import find_spec
 
 from torch import nn
 
 from tinylora.integrations import processes
+from tinylora.integrations.optional import needed
 
 
 def meta_model(config: str | os.PathLike) -> nn.Module:
@@ -16,11 +16,7 @@ def meta_model(config: str | os.PathLike) -> nn.Module:
     """
     import torch
 
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("reading a model's config needs transformers: pip install tinylora[transformers]") from error
-
+    transformers = needed("transformers", "transformers", "reading a model's config")
     try:
         settings = transformers.AutoConfig.from_pretrained(config)
         named = [getattr(transformers, a, None) for a in settings.architectures or ()]
@@ -52,18 +48,13 @@ def load_model(name: str | os.PathLike, dtype: str):
     """
     import torch
 
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("loading a model needs transformers: pip install tinylora[transformers]") from error
-
+    transformers = needed("transformers", "transformers", "loading a model")
     if dtype not in ("bfloat16", "float16", "float32", "nf4"):
         raise ValueError(f"dtype is {dtype!r}, expected bfloat16, float16, float32 or nf4")
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     how = {"dtype": torch.bfloat16 if dtype == "nf4" else getattr(torch, dtype)}
     if dtype == "nf4":
-        if find_spec("bitsandbytes") is None:
-            raise ImportError("nf4 needs bitsandbytes: pip install tinylora[qlora]")
+        needed("bitsandbytes", "qlora", "nf4")
         how["device_map"] = {"": device}
         how["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,

@@ -13,13 +13,10 @@ base rebuilds the frozen factors from it. With `factors=True` they are in the fi
 One file, because one can be replaced in one step: there is no moment at which a crash leaves half an adapter.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -112,26 +109,6 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
 def numbers_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of a file's tensors those of `named_numbers`: without frozen factors."""
     return {n: t for n, t in tensors.items() if not n.startswith(("frozen.", "foreign."))}
-
-
-def refuse_existing(out: str | os.PathLike) -> None:
-    if os.path.lexists(out):
-        raise ValueError(f"{out} exists, expected a new folder to write to")
-
-
-@contextlib.contextmanager
-def whole_folder(out: str | os.PathLike) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when all went well, and is removed otherwise."""
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}.", suffix=".tmp"))
-    try:
-        os.chmod(scratch, 0o777 & ~files.umask())
-        yield scratch
-        refuse_existing(out)
-        os.rename(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @as_always()

@@ -15,7 +15,7 @@ from tinylora.ops.four_bit import FourBit
 from tinylora.ops.linear import (
     adapted_linear,
     by_torch_alone,
-    frozen_linear,
+    invariant_linear,
     plain,
     unchecked,
     without_autocast,
@@ -71,7 +71,7 @@ class FourBitLinear(Linear):
     On a CPU the weight is dequantised in every call, in eval() too, where bitsandbytes would change its layout.
     """
 
-    foreign: type[nn.Module]  # bitsandbytes' class
+    theirs: type[nn.Module]  # bitsandbytes' class
 
     @classmethod
     def wrap(cls, linear: nn.Module) -> "FourBitLinear":
@@ -87,8 +87,8 @@ class FourBitLinear(Linear):
                 inner = x.to(self.compute_dtype or x.dtype)
                 bias = None if self.bias is None else self.bias.to(inner.dtype)
                 weight = packed_weight(self).dense(inner.dtype)
-                return frozen_linear(inner, weight, bias, batch_invariant=True).to(x.dtype)
-            return self.foreign.forward(self, x)
+                return invariant_linear(inner, weight, bias).to(x.dtype)
+            return self.theirs.forward(self, x)
         adapter = self._modules["adapters"]._modules[name]
         down, core, up, basis = adapter.factors()
         rows, invariant = adapter.shared.rows, self.batch_invariant
@@ -102,7 +102,7 @@ class FourBitLinear(Linear):
                 # The graph of whoever looks at the call from outside must not keep W: bitsandbytes' own node does not.
                 if dropped:
                     inner = F.dropout(inner, adapter.dropout)
-                y = self.foreign.forward(self, x).to(dtype) + low_rank(inner, down, core, up, basis)
+                y = self.theirs.forward(self, x).to(dtype) + low_rank(inner, down, core, up, basis)
             elif ids is None and inner.shape[-1:] == (self.in_features,) and inner.device == down.device:
                 y = unchecked(inner, packed_weight(self), down, core, up, bias, None, basis, invariant)
             else:
@@ -119,15 +119,15 @@ class FourBitLinear(Linear):
         )
 
     def __reduce_ex__(self, protocol):
-        return _new, (self.foreign,), self.__getstate__()
+        return _new, (self.theirs,), self.__getstate__()
 
 
 @cache
-def around(foreign: type[nn.Module]) -> type[FourBitLinear]:
-    """`FourBitLinear` that is one of `foreign` as well, so that it saves, loads and moves like it."""
-    return type(foreign.__name__, (FourBitLinear, foreign), {"foreign": foreign, "__module__": __name__})
+def around(theirs: type[nn.Module]) -> type[FourBitLinear]:
+    """`FourBitLinear` that is one of `theirs` as well, so that it saves, loads and moves like it."""
+    return type(theirs.__name__, (FourBitLinear, theirs), {"theirs": theirs, "__module__": __name__})
 
 
-def _new(foreign: type[nn.Module]) -> FourBitLinear:
-    cls = around(foreign)
+def _new(theirs: type[nn.Module]) -> FourBitLinear:
+    cls = around(theirs)
     return cls.__new__(cls)

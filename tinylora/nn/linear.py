@@ -9,7 +9,7 @@ from tinylora.adapters.sharded import in_pieces
 from tinylora.nn.kept import Kept, Operands
 from tinylora.ops import adapted_linear
 from tinylora.ops.eager import mix
-from tinylora.ops.linear import frozen_linear, plain, unchecked
+from tinylora.ops.linear import invariant_linear, plain, unchecked
 
 MOVES = 64  # how often what a layer keeps may have moved before it keeps nothing
 
@@ -104,7 +104,7 @@ class Linear(nn.Linear):
         if self.active is None or self.merged is not None:
             weight, bias = self.base()
             if self.batch_invariant:
-                return frozen_linear(x, weight, bias, batch_invariant=True)
+                return invariant_linear(x, weight, bias)
             return F.linear(x, weight, bias)
         if x.is_nested:
             return self._on_nested(x)

@@ -29,7 +29,12 @@ STORE = "tinylora"  # the root's child that owns what trains: state_dict shows t
 
 
 class Store(nn.ModuleDict):
-    """The root's adapters by name. A root that runs its children one after another (Sequential) passes through it."""
+    """The root's adapters by name. A root that runs its children one after another (Sequential) passes through it.
+
+    siblings: what `apply` was told last, which holds for adapters that come from files, too.
+    """
+
+    siblings = True
 
     def forward(self, x):
         return x
@@ -43,7 +48,7 @@ def apply(
     siblings: bool = True,
     batch_invariant: bool = False,
 ) -> nn.Module:
-    """Put an adapter on a model, in place, and make it the active one. Returns the model.
+    """Put an adapter on a model, in place, and make it the active one: W' = W + U C D. Returns the model.
 
     Every target (`config.target_modules`) becomes a `tinylora.Linear` around its own weight; everything but the
     adapter is frozen. The model's outputs are unchanged until the adapter is trained. Decomposing the weights
@@ -56,10 +61,11 @@ def apply(
     same results up to rounding. torch.compiler.nested_compile_region takes no weights of one storage: False there.
     batch_invariant: sets `Linear.batch_invariant` on every adapted layer, for rollouts whose log-probabilities must be
     the training forward's; what else of the model depends on the batch stays so (attention, the head). Siblings
-    then compute alone.
+    then compute alone. False leaves layers that another adapter is on as they are.
 
-    ValueError: nothing to adapt, a name in use or with a dot, a merged model, weights not loaded yet, a model that is
-    compiled or sharded already.
+    ValueError: nothing to adapt, a rank above a layer's size, a name in use or with a dot, weights not loaded yet,
+    modules_to_save that are not there or hold an adapter, a model that is merged, within `adapter_ids` or `disabled`,
+    compiled, adapted by PEFT or sharded already (tensor parallelism goes, with adapters whose core alone trains).
     """
     targets = find_targets(model, config.target_modules)
     left = several_in_one(model) if config.target_modules is None else []
@@ -92,11 +98,11 @@ def attach(
     name: str,
     frozen: Mapping[str, dict[str, Tensor]] | None = None,
     digests: Mapping[str, str] | None = None,
-    siblings: bool = True,
+    siblings: bool | None = None,
 ) -> Shared:
     """`apply` for layers that are found already, and with `frozen` tensors by layer name that exist already.
 
-    All that can fail comes first: an error leaves the model as it was.
+    siblings: None is as the model has it. All that can fail comes first: an error leaves the model as it was.
     """
     if not name or "." in name:
         raise ValueError(f"name is {name!r}, expected one without dots: it becomes a part of parameter names")
@@ -130,12 +136,15 @@ def attach(
                 for site in _progress(sites, f"{config.kind} factors")
             }
     frozen = {n: own_slices(layers[n], f) if is_parallel(layers[n]) else f for n, f in frozen.items()}
-    made = {site.name: config.adapter(site, frozen[site.name], shared) for site in sites}
+    made = {site.name: config.adapter_class(site, frozen[site.name], shared) for site in sites}
 
     device = layers[sites[0].name].weight.device
     if STORE not in root._modules:
         root.add_module(STORE, Store())
-    root.get_submodule(STORE)[name] = shared.to(device)
+    store = root.get_submodule(STORE)
+    store[name] = shared.to(device)
+    if siblings is not None:
+        store.siblings = siblings
     for p in root.parameters():
         p.requires_grad_(False)
     places: dict[nn.Module, list[str]] = {}  # one layer may hang under several parents
@@ -156,7 +165,7 @@ def attach(
             root.set_submodule(path, module)
         module.add(name)
     activate(root, name)
-    (group if siblings else ungroup)(root)
+    (group if store.siblings else ungroup)(root)
     _call_the_layers(root)
     keep_as_loaded(root)
     return shared
@@ -337,7 +346,7 @@ def activate(model: nn.Module, name: str | None) -> None:
     """Make an adapter the one that runs and trains; None is the base model.
 
     What ran before does not train any more: where two take turns within one loss, activate the one that trains again
-    before its backward. ValueError on a merged model, and within `adapter_ids` or `disabled`.
+    before its backward. ValueError: no adapter of that name, a merged model, within `adapter_ids` or `disabled`.
     """
     if name is not None:
         shared_of(model, name)
@@ -405,7 +414,10 @@ def merge(model: nn.Module) -> nn.Module:
     """Add the active adapter to the weights, in place (see `Linear.merge`): for export, not for training.
 
     The originals are kept in host memory until `unmerge`. Until then state_dict, and so save_pretrained, holds the
-    modules of `modules_to_save` under their own names. ValueError if no adapter is active.
+    modules of `modules_to_save` under their own names.
+
+    ValueError: no active adapter, within `adapter_ids` or `disabled`, a weight that is of four bits, in pieces,
+    computed from others, or one tensor with another (a head tied to its embedding).
     """
     refuse_within(model)
     layers = [layer for layer in adapted_layers(model).values() if layer.active is not None]

@@ -167,7 +167,8 @@ class Siblings:
         place = 0
         while self.layers[place] is not layer:
             place += 1
-        # Tensors of inference mode keep no count of their changes, and torch.compile cannot ask: `_changed` has looked.
+        # Tensors of inference mode keep no count of their changes, and torch.compile cannot ask: what is assigned to
+        # between two calls, nn/calls.py has seen.
         version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         held = self.shares
         if held is not None and held[0] is x and held[1] == version:

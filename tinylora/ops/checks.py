@@ -5,6 +5,7 @@ import math
 import torch
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+CAST = FLOATS[1:]  # what autocast casts
 
 
 # Asked once: in a graph torch 2.11 cannot.

@@ -5,16 +5,16 @@ import torch
 from tinylora.ops import linear, siblings  # noqa: F401  # which define them
 
 
-def _forward(x, weights, down, core, up, *_, **__) -> int:
+def _forward(x, weights, down, core, up, biases, adapter_ids, basis, *_, **__) -> int:
     (M, K), (N, r) = x, up
-    return 2 * M * (N * K + r * (N + K) + _at_rank(core, r))
+    return 2 * M * (N * K + r * (N + K) + _at_rank(core, basis, r))
 
 
 def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, *_, **__) -> int:
     M, (N, r), K = dy[0], up, down[1]
     need_x, need_weight, need_down, need_core, need_up, _ = need
     products = (need_x + need_weight) * N * K + (need_x or need_down or need_core) * N * r
-    return 2 * M * (products + (need_x + need_down) * r * K + need_core * _at_rank(core, r) + need_up * N * r)
+    return 2 * M * (products + (need_x + need_down) * r * K + need_core * _at_rank(core, basis, r) + need_up * N * r)
 
 
 def _backward_of_siblings(dy, z, weights, down, core, up, adapter_ids, basis, need_x, need_core, *_, **__) -> int:
@@ -22,9 +22,9 @@ def _backward_of_siblings(dy, z, weights, down, core, up, adapter_ids, basis, ne
     return _backward(dy, None, z, None, down, core, up, adapter_ids, basis, need)
 
 
-def _at_rank(core, r: int) -> int:
+def _at_rank(core, basis, r: int) -> int:
     """Of z Cᵀ; no diagonal and no identity is a product."""
-    return r * r if core is not None and len(core) > 1 else 0
+    return r * r if core is not None and (len(core) > 1 or basis is not None) else 0
 
 
 def register() -> None:

@@ -44,7 +44,7 @@ class FourBit(NamedTuple):
         ValueError where bitsandbytes is too old, the weight not quantised yet, or changed by a call in eval() on a CPU.
         """
         if not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
-            raise ValueError("bitsandbytes is too old, expected 0.50 or newer: pip install tinylora[qlora]")
+            raise ValueError("bitsandbytes is too old, expected 0.50 or newer")
         state: Any = getattr(weight, "quant_state", None)
         if state is None:
             raise ValueError("the 4-bit weight is not quantised yet: move the model to its device first")

@@ -4,7 +4,7 @@ MKL and oneDNN choose how a product is cut, and so how each sum is rounded, by t
 has ROWS rows, the last block filled up with zeros, so a row meets the same code however many others there are. Two
 more things had to be measured, since no library promises them (docs/LOG.md):
 - within a block the place of a row changes nothing, if the rows of the other operand start at whole multiples of
-  ALIGNED numbers; where they do not (a K that 16 does not divide), MKL rounds by place, and all operands are copied;
+  MULTIPLE numbers; where they do not (a K that 16 does not divide), MKL rounds by place, and all operands are copied;
 - what happens at rank r is written out, one rank at a time in elementwise operations, which round each number by
   itself. One core for all rows and a core per row then give the same bits, too, as they do in the kernels.
 
@@ -19,19 +19,19 @@ from tinylora.ops import eager
 
 # A product of 32 rows is as fast as one of 16 for a single token in bf16, and half as long for hundreds of rows.
 ROWS = 32
-ALIGNED = 16
+MULTIPLE = 16
 
 
 def up_to(n: int) -> int:
-    """The least multiple of ALIGNED that is not below n."""
-    return -(-n // ALIGNED) * ALIGNED
+    """The least multiple of MULTIPLE that is not below n."""
+    return -(-n // MULTIPLE) * MULTIPLE
 
 
 def lies_aligned(matrix: Tensor) -> bool:
-    """Whether its rows, or its columns, lie whole multiples of ALIGNED numbers apart in memory."""
+    """Whether its rows, or its columns, lie whole multiples of MULTIPLE numbers apart in memory."""
     rows, columns = matrix.stride()
     apart = rows if columns == 1 else columns if rows == 1 else 1
-    return apart > 0 and apart % ALIGNED == 0
+    return apart > 0 and apart % MULTIPLE == 0
 
 
 def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from tinylora.ops import eager, invariant, reference
 from tinylora.ops.backward import first_order, refuse_second_order
-from tinylora.ops.checks import autocasts, check
+from tinylora.ops.checks import CAST, autocasts, check
 from tinylora.ops.dispatch import TORCH, interpreting, route_of
 from tinylora.ops.four_bit import Around, FourBit
 
@@ -120,10 +120,10 @@ def _on_four_bits(x, weight: FourBit, down, core, up, bias, ids, basis, batch_in
     return module.forward(*operands)[0]
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: bool) -> Tensor:
-    """X Wᵀ + b by the operator, with a correction of rank 1 that is zero: a matmul that can be batch invariant."""
+def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X Wᵀ + b, batch invariant: the operator, with a correction of rank 1 that is zero."""
     down, up = weight.new_zeros(1, weight.shape[1]), weight.new_zeros(weight.shape[0], 1)
-    return adapted_linear(x, weight, down, None, up, bias, batch_invariant=batch_invariant)
+    return adapted_linear(x, weight, down, None, up, bias, batch_invariant=True)
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -309,8 +309,8 @@ _lib = torch.library.Library("tinylora", "IMPL")
 
 
 def _as_autocast_would(device: str, *operands: Tensor | None) -> list[Tensor | None]:
-    dtype, cast = torch.get_autocast_dtype(device), (torch.float32, torch.float16, torch.bfloat16)
-    return [t.to(dtype) if t is not None and t.dtype in cast else t for t in operands]
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t is not None and t.dtype in CAST else t for t in operands]
 
 
 def _register_autocast(device: str, key: str) -> None:

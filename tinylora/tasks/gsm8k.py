@@ -10,7 +10,7 @@ that is rewarded by `strict` can gain it all without learning to calculate. Both
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -106,12 +106,6 @@ def lenient(completion: str, final: str) -> bool:
 
 
 SCORERS: dict[str, Callable[[str, str], bool]] = {"strict": strict, "lenient": lenient}
-
-
-def accuracy(completions: Iterable[str], finals: Iterable[str]) -> dict[str, float]:
-    """The fraction that each scorer counts."""
-    pairs = list(zip(completions, finals, strict=True))
-    return {name: sum(score(c, f) for c, f in pairs) / len(pairs) for name, score in SCORERS.items()}
 
 
 def _canonical(number: str) -> str:

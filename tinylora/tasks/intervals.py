@@ -2,11 +2,11 @@
 
 import math
 
-Z95 = 1.959963984540054
+Z = 1.959963984540054  # of 95 %
 
 
-def wilson(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's interval (1927) for a proportion, 95 % unless `z` says else:
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's interval (1927) of 95 % for a proportion:
 
         (p + z²/2n ± z √(p(1 - p)/n + z²/4n²)) / (1 + z²/n),    p = correct/total, n = total
 
@@ -15,7 +15,7 @@ def wilson(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
     """
     if not 0 <= correct <= total or total == 0:
         raise ValueError(f"correct is {correct} of {total}, expected 0 <= correct <= total and total > 0")
-    p, square = correct / total, z * z / total
-    middle, half = p + square / 2, z * math.sqrt(p * (1 - p) / total + square / (4 * total))
+    p, square = correct / total, Z * Z / total
+    middle, half = p + square / 2, Z * math.sqrt(p * (1 - p) / total + square / (4 * total))
     low, high = (middle - half) / (1 + square), (middle + half) / (1 + square)
     return 0.0 if correct == 0 else low, 1.0 if correct == total else high  # exact there, but for rounding
