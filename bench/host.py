@@ -24,7 +24,7 @@ from tqdm import tqdm
 from bench import block, timing
 from bench import providers as who
 from bench.check import reason
-from bench.linear import DTYPES
+from bench.linear import DTYPES, R, U
 from bench.providers import Case
 from bench.rows import Results, Row
 
@@ -122,7 +122,7 @@ def flusher(mode: str) -> Callable[[], None]:
 def run(results: Results, device: torch.device, dtype: str, budget: float) -> None:
     """Rows of op "host"."""
     cuda = device.type == "cuda"
-    case = Case(SIZE, SIZE, True, DTYPES[dtype], device, 2, 13)
+    case = Case(SIZE, SIZE, True, DTYPES[dtype], device, R, U)
     (x,), (dy,) = case.operands(1, 1)
     seven = _seven(SIZE, DTYPES[dtype], device)
     (xs,), (dys,) = seven.operands(1)
@@ -137,7 +137,7 @@ def run(results: Results, device: torch.device, dtype: str, budget: float) -> No
                     calls = Calls(found, xs, dys, pass_, flusher(mode))
 
                     def row(name, pass_=pass_, mode=mode, **values):
-                        return Row("host", "", layer, name, pass_, *size, 2, 13, kind, mode=mode, **values)
+                        return Row("host", "", layer, name, pass_, *size, R, U, kind, mode=mode, **values)
 
                     def failed(name, error, row=row):
                         results.add(row(name, note=reason(error)))
@@ -167,7 +167,7 @@ def run(results: Results, device: torch.device, dtype: str, budget: float) -> No
             return
         size = (KERNEL_SIZE, KERNEL_SIZE)
         for way, M in KERNEL_ROWS.items():
-            case, seven = Case(*size, True, torch.bfloat16, device, 2, 13), _seven(KERNEL_SIZE, torch.bfloat16, device)
+            case, seven = Case(*size, True, torch.bfloat16, device, R, U), _seven(KERNEL_SIZE, torch.bfloat16, device)
             ours = who.make(who.OURS, case.linear, case.factors)
             several = seven_layers(seven, (who.ALONE, who.OURS))
             for planned, stubbed in ((True, STUBBED), (False, UNPLANNED)):
@@ -182,7 +182,7 @@ def run(results: Results, device: torch.device, dtype: str, budget: float) -> No
 def _seven(size: int, dtype: torch.dtype, device: torch.device) -> block.Case:
     """Seven layers of [size, size]."""
     shape = dict.fromkeys(block.NAMES, (size, size, False))
-    return block.Case(shape, dtype, device, 2, 13, lambda size: 1)
+    return block.Case(shape, dtype, device, R, U, lambda size: 1)
 
 
 def _captured(calls: Calls, budget: float, failed: Callable[[str, Exception], None]) -> dict[str, timing.Times]:
@@ -212,7 +212,7 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0), planned: bool = T
     from triton.runtime.jit import JITFunction
 
     from tinylora.kernels import launch as planning
-    from tinylora.kernels import scratch, tiles
+    from tinylora.kernels import scratch
     from tinylora.nn.kept import Kept
     from tinylora.ops import dispatch, fused
     from tinylora.ops import linear as operator
@@ -269,7 +269,7 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0), planned: bool = T
                 (Kept, "pays", staticmethod(lambda x: True)),
             ):
                 stack.enter_context(mock.patch.object(owner, name, stub))
-            for kept in (tiles.ways, scratch._planes, scratch._counters, scratch._views):
+            for kept in (fused.ways, scratch._planes, scratch._counters, scratch._views):
                 stack.enter_context(mock.patch.dict(kept, clear=True))
             yield launched
     finally:

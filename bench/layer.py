@@ -18,7 +18,7 @@ from tqdm import tqdm
 from bench import block, roofline, shapes, timing
 from bench import providers as who
 from bench.check import reason, why_not
-from bench.linear import BOTH, DTYPES, PASSES, R, U, _peak_mb
+from bench.linear import BOTH, DTYPES, PASSES, R, U
 from bench.rows import Results, Row
 
 NF4 = "nf4"
@@ -151,7 +151,7 @@ def _cell(plan, case, weights64, present, cell, modes, budget, ceilings, results
                 directions = 2 if pass_ == BOTH else 1
                 row.tflops = directions * sum(g.operations(M, 0) for g in work) / t.p50 / 1e9
                 row.gb_per_s = directions * sum(g.bytes(M, 0, size, of_weight) for g in work) / t.p50 / 1e6
-                row.peak_mb = _peak_mb(calls[name], device)
+                row.peak_mb = timing.peak_mb(calls[name], device)
                 results.add(row)
 
 

@@ -130,7 +130,7 @@ def _cell(plan, case, weight64, present, layer, dtype, M, budget, results, devic
                 directions = 2 if pass_ == BOTH else 1
                 row.tflops = directions * 2 * M * layer.N * layer.K / t.p50 / 1e9
                 row.gb_per_s = directions * size * (layer.N * layer.K + M * (layer.N + layer.K)) / t.p50 / 1e6
-                row.peak_mb = _peak_mb(calls[name], device)
+                row.peak_mb = timing.peak_mb(calls[name], device)
                 results.add(row)
 
 
@@ -149,14 +149,3 @@ def _call(provider: Provider, rotation, pass_: str):
             return provider.forward(rotation.x)
 
     return forward
-
-
-def _peak_mb(call, device) -> float | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20

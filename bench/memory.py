@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench import block, shapes
+from bench import block, shapes, timing
 from bench import providers as who
 from bench.check import reason
-from bench.linear import BOTH, DTYPES, _peak_mb
+from bench.linear import BOTH, DTYPES, R, U
 from bench.rows import Results, Row
 
 KEPT = "kept"
@@ -39,7 +39,7 @@ def kept(provider: block.Provider, xs: list[Tensor], weights: set[int]) -> int:
 
 def run(results: Results, device: torch.device, models: tuple[str, ...], dtype: str, rows: tuple[int, ...]) -> None:
     """Rows of op "memory"; `peak_mb` holds both figures."""
-    r, u = 2, 13
+    r, u = R, U
     with tqdm(total=len(models) * len(rows), desc="memory", unit="cell", dynamic_ncols=True) as bar:
         for model in models:
             case = block.Case(shapes.projections(model), DTYPES[dtype], device, r, u, lambda size: 1)
@@ -64,7 +64,7 @@ def run(results: Results, device: torch.device, models: tuple[str, ...], dtype: 
                     try:
                         size = kept(provider, xs, lasting)
                         provider.gradients(0, xs, dys)  # what is allocated once must not count
-                        peak = _peak_mb(lambda p=provider, xs=xs, dys=dys: p.gradients(0, xs, dys), device)
+                        peak = timing.peak_mb(lambda p=provider, xs=xs, dys=dys: p.gradients(0, xs, dys), device)
                     except Exception as error:  # one that fails must not take the others' rows with it
                         for pass_ in (KEPT, BOTH):
                             row(pass_, note=reason(error))

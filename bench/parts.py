@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from bench import shapes, timing
 from bench.check import WrongResult, allowance, reason, some_rows
+from bench.linear import R
 from bench.rows import Results, Row
 
 MATMUL, THIN, DECODE = "fused matmul", "thin pass", "decode"
 LIBRARY, OURS, AS_U, AS_UT = "F.linear", "ours", "ours, U as [N, r]", "ours, U as [r, N]"
 ROWS = {MATMUL: (512, 2048, 8192), THIN: (512, 8192), DECODE: (1, 8, 16)}
 PASSES = {MATMUL: ("Y", "dX"), THIN: ("z",), DECODE: ("Y",)}
-R = 2
 
 
 @dataclass

@@ -23,7 +23,12 @@ BAR_ROWS = 16  # the bars are about M of at least this
 
 def geometric_mean(values: Iterable[float]) -> float:
     values = list(values)
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+    return statistics.geometric_mean(values) if values else math.nan
+
+
+def _cell(row: Row | None) -> str:
+    """A time over the bare layer's, or why there is none."""
+    return "" if row is None else row.note or (f"{row.ratio_to_bare:.2f}" if row.ratio_to_bare else "")
 
 
 def cells(rows: Iterable[Row], op: str = "linear") -> dict[tuple, dict[str, Row]]:
@@ -111,12 +116,7 @@ def linear_table(rows: list[Row]) -> str:
         shape = next(iter(cell.values()))
         ms = f"{bare.p50_ms:.3f}" if bare and bare.p50_ms else ""
         line = [_named(model, r, u), layer, f"{shape.N} x {shape.K}", dtype, M, pass_, ms]
-        for name in names:
-            row = cell.get(name)
-            line.append(
-                "" if row is None else row.note or f"{row.ratio_to_bare:.2f}" if row.ratio_to_bare else row.note
-            )
-        lines.append(line)
+        lines.append([*line, *(_cell(cell.get(name)) for name in names)])
     headers = ["model", "layer", "N x K", "dtype", "M", "pass", "bare ms", *names]
     text = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
     return "\n\n".join([text, *_without_times(rows, "linear")])
@@ -138,9 +138,7 @@ def layer_table(rows: list[Row]) -> str:
         bare = cell.get(who.BARE)
         least = (f"{bare.bound_ms:.4g}", f"{bare.p50_ms:.4g}") if bare else ("", "")
         line = [_named(model, r, u), dtype, M, pass_, *least]
-        for name in names:
-            row = cell.get(name)
-            line.append("" if row is None else row.note or (f"{row.ratio_to_bare:.2f}" if row.ratio_to_bare else ""))
+        line += [_cell(cell.get(name)) for name in names]
         best = cell.get(who.OURS) if who.OURS in cell and cell[who.OURS].p50_ms else cell.get(who.ALONE)
         pair = over([{"": best} | cell], "", who.PEFT)
         lines.append([*line, f"{pair[0]:.2f}" if pair else ""])

@@ -44,6 +44,7 @@ from bench import providers as who
 from bench import shapes, timing
 from bench.check import WrongResult, reason, why_not
 from bench.layer import CAPTURED, EAGER
+from bench.linear import R, U
 from bench.rows import Results, Row, Unusable, new_figure
 from tinylora.adapters import lora_xs
 from tinylora.adapters.factor_cache import cached_svd
@@ -55,7 +56,6 @@ INVARIANT = who.INVARIANT
 # treat every row by itself already.
 LINEARS, ATTENTION, HEAD = PARTS = ("linears", "attention", "head")
 SPEED, MANY, AGREEMENT, OPERATIONS = QUESTIONS = ("speed", "many", "agreement", "operations")
-R, U = 2, 13
 GENERATE = "generate"  # the rows of `speed` in a file
 AGREED = 8  # tokens that agreement compares, at most
 # How large v is when agreement is measured: a trained adapter's, not a broken model's.

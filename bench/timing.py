@@ -238,3 +238,15 @@ def buffers_past_cache(bytes_per_call: int, device: torch.device) -> int:
     """How many sets of operands to rotate so that none is still cached when its turn comes again, as in a model,
     where the other layers' weights come between; at most 64."""
     return min(64, max(2, -(-2 * last_level_cache(device) // bytes_per_call)))
+
+
+def peak_mb(call: Callable[[], object], device: torch.device) -> float | None:
+    """What a call allocates at most beyond what is there, in 2^20 bytes; None but on CUDA."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20

@@ -1,6 +1,6 @@
 """`python -m bench tune`: which launch shapes are the fastest on this card, for the table in kernels/tables.
 
-Every candidate of `tiles.candidates` for the distinct (N, K) of the models, alone and as siblings, every bucket of M
+Every one of `bench.candidates` for the distinct (N, K) of the models, alone and as siblings, every bucket of M
 and both directions is held against fp64, then timed beside the default; a wrong one gets no time. Each finished cell is
 appended to <out>/sm_<capability>.csv at once, so a killed run goes on where it stopped, and the table,
 <out>/sm_<capability>.json, is written anew from all rows: an entry wherever something beat the default. Kernels are
@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
@@ -171,12 +172,13 @@ class Operands:
 
 def choices_of(cell: Cell, capability) -> list:
     """The candidates of a cell, the default first."""
+    from bench import candidates
     from tinylora.kernels import tiles
 
     dtype = tiles.DTYPES[cell.dtype]
     if cell.pinned:
-        return tiles.pinned_candidates(cell.N, cell.K, cell.r, dtype, capability)
-    return tiles.candidates(cell.M, cell.N, cell.K, cell.r, dtype, capability)
+        return candidates.pinned(cell.N, cell.K, cell.r, dtype, capability)
+    return candidates.of(cell.M, cell.N, cell.K, cell.r, dtype, capability)
 
 
 def compile_once(cell: Cell, choices: list) -> None:
@@ -276,7 +278,7 @@ def entries(measured: list[Row]) -> list[dict]:
     for cell, by_choice in times.items():
         if cell.pinned and max(map(len, by_choice.values())) < len(PINNED_AT):
             continue
-        means = {choice: math.exp(sum(map(math.log, ms)) / len(ms)) for choice, ms in by_choice.items()}
+        means = {choice: statistics.geometric_mean(ms) for choice, ms in by_choice.items()}
         default, best = means[next(iter(means))], min(means, key=lambda c: means[c] * (1 + LAUNCH * _launches(c)))
         if means[best] < (1 - MARGIN) * default < math.inf:
             found.append({

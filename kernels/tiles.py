@@ -6,10 +6,8 @@ on a card stands in tables/sm_<capability>.json and comes first; the model serve
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -139,7 +137,6 @@ class Choice:
     main: Decode | Gemm | None
     thin: Thin | None
     expand: Gemm | None
-    why: str
 
 
 @dataclass(frozen=True)
@@ -152,6 +149,7 @@ class Card:
     rank_at_once: how wide S and U may be for one dot, without spilling.
     pdl: whether a launch may start before the one that it depends on has ended.
     flat: whether Triton 3.6 compiles the flat loop of `Gemm`.
+    measured: whether tiles and bounds below were measured on it, and not taken from a model alone.
     """
 
     sms: int
@@ -162,13 +160,14 @@ class Card:
     rank_at_once: int = 32
     pdl: bool = False
     flat: bool = False
+    measured: bool = False
 
 
 CARDS = {
     (8, 0): Card(108, 166912, False, 331.0, 0.05),
     (8, 6): Card(84, 101376, False, 200.0, 0.05),
     (8, 9): Card(128, 101376, False, 330.0, 0.05),
-    (9, 0): Card(132, 232448, True, 367.0, 0.01, 64, True, True),
+    (9, 0): Card(132, 232448, True, 367.0, 0.01, 64, True, True, True),
     (10, 0): Card(148, 232448, True, 485.0, 0.04, 32, True),
     (10, 3): Card(148, 232448, True, 485.0, 0.04, 32, True),
     (12, 0): Card(170, 101376, False, 250.0, 0.05, 32, True),
@@ -177,27 +176,26 @@ CARDS = {
 POINTER_SLACK = 0.5
 
 
-def card(capability: tuple[int, int]) -> Card | None:
-    """The newest known card that is no newer than `capability`; None below 8.0, which has no bf16."""
-    known = [c for c in CARDS if c <= tuple(capability)]
-    return CARDS[max(known)] if known else None
+def card(capability: tuple[int, int]) -> Card:
+    """The newest known card that is no newer than `capability`, which is 8.0 at least (`ops.dispatch`)."""
+    return CARDS[max(c for c in CARDS if c <= tuple(capability))]
 
 
-def _gemms(chip: Card, descriptors: bool, width: int) -> list[tuple[Gemm, float]]:
+def gemms(chip: Card, descriptors: bool, width: int) -> list[tuple[Gemm, float]]:
     """Candidates with the share of the peak that a full wave of them reaches."""
     if descriptors:
-        tall = () if width > 32 else ((_bulk(256, 128, chip), 1.0),)
-        square = 0.74 if chip.flat else 0.9  # measured on 9.0: 31 us of 3584 columns, where the wide tile takes 46
-        return [(_bulk(128, 256, chip), 1.0), *tall, (_bulk(128, 128, chip), square)]
+        tall = () if width > 32 else ((bulk_tile(256, 128, chip), 1.0),)
+        square = 0.74 if chip.measured else 0.9  # measured on 9.0: 31 us of 3584 columns, where the wide tile takes 46
+        return [(bulk_tile(128, 256, chip), 1.0), *tall, (bulk_tile(128, 128, chip), square)]
     if chip.shared > 150000:
         wide = () if width > 64 else ((Gemm(128, 256, 32, 8, 4), 1.0),)
         return [*wide, (Gemm(128, 128, 64, 8, 3), 0.9), (Gemm(64, 128, 64, 4, 3), 0.75)]
     return [(Gemm(128, 128, 32, 8, 3), 1.0), (Gemm(64, 128, 32, 4, 3), 0.75)]
 
 
-def _bulk(m: int, n: int, chip: Card, **changes) -> Gemm:
+def bulk_tile(m: int, n: int, chip: Card, **changes) -> Gemm:
     """A tile by bulk copies. On 9.0 three stages: what a fourth would take, the thin pass has beside it."""
-    stages, subtiles = (3, 2) if chip.flat else (4, 4 if m * n > 128 * 128 else 2)
+    stages, subtiles = (3, 2) if chip.measured else (4, 4 if m * n > 128 * 128 else 2)
     rank = chip.rank_at_once
     tile = Gemm(m, n, 64, 8, stages, True, chip.sms, subtiles, 8, rank, ALL_REGISTERS, chip.pdl, chip.flat)
     return replace(tile, **changes)
@@ -211,7 +209,7 @@ def gemm_tile(M: int, N: int, chip: Card, descriptors: bool, width: int, aligned
 
     if not aligned:
         return Gemm(128, 128, 32, 8, 3)
-    return min(_gemms(chip, descriptors, width), key=lambda c: whole_waves(M, N, chip.sms, c[0].m, c[0].n, c[1]))[0]
+    return min(gemms(chip, descriptors, width), key=lambda c: whole_waves(M, N, chip.sms, c[0].m, c[0].n, c[1]))[0]
 
 
 def whole_waves(M: int, N: int, sms: int, m: int, n: int, efficiency: float) -> float:
@@ -252,9 +250,9 @@ def thin_tile(M: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int,
         # A masked step of 128 fits the registers beside 16 rows only.
         whole = K % 128 == 0 or (M <= 16 and K % 8 == 0)
         # 64 ranks of an fp32 factor spill there, but not on 9.0.
-        k = 128 if whole and width <= (64 if chip.flat else 32) else 32 if width > 64 and K % 8 else 64
+        k = 128 if whole and width <= (64 if chip.measured else 32) else 32 if width > 64 and K % 8 else 64
     split = max(1, min(2 * chip.sms // max(1, -(-M // m)), K // (4 * k), 32))
-    bounded = dtype == torch.float32 or m == 16 or (width > 32 and not chip.flat)
+    bounded = dtype == torch.float32 or m == 16 or (width > 32 and not chip.measured)
     return Thin(m, k, split, width, stages=3, registers=ALL_REGISTERS if bounded else None)
 
 
@@ -278,7 +276,7 @@ def decode_tile(M: int, N: int, K: int, dtype: torch.dtype, chip: Card) -> Decod
     split = max(1, min(2 * chip.sms // blocks, K // (4 * k), 16))
     stages = 4 if chip.shared > 150000 and dtype != torch.float32 and (m > 32 or split > 1) else 3
     # On 9.0 nothing is parked, and many programs are what counts.
-    registers = ALL_REGISTERS if dtype == torch.float32 or (m > 16 and not chip.flat) else None
+    registers = ALL_REGISTERS if dtype == torch.float32 or (m > 16 and not chip.measured) else None
     return Decode(m, 64, k, split, 8 if m > 64 and not chip.bulk_copies else 4, stages, registers, chip.pdl)
 
 
@@ -296,8 +294,8 @@ def choose(
 ) -> Choice:
     """What computes Y [M, N] from K: the card's table, or a model of the time. dX asks with N and K swapped.
 
-    capability: the card's, or None for Triton's interpreter: the same choice as on 9.0, in small tiles, and never
-    the library, so that every kernel can be run on a CPU.
+    capability: the card's, or None for Triton's interpreter: small tiles, decode up to DECODE_ROWS in every dtype, else
+    the fused matmul, and never the library, so that every kernel can be run on a CPU.
     descriptors: whether the operands meet the rules of bulk copies (`gemm.fits_descriptors`).
     transposed: whether w [N, K] is the view of a transposed matrix, as in the backward; tables tell them apart.
     parts: in how many column blocks x comes, which the library multiplies one by one.
@@ -324,17 +322,14 @@ def default(
     chip = CARDS[9, 0] if capability is None else card(capability)
     inline = r <= INLINE_RANK
     few = DECODE_ROWS_FP32 if dtype == torch.float32 and capability is not None else DECODE_ROWS
-    if chip.flat and capability is not None:
+    if chip.measured and capability is not None:
         few = min(few, DECODE_ROWS_HOPPER)
     if few >= M:
-        why = f"M = {M} <= {few}: W is streamed once, " + (
-            f"z on the way (r = {r} <= {INLINE_RANK})" if inline else f"s from a pass of its own (r = {r})"
-        )
         main = decode_tile(M, N, K, dtype, chip)
         thin = None if inline else thin_tile(M, K, r, dtype, capability)
         if capability is None:
             main = _small(main)
-        elif chip.flat and inline and dtype != torch.float32 and M > 16 and main.split == 1:
+        elif chip.measured and inline and dtype != torch.float32 and M > 16 and main.split == 1:
             # Measured on 18944 x 3584: 46.6 us and 38.8 at 32 rows, 43.6 and 42.6 at 64. Where its programs are not
             # all there from the start (37888 x 3584), half as many, twice as wide, take 73.3 us and not 77.5 at 64
             # rows. At 32 a block took 15 of 145 us longer than with z on the way: that this is why is inferred.
@@ -342,32 +337,30 @@ def default(
             if -(-N // beside.n) > chip.sms * (chip.shared // staged_bytes(beside, dtype)):
                 beside = replace(main, n=128, warps=8, stages=3) if M > 32 else None
             if beside is not None:
-                why = f"M = {M} <= {few}: W is streamed once, beside the thin pass"
                 main, thin = beside, thin_beside(M, K, r, chip)
-        return Choice(main, thin, None, why)
+        return Choice(main, thin, None)
     thin = thin_tile(M, K, r, dtype, capability)
     bulk = descriptors and chip.bulk_copies and dtype != torch.float32
     if capability is None:
         main = gemm_tile(M, N, chip if descriptors else CARDS[8, 0], descriptors, thin.width)
-        return Choice(_small(main), thin, None, "Triton's interpreter: the fused matmul in small tiles")
+        return Choice(_small(main), thin, None)
     before, expand = added(M, K, r, dtype, capability)
-    if dtype == torch.float32:
-        return Choice(None, before, expand, "fp32: the library's matmul is the faster one, the low-rank part is added")
+    if dtype == torch.float32:  # where the library's matmul is the faster one
+        return Choice(None, before, expand)
     saved = chip.expand_cost / K
     lost = POINTER_SLACK if chip.bulk_copies and not bulk else chip.slack
     main = gemm_tile(M, N, chip, bulk, thin.width, descriptors)
-    if bulk and chip.flat:
+    if bulk and chip.measured:
         if M <= LIBRARY_ROWS:
-            return Choice(None, before, expand, f"M = {M} <= {LIBRARY_ROWS}: the library multiplies, it cuts K as well")
-        ours = min(whole_waves(M, N, chip.sms, tile.m, tile.n, share) for tile, share in _gemms(chip, True, thin.width))
+            return Choice(None, before, expand)
+        ours = min(whole_waves(M, N, chip.sms, tile.m, tile.n, share) for tile, share in gemms(chip, True, thin.width))
         launches, trails = by_library(M, N, K, ours, chip)
         if parts == 1:
             saved, lost = saved + launches, lost + trails
-    compared = f"a pass over Y costs {saved:.1%} at K = {K}, the fused matmul {lost:.0%}"
-    if saved <= lost:
-        return Choice(None, before, expand, f"{compared}: the library multiplies")
+    if saved <= lost:  # a pass over Y costs no more than the fused matmul trails
+        return Choice(None, before, expand)
     thin = thin_beside(M, K, r, chip) if bulk and chip.pdl else thin
-    return Choice(main, thin, None, f"{compared}: fused")
+    return Choice(main, thin, None)
 
 
 @remembered
@@ -416,21 +409,20 @@ def pinned_default(
     """`pinned` without a table."""
     chip = CARDS[9, 0] if capability is None else card(capability)
     thin = thin_tile(PINNED_ROWS, K, r, dtype, capability)
-    why = f"batch invariant: one choice for every M at N = {N}, K = {K}"
     if capability is None:
-        return Choice(_small(Gemm(128, 128, 64, 8, 4, descriptors, 1)), thin, None, why)
+        return Choice(_small(Gemm(128, 128, 64, 8, 4, descriptors, 1)), thin, None)
     if dtype == torch.float32:
-        return Choice(Gemm(16, 64, 16, 4, 2, rank=16, registers=ALL_REGISTERS), thin, None, why)
+        return Choice(Gemm(16, 64, 16, 4, 2, rank=16, registers=ALL_REGISTERS), thin, None)
     if descriptors and chip.bulk_copies:
         # A 7B block in 64 x 256 takes 0.71 of its time in 128 x 128 at 16 rows, 0.80 at 128, 0.85 at 1024 and 1.00 at
         # 8192 on an H200 (sums of the rows in tables/sm_90.csv, siblings together).
-        main = _bulk(64, 256, chip, stages=4) if chip.flat else _bulk(128, 128, chip)
+        main = bulk_tile(64, 256, chip, stages=4) if chip.measured else bulk_tile(128, 128, chip)
         thin = thin_beside(PINNED_ROWS, K, r, chip) if chip.pdl else thin
     elif descriptors and chip.shared > 150000:
         main = Gemm(128, 128, 64, 8, 3)
     else:
         main = Gemm(128, 128, 32, 8, 3)
-    return Choice(main, thin, None, why)
+    return Choice(main, thin, None)
 
 
 @remembered
@@ -457,11 +449,11 @@ def factor_gradient_tile(
     chip = card(capability)
     slices = max(1, min(2 * chip.sms // -(-C // 64), -(-M // 256), 32))
     rows = pad(-(-M // slices), 64)
-    if width > 64 or (width > 32 and not chip.flat):
-        return FactorGradient(32, 64, rows, width, 8, registers=None if chip.flat else ALL_REGISTERS)
+    if width > 64 or (width > 32 and not chip.measured):
+        return FactorGradient(32, 64, rows, width, 8, registers=None if chip.measured else ALL_REGISTERS)
     if dtype == torch.float32:
         return FactorGradient(32, 64, rows, width, registers=ALL_REGISTERS)
-    parks = chip.bulk_copies and not chip.flat  # a few words on 10.0, for an occupancy
+    parks = chip.bulk_copies and not chip.measured  # a few words on 10.0, for an occupancy
     return FactorGradient(64, 64, rows, width, registers=ALL_REGISTERS if parks else None)
 
 
@@ -498,11 +490,11 @@ def to_json(choice: Choice) -> dict:
     return {name: {"kernel": type(t).__name__} | asdict(t) for name, t in kinds.items() if t is not None}
 
 
-def from_json(entry: dict, why: str) -> Choice:
+def from_json(entry: dict) -> Choice:
     """The choice that `to_json` wrote; TypeError or KeyError on what it did not."""
     known = {"Gemm": Gemm, "Thin": Thin, "Decode": Decode}
     made = {name: known[t["kernel"]](**{k: v for k, v in t.items() if k != "kernel"}) for name, t in entry.items()}
-    return Choice(made.get("main"), made.get("thin"), made.get("expand"), why)
+    return Choice(made.get("main"), made.get("thin"), made.get("expand"))
 
 
 def read_table(path: Path) -> dict[Key, Choice]:
@@ -510,9 +502,7 @@ def read_table(path: Path) -> dict[Key, Choice]:
     entries = {}
     for e in json.loads(path.read_text())["entries"]:
         key = e["N"], e["K"], e["rank"], DTYPES[e["dtype"]], e["transposed"], e["M"]
-        entries[key] = from_json(
-            e["choice"], f"measured: {path.name}, {e['ms']} ms against the default's {e['default_ms']}"
-        )
+        entries[key] = from_json(e["choice"])
     return entries
 
 
@@ -523,101 +513,6 @@ def table(capability: tuple[int, int]) -> dict[Key, Choice]:
     return read_table(path) if path.exists() else {}
 
 
-# What was chosen once and made ready to launch, by all that it depends on (tinylora/ops/fused.py).
-ways: dict[tuple, Callable] = {}
-
-
-def forget() -> None:
-    """Read the tables again, and choose anew: after one of them was written."""
-    for function in (table, choose, pinned):
-        function.cache_clear()
-    ways.clear()
-
-
 def staged_bytes(tile: Gemm | Decode, dtype: torch.dtype) -> int:
     """The shared memory of X and W in all stages."""
     return dtype.itemsize * tile.stages * tile.k * (tile.m + tile.n)
-
-
-def shared_bytes(tile: Gemm | Decode, dtype: torch.dtype) -> int:
-    """About how much shared memory a launch takes, from above: its stages, and what the store passes through."""
-    if isinstance(tile, Decode):
-        return staged_bytes(tile, dtype) + dtype.itemsize * tile.stages * tile.k * 16 + 4096
-    stored = tile.m * tile.n // tile.subtiles if tile.descriptors else 0
-    return staged_bytes(tile, dtype) + dtype.itemsize * stored + 16384
-
-
-def candidates(M: int, N: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[Choice]:
-    """What is worth timing for these sizes and aligned operands, the default first; all of it fits shared memory."""
-    first = default(M, N, K, r, dtype, capability)
-    found = [first]
-    chip = CARDS[9, 0] if capability is None else card(capability)
-    usual = thin_tile(M, K, r, dtype, capability)
-    thins = [usual, *(replace(usual, split=s) for s in (usual.split // 2, usual.split * 2) if 0 < s <= K // usual.k)]
-    if M <= DECODE_ROWS:
-        shapes = DECODE_SHAPES if dtype != torch.float32 else [(n, k, 4, 3) for n in (32, 64) for k in (16, 32)]
-        for (n, k, warps, stages), split in product(shapes, (1, 2, 3, 4, 5, 6, 8, 12)):
-            programs = -(-N // n) * split
-            too_thin = split > 1 and (split > K // (2 * k) or programs > 6 * chip.sms)
-            spills = pad(M) * n > 2048 * warps
-            if too_thin or spills or programs < chip.sms // 4:
-                continue
-            registers = ALL_REGISTERS if dtype == torch.float32 else None
-            tile = Decode(pad(M), n, k, split, warps, stages, registers, chip.pdl)
-            found.append(Choice(tile, None if r <= INLINE_RANK else usual, None, "decode"))
-            if M > 16 and r <= INLINE_RANK and chip.pdl and dtype != torch.float32:
-                found.append(Choice(tile, thin_beside(M, K, r, chip), None, "decode beside the thin pass"))
-    if dtype != torch.float32:
-        found += [Choice(tile, thin, None, "fused") for tile, thin in _wide_tiles(M, K, r, chip, usual)]
-    if capability is None:
-        return [first, replace(first, thin=thins[-1])]  # a dry run on a CPU tries two
-    expand = replace(
-        Gemm(64, 64, 16, 4, 1) if dtype != torch.float32 else default(8192, N, K, r, dtype, capability).expand,
-        pdl=chip.pdl,
-    )
-    found += [Choice(None, replace(thin, pdl=chip.pdl), expand, "library") for thin in thins]
-    fits = [c for c in found if c.main is None or shared_bytes(c.main, dtype) <= chip.shared]
-    return [c for i, c in enumerate(fits) if _shapes(c) not in map(_shapes, fits[:i])]
-
-
-def pinned_candidates(N: int, K: int, r: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[Choice]:
-    """The same for `pinned`: fused tiles, and splits of K that no M changes; the default first."""
-    first = pinned_default(N, K, r, dtype, capability)
-    if capability is None or dtype == torch.float32:
-        return [first]
-    chip = card(capability)
-    usual = thin_tile(PINNED_ROWS, K, r, dtype, capability)
-    found = [first, *(Choice(*both, None, "") for both in _wide_tiles(PINNED_ROWS, K, r, chip, usual))]
-    fits = [c for c in found if shared_bytes(c.main, dtype) <= chip.shared]
-    return [c for i, c in enumerate(fits) if _shapes(c) not in map(_shapes, fits[:i])]
-
-
-def _shapes(choice: Choice) -> tuple:
-    return choice.main, choice.thin, choice.expand
-
-
-def _wide_tiles(M: int, K: int, r: int, chip: Card, usual: Thin) -> list[tuple[Gemm, Thin]]:
-    """Tiles of the fused matmul, each with its thin pass: those of the default in other orders and depths, and smaller
-    ones for few rows."""
-    if not chip.bulk_copies:
-        tiles = [tile for tile, _ in _gemms(chip, False, usual.width)]
-        return [(replace(tile, group=group), usual) for tile in tiles for group in (8, 4, 16)]
-    beside = thin_beside(M, K, r, chip)
-    wider = replace(beside, k=128, stages=2) if K % 128 == 0 else beside
-    before = replace(usual, pdl=True)
-    big, tall, square = ((128, 256), (256, 128), (128, 128))
-    found = [(_bulk(*shape, chip), beside) for shape in (big, tall, square)]
-    found += [(_bulk(*shape, chip, subtiles=4), wider) for shape in (big, tall)]
-    found += [(_bulk(*big, chip, group=group), beside) for group in (4, 16)]
-    found += [(_bulk(*shape, chip, stages=4, subtiles=4), before) for shape in (big, tall)]
-    found.append((_bulk(*square, chip, warps=4, programs=2 * chip.sms, subtiles=4), before))
-    for m, n, warps in ((64, 128, 4), (64, 256, 8), (128, 64, 4)):
-        found += [(_bulk(m, n, chip, warps=warps, stages=4, subtiles=2), thin) for thin in (beside, before)]
-    return found
-
-
-# Columns a program, K step, warps and stages of decode kernels that are worth timing.
-DECODE_SHAPES = (
-    (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3),
-    (128, 64, 4, 6),
-)  # fmt: skip

@@ -43,7 +43,6 @@ def kind(choice: tiles.Choice) -> str:
 def test_the_regimes(M, N, K, r, dtype, capability, want):
     choice = tiles.choose(M, N, K, r, dtype, capability)
     assert kind(choice) == want, choice
-    assert choice.why
     assert choice == tiles.choose(M, N, K, r, dtype, capability)
     beside = capability == H200 and 16 < M <= 64 and choice.main and choice.main.split == 1
     assert (choice.thin is None) == (want == "decode" and r <= 8 and not beside)
@@ -58,19 +57,6 @@ def test_beside_the_thin_pass_all_of_decodes_programs_fit_or_are_wide(M, N):
     at_once = 132 * (tiles.CARDS[H200].shared // tiles.staged_bytes(main, bf16))
     assert thin is None or -(-N // main.n) <= at_once or main.n == 128
     assert (thin is None) == (M == 32 and N > 30000)
-
-
-def test_reasons_say_what_was_compared():
-    assert tiles.choose(1, 4096, 4096, 2, bf16, H200).why == (
-        "M = 1 <= 64: W is streamed once, z on the way (r = 2 <= 8)"
-    )
-    assert tiles.choose(8192, 4096, 4096, 2, bf16, H200).why == (
-        "a pass over Y costs 10.0% at K = 4096, the fused matmul 1%: fused"
-    )
-    assert tiles.choose(8192, 3584, 18944, 2, bf16, B200).why == (
-        "a pass over Y costs 2.6% at K = 18944, the fused matmul 4%: the library multiplies"
-    )
-    assert tiles.choose(1, 18944, 3584, 2, bf16, H200).why.startswith("measured: sm_90.json, ")
 
 
 def test_on_hopper_the_thin_pass_fits_beside_the_fused_matmul():
@@ -110,7 +96,6 @@ def test_decode_fills_the_card_and_never_cuts_k_below_four_steps():
 
 def test_an_unknown_card_is_taken_for_the_newest_known_before_it():
     assert tiles.card((9, 1)) is tiles.card((9, 0))
-    assert tiles.card((7, 5)) is None
 
 
 def test_padded_ranks_and_where_s_holds_its_remainder():

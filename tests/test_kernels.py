@@ -197,7 +197,7 @@ GEMMS = {
 def test_every_way_to_multiply_many_rows(name, r, monkeypatch):
     thin_tile = tiles.Thin(32, 16, 1 if r == 16 else 5, tiles.pad(r))
     expand = tiles.Gemm(16, 32, 16, 4, 1, rank=16)
-    choice = tiles.Choice(GEMMS.get(name), thin_tile, None if name in GEMMS else expand, "forced")
+    choice = tiles.Choice(GEMMS.get(name), thin_tile, None if name in GEMMS else expand)
     monkeypatch.setattr(tiles, "choose", lambda *args: choice)
     for dtype in (f32, bf16) if r == 2 else (f16,):
         problem = Problem(130, 72, 104, r, dtype)
@@ -209,8 +209,8 @@ def test_every_way_to_multiply_many_rows(name, r, monkeypatch):
 def test_dx_from_gradients_side_by_side(name, sizes):
     """Siblings: steps of K cross from one gradient into the next, rows lie apart, and NaN lies around each."""
     expand = tiles.Gemm(16, 32, 16, 4, 1, rank=16)
-    many = tiles.Choice(GEMMS.get(name), tiles.Thin(32, 16, 3, 16), None if name in GEMMS else expand, "forced")
-    choice = tiles.Choice(tiles.Decode(64, 16, 16, 3), None, None, "forced") if name == "decode" else many
+    many = tiles.Choice(GEMMS.get(name), tiles.Thin(32, 16, 3, 16), None if name in GEMMS else expand)
+    choice = tiles.Choice(tiles.Decode(64, 16, 16, 3), None, None) if name == "decode" else many
     for dtype in (f32, bf16):
         problem = Problem(40 if name == "decode" else 70, sum(sizes), 72, 6, dtype, core="mixed", bias=False)
         (x, weight, down, v, up, _), ids, basis = problem.operands()
@@ -272,9 +272,8 @@ def test_more_p_in_a_block_than_are_mixed_at_once(transposed):
 def test_every_split_of_k_in_decode(split, monkeypatch):
     """9 slices of 100 leave some with nothing to do."""
     for r, k in ((3, 64), (13, 16)):
-        choice = tiles.Choice(
-            tiles.Decode(16, 16, k, split), None if r <= 8 else tiles.Thin(16, 32, split, 16), None, "forced"
-        )
+        thin = None if r <= 8 else tiles.Thin(16, 32, split, 16)
+        choice = tiles.Choice(tiles.Decode(16, 16, k, split), thin, None)
         monkeypatch.setattr(tiles, "choose", lambda *args, choice=choice: choice)
         hold(Problem(9, 77, 100, r, bf16, core="rows"))
 
@@ -408,7 +407,7 @@ def test_offsets_past_two_to_the_31():
     with torch.no_grad():
         y = adapted_linear(wide, weight, down, core, up)
         # through the thin pass and the pointer matmul, too
-        choice = tiles.Choice(tiles.Gemm(16, 16, 16, 4, 1), tiles.Thin(16, 16, 1, 16), None, "forced")
+        choice = tiles.Choice(tiles.Gemm(16, 16, 16, 4, 1), tiles.Thin(16, 16, 1, 16), None)
         again, _ = fused.forward(wide, weight, down, core, up, None, None, None, choice)
     want = F.linear(x, weight + up @ core @ down)
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
@@ -483,7 +482,7 @@ def test_nothing_is_written_before_the_launch_before_is_waited_for(split, inline
     before = InterpreterBuilder.set_grid_idx
     monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", lambda *a: (events.append("program"), before(*a))[1])
     thin_tile = None if inline else tiles.Thin(16, 32, 2, 16, 4, 1, pdl=True)
-    choice = tiles.Choice(tiles.Decode(16, 32, 32, split, 4, 1, pdl=True), thin_tile, None, "test")
+    choice = tiles.Choice(tiles.Decode(16, 32, 32, split, 4, 1, pdl=True), thin_tile, None)
     (x, w, d, c, u, b), _, _ = Problem(9, 72, 200, 2).operands()
     fused.forward(x, w, d, c, u, b, None, None, choice)
     programs = " ".join(events).split("program")[1:]
@@ -512,7 +511,7 @@ def test_the_library_s_y_has_the_dimensions_of_x(of, monkeypatch):
     """Where leading dimensions do not fold into one, on the way that the interpreter never chooses."""
     (x, w, d, c, u, b), _, _ = Problem(48, 72, 104, 2).operands()
     thin_tile, expand = tiles.added(48, 104, 2, f32, None)
-    monkeypatch.setattr(tiles, "choose", lambda *a, **k: tiles.Choice(None, thin_tile, expand, "test"))
+    monkeypatch.setattr(tiles, "choose", lambda *a, **k: tiles.Choice(None, thin_tile, expand))
     shape = (2, 24, 104)
     x = x.view(24, 2, 104).transpose(0, 1) if of == "x" else x.view(shape)
     x = x.detach().requires_grad_()

@@ -225,7 +225,7 @@ def step(given, calls, fresh=False, **options):
 
     def run(function, *arguments, names=given, **more):
         if fresh:
-            tiles.ways.clear()
+            fused.ways.clear()
         start = len(calls)
         results = function(*arguments, **more, **options)
         found.extend(handed(calls[start:], names))
@@ -258,7 +258,7 @@ def test_a_planned_launch_is_what_triton_would_have_made(options):
     """Every kind in one process, three times each, against a launch that remembers nothing."""
     with recorded() as calls:
         fresh = [step(operands(kind), calls, fresh=True, **options) for kind in KINDS]
-        tiles.ways.clear()
+        fused.ways.clear()
         for kind in KINDS:
             step(operands(kind), calls, **options)
         for kind, want in zip(KINDS, fresh, strict=True):
@@ -464,10 +464,10 @@ def test_an_operand_on_another_device_is_another_kind(name):
     with recorded():
         given = made(5, core="mixed-rows")
         fused.forward(*(given[n] for n in NAMES))
-        before = len(tiles.ways)
+        before = len(fused.ways)
         with patch.object(fused.eager, "check_ids", lambda *_: None):  # it reads them on a CPU
             fused.forward(*((given | {name: given[name].to("meta")})[n] for n in NAMES))
-        assert len(tiles.ways) == before + 1
+        assert len(fused.ways) == before + 1
 
 
 # --- when Triton's launcher must be asked -------------------------------------------------------------------
@@ -512,7 +512,7 @@ def test_who_looks_at_launches_sees_them(looking):
         with looking():
             assert planned() == 0
         if looking is not None:
-            tiles.ways.clear()
+            fused.ways.clear()
         assert planned() == 1  # the second
         assert planned() == 2
         with looking():
@@ -561,15 +561,6 @@ def test_a_plan_keeps_no_operand_alive():
             assert not any(ref() is not None for ref in watched)
 
 
-def test_new_tables_forget_the_plans():
-    with recorded():
-        given = made(5)
-        fused.forward(*(given[n] for n in NAMES))
-        assert tiles.ways
-        tiles.forget()
-        assert not tiles.ways
-
-
 # --- the numbers --------------------------------------------------------------------------------------------
 
 
@@ -587,14 +578,14 @@ def test_new_tables_forget_the_plans():
 )
 def test_a_way_serves_other_operands_of_its_kind(problem, poison_empty):
     """Numbers and gradients through the interpreter, by ways that were found for other tensors."""
-    with interpreter(), patch.object(fused, "_remembers", lambda device: True), patch.dict(tiles.ways, clear=True):
+    with interpreter(), patch.object(fused, "_remembers", lambda device: True), patch.dict(fused.ways, clear=True):
         hold(problem)
-        found = len(tiles.ways)
+        found = len(fused.ways)
         hold(problem)
-        assert found == len(tiles.ways) > 1
+        assert found == len(fused.ways) > 1
         if problem.M < 100:
             hold(problem, layout=surround)
-            assert len(tiles.ways) > found
+            assert len(fused.ways) > found
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")

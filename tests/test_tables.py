@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import tune
+from bench import candidates, tune
 from bench.tune import Cell, Row, Rows
 from tinylora.kernels import tiles
 
@@ -80,14 +80,14 @@ def made_up(folder: Path) -> Path:
             for i, (choice, ms) in enumerate(zip(choices, times, strict=False))
         ])  # fmt: skip
 
-    few = tiles.candidates(16, 512, 3584, 2, bf16, H200)
+    few = candidates.of(16, 512, 3584, 2, bf16, H200)
     cell(Cell(512, 3584, "bf16", 2, "forward", 16), few, (1.0, 0.8, 0.9))
     cell(
         Cell(512, 3584, "bf16", 2, "backward", 16), few, (1.0, 0.995, 1.2)
     )  # within what a second run would not repeat
-    many = tiles.candidates(2048, 3584, 512, 16, bf16, H200)
+    many = candidates.of(2048, 3584, 512, 16, bf16, H200)
     cell(Cell(3584, 512, "bf16", 16, "backward", 2048), many, (1.0, None, 0.7))
-    fixed = tiles.pinned_candidates(512, 3584, 2, bf16, H200)
+    fixed = candidates.pinned(512, 3584, 2, bf16, H200)
     for M, times in zip(
         tune.PINNED_AT, ((1.0, 0.5, 0.7), (1.0, 0.5, 0.8), (1.0, 3.0, 0.9), (1.0, 3.0, 0.9)), strict=True
     ):
@@ -95,6 +95,11 @@ def made_up(folder: Path) -> Path:
     cell(Cell(3584, 512, "bf16", 2, "forward", 16, True), fixed, (1.0, 0.5, 0.7))  # and at no other M: no entry
     tune.write_table(folder / "sm_90.json", file)
     return folder / "sm_90.json"
+
+
+def read_anew():
+    for function in (tiles.table, tiles.choose, tiles.pinned):
+        function.cache_clear()
 
 
 @needs_compiler
@@ -109,14 +114,13 @@ def test_a_good_table_passes_and_is_used(tmp_path, monkeypatch):
     ]
 
     monkeypatch.setattr(tiles, "TABLES", tmp_path)
-    tiles.forget()
+    read_anew()
     sizes = (512, 3584, 2, bf16, H200)
     try:
-        assert tiles.choose(9, *sizes).why == "measured: sm_90.json, 0.8 ms against the default's 1.0"
-        assert tiles.choose(9, *sizes).main == tiles.candidates(16, *sizes)[1].main
+        assert tiles.choose(9, *sizes).main == candidates.of(16, *sizes)[1].main
         backward = tiles.choose(1025, 3584, 512, 12, bf16, H200, transposed=True)
-        assert backward.why.startswith("measured") and backward.thin.width == 16
-        assert tiles.pinned(*sizes).why.startswith("measured")
+        assert backward in tiles.read_table(path).values() and backward.thin.width == 16
+        assert tiles.pinned(*sizes) == candidates.pinned(*sizes)[2]
         unlisted = [
             (tiles.choose(17, *sizes), tiles.default(17, *sizes)),  # another bucket
             (tiles.choose(9, *sizes, transposed=True), tiles.default(9, *sizes)),  # the other direction
@@ -127,7 +131,7 @@ def test_a_good_table_passes_and_is_used(tmp_path, monkeypatch):
         ]
         assert all(chosen == default for chosen, default in unlisted)
     finally:
-        tiles.forget()
+        read_anew()
 
 
 @needs_compiler
@@ -190,25 +194,25 @@ def test_candidates_fit_and_are_all_different():
     for capability in ((8, 0), (8, 6), H200, (10, 0)):
         for M in (16, 128, 8192):
             for r in (2, 64):
-                found = tiles.candidates(M, 3584, 3584, r, bf16, capability)
+                found = candidates.of(M, 3584, 3584, r, bf16, capability)
                 assert found[0] == tiles.default(M, 3584, 3584, r, bf16, capability)
-                assert 5 < len(found) < 150 and len({tiles._shapes(c) for c in found}) == len(found)
-                again = [tiles.from_json(tiles.to_json(c), c.why) for c in found]
+                assert 5 < len(found) < 150 and len(set(found)) == len(found)
+                again = [tiles.from_json(tiles.to_json(c)) for c in found]
                 assert again == found
-        fixed = tiles.pinned_candidates(3584, 3584, 2, bf16, capability)
+        fixed = candidates.pinned(3584, 3584, 2, bf16, capability)
         assert fixed[0] == tiles.pinned_default(3584, 3584, 2, bf16, capability) and len(fixed) > 3
 
 
 def test_a_dry_run_goes_through_every_step_and_resumes(tmp_path, monkeypatch, poison_empty):
     """In the interpreter: a candidate that computes wrongly gets no time and never reaches the table."""
-    candidates = tiles.candidates
+    of = candidates.of
 
     def one_wrong(M, *sizes):
-        first, second = candidates(M, *sizes)
+        first, second = of(M, *sizes)
         broken = tiles.replace(first, main=tiles.replace(second.main, split=0) if M <= 128 else first.main, thin=None)
         return [first, second, broken] if M <= 128 else [first, second]
 
-    monkeypatch.setattr(tiles, "candidates", one_wrong)
+    monkeypatch.setattr(candidates, "of", one_wrong)
     monkeypatch.setattr("bench.timing.MIN_ROUNDS", 1)
     options = {"device": torch.device("cpu"), "models": [], "dtypes": [], "ranks": [], "buckets": None, "seconds": 0.0}
     with lanes.interpreter():
@@ -247,8 +251,8 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
 
 def test_a_tie_goes_to_fewer_launches_and_a_time_with_a_note_does_not_count():
     thin = tiles.thin_beside(16, 3584, 2, tiles.CARDS[H200])
-    slow, one, noted = (tiles.Choice(tiles.Decode(16, 64, k, 1), None, None, "") for k in (32, 64, 128))
-    two = tiles.Choice(tiles.Decode(16, 64, 64, 1), thin, None, "")
+    slow, one, noted = (tiles.Choice(tiles.Decode(16, 64, k, 1), None, None) for k in (32, 64, 128))
+    two = tiles.Choice(tiles.Decode(16, 64, 64, 1), thin, None)
 
     def best(*timed):
         rows = [
@@ -258,7 +262,7 @@ def test_a_tie_goes_to_fewer_launches_and_a_time_with_a_note_does_not_count():
             )
             for i, (choice, ms, note) in enumerate(timed)
         ]  # fmt: skip
-        return [tiles.from_json(entry["choice"], "") for entry in tune.entries(rows)]
+        return [tiles.from_json(entry["choice"]) for entry in tune.entries(rows)]
 
     assert best((slow, 2.0, ""), (two, 1.0, ""), (one, 1.005, "")) == [one]
     assert best((slow, 2.0, ""), (two, 1.0, ""), (one, 1.02, "")) == [two]

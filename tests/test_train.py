@@ -241,7 +241,7 @@ def test_a_run_says_why_it_does_not_start(tiny, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as launched:
         launched.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
         fails("accelerate's mixed_precision is bf16, expected no")
-    with run_folder.locked(tmp_path / "run"):
+    with run_folder.at_work(tmp_path / "run"):
         fails("another run works in")
     fails("sft.max_length is 0, expected an integer of at least 1", max_length=0, command="sft")
     (tmp_path / "file").write_text("x")
@@ -325,17 +325,17 @@ def test_a_resumed_run_that_fails_at_once_is_still_a_run(tiny, tmp_path, monkeyp
 
 def test_a_child_does_not_hold_a_folder(tmp_path):
     """What a data loader forks may live on for seconds after its parent was killed."""
-    with run_folder.locked(tmp_path / "a" / "b"):
+    with run_folder.at_work(tmp_path / "a" / "b"):
         child = os.fork()
         if child == 0:
             time.sleep(60)
             os._exit(0)
-        with pytest.raises(ValueError, match="another run works in"), run_folder.locked(tmp_path / "a" / "b"):
+        with pytest.raises(ValueError, match="another run works in"), run_folder.at_work(tmp_path / "a" / "b"):
             pass
         assert (tmp_path / "a" / "b").exists()
     try:
         assert not (tmp_path / "a").exists()
-        with run_folder.locked(tmp_path / "a"):
+        with run_folder.at_work(tmp_path / "a"):
             pass
     finally:
         os.kill(child, signal.SIGKILL)

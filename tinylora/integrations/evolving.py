@@ -27,7 +27,6 @@ from tqdm.auto import tqdm
 
 from tinylora.adapters import config_from_dict
 from tinylora.evolution import Evolution
-from tinylora.integrations import problems as data
 from tinylora.integrations import processes, run_folder, training
 from tinylora.integrations.run_folder import ADAPTER, LOG
 from tinylora.integrations.transformers import load_model, prompt_ids
@@ -58,14 +57,8 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
     beside them stands for so many generations instead. Rewards, resuming and errors are those of `training.run`;
     ValueError, too, for an adapter whose thin factors train: see `Evolution`.
     """
-    with run_folder.locked(Path(out)):
-        new = not (Path(out) / run_folder.RUN).exists()
-        try:
-            return _run(settings, Path(out), resume)
-        except Exception:
-            if new:
-                run_folder.forget(Path(out))
-            raise
+    with run_folder.at_work(Path(out)):
+        return _run(settings, Path(out), resume)
 
 
 def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
@@ -75,25 +68,15 @@ def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
         raise ValueError(f"es.{odd[0]} is {'missing' if odd[0] in KEYS else 'unknown'}, expected {', '.join(KEYS)}")
     training.check_counts("es", settings)
     training.check_cache("es", settings)
-    if settings["reward"] not in gsm8k.SCORERS:
-        raise ValueError(f"reward is {settings['reward']!r}, expected one of {', '.join(gsm8k.SCORERS)}")
     if es["population"] % 2:
         raise ValueError(f"es.population is {es['population']}, expected an even number: pairs v ± σ ε")
     if processes.count() > 1 and es["population"] < processes.count():
         raise ValueError(
             f"es.population is {es['population']}, expected at least {processes.count()}: so many processes share it"
         )
-    if resume:
-        stored = run_folder.read_run(out)
-        run_folder.same_processes(stored, out)
-    else:
-        run_folder.refuse_used(out)
-    problems = data.load_problems(settings["data"], settings["split"])
+    problems, seen = run_folder.enter(settings, out, resume)
     if not 0 < es["prompts"] <= len(problems):
         raise ValueError(f"es.prompts is {es['prompts']}, expected 1 to {len(problems)}, the problems that there are")
-    seen = data.digest(problems)
-    if resume and stored["data_digest"] != seen:
-        raise ValueError(f"{settings['data']} has other problems than when {out} was started, expected the same")
     processes.start()
     model, tokenizer = load_model(settings["model"], settings["dtype"])
     with processes.one_first():  # it decomposes the weights, and the others find that on the disk

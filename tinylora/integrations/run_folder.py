@@ -18,6 +18,8 @@ from typing import Any
 from tinylora import __version__
 from tinylora.adapters import files
 from tinylora.integrations import processes
+from tinylora.integrations.problems import digest, load_problems
+from tinylora.tasks.gsm8k import Problem
 
 try:
     import fcntl
@@ -28,8 +30,41 @@ RUN, LOG, ADAPTER = "run.json", "log.jsonl", "adapter"
 
 
 @contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """In here no other run works in the folder, which is made; ValueError where one does. Death ends a lock, too."""
+def at_work(out: Path) -> Iterator[None]:
+    """In here no other run works in the folder, which is made; ValueError where one does.
+
+    A run that fails before its first step never was: whoever mends what was wrong may start it again.
+    """
+    with _locked(out):
+        new = not (out / RUN).exists()
+        try:
+            yield
+        except Exception:
+            if new:
+                _forget(out)
+            raise
+
+
+def enter(settings: dict[str, Any], out: Path, resume: bool) -> tuple[list[Problem], str]:
+    """(the problems, their digest) of a run that starts in `out`, or with `resume` goes on there.
+
+    ValueError: a folder in use, or without a run to resume; other problems, or another number of processes, than then.
+    """
+    if resume:
+        stored = read_run(out)
+        same_processes(stored, out)
+    else:
+        refuse_used(out)
+    problems = load_problems(settings["data"], settings["split"])
+    found = digest(problems)
+    if resume and stored["data_digest"] != found:
+        raise ValueError(f"{settings['data']} has other problems than when {out} was started, expected the same")
+    return problems, found
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """A lock on the folder, by the first process. Death ends it, too."""
     if fcntl is None or processes.rank() > 0:
         yield
         return
@@ -100,8 +135,7 @@ def write_run(out: Path, command: str, settings: dict[str, Any], data_digest: st
         files.write_whole(out / RUN, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
 
-def forget(out: Path) -> None:
-    """A run that failed before its first step never was: whoever mends what was wrong may start it again."""
+def _forget(out: Path) -> None:
     started = processes.rank() == 0 and (out / RUN).exists()
     if started and not read_log(out / LOG) and not any(out.glob("checkpoint-*")):
         for name in (RUN, LOG):

@@ -26,19 +26,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tinylora.adapters import config_from_dict
-from tinylora.integrations import problems as data
 from tinylora.integrations import processes
 from tinylora.integrations.optional import needed
 from tinylora.integrations.run_folder import (
     ADAPTER,
     LOG,
     append,
+    at_work,
     cut_log,
-    forget,
-    locked,
+    enter,
     read_run,
-    refuse_used,
-    same_processes,
     write_run,
 )
 from tinylora.integrations.transformers import as_prompt, load_model
@@ -78,22 +75,15 @@ def run(command: str, settings: dict[str, Any], out: str | os.PathLike, resume: 
     since; another run at work in `out`. ImportError without trl.
     """
     needed("trl", "rl", "training")
-    with locked(Path(out)):
+    with at_work(Path(out)):
         return _run(command, settings, Path(out), resume)
 
 
 def _run(command: str, settings: dict[str, Any], out: Path, resume: bool) -> Path:
-    if resume:
-        stored = read_run(out)
-        same_processes(stored, out)
-    else:
-        refuse_used(out)
+    if not resume:
         _refuse_what_does_not_resume(command, settings)
-    problems = data.load_problems(settings["data"], settings["split"])
+    problems, seen = enter(settings, out, resume)
     check(command, settings, len(problems))
-    seen = data.digest(problems)
-    if resume and stored["data_digest"] != seen:
-        raise ValueError(f"{settings['data']} has other problems than when {out} was started, expected the same")
     arguments(command, settings, out)  # whatever is wrong with the settings is said before a model is loaded
     start = last_checkpoint(out) if resume else None
     adapter = adapter_settings(command, settings, len(problems))
@@ -107,7 +97,7 @@ def _run(command: str, settings: dict[str, Any], out: Path, resume: bool) -> Pat
     several = f", {processes.count()} processes" if processes.count() > 1 else ""
     whence = f", resumed from {start.name}" if start else ", from the beginning" if resume else ""
 
-    def begin(steps: int, kept: int) -> None:
+    def say(steps: int, kept: int) -> None:
         if adapter["kind"] == "adalora" and "total_steps" not in settings["adapter"] and not start:
             shared_of(model, "default").config = dataclasses.replace(config, total_steps=steps)
         if processes.rank() == 0:
@@ -115,21 +105,16 @@ def _run(command: str, settings: dict[str, Any], out: Path, resume: bool) -> Pat
             what = f"{count:,} numbers train, {len(problems):,} problems{left}, {steps} steps"
             print(f"{command}: {what}{several}{whence}", flush=True)
 
-    trainer = make_trainer(command, model, tokenizer, problems, settings, out, begin)
+    trainer = make_trainer(command, model, tokenizer, problems, settings, out, say)
     processes.wait()  # nobody looks for a run, or a checkpoint, in the folder any more
     if not resume:
         write_run(out, command, settings, seen)
     state = json.loads((start / "trainer_state.json").read_text()) if start else {"global_step": 0, "max_steps": 1}
     if state["global_step"] >= state["max_steps"]:
-        begin(state["max_steps"], len(trainer.train_dataset))
+        say(state["max_steps"], len(trainer.train_dataset))
         load_adapter(model, start)  # all done but for the result: TRL would train a step more
     else:
-        try:
-            trainer.train(resume_from_checkpoint=str(start) if start else None)
-        except Exception:
-            if not resume:
-                forget(out)
-            raise
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
     if processes.rank() == 0:
         checkpoint.save(model, out / ADAPTER)
     return out / ADAPTER
@@ -167,8 +152,6 @@ def check(command: str, settings: dict[str, Any], problems: int) -> None:
     if micro < 1 or batch // share % _micro(settings):
         each = f", {batch // share} for each of {share} processes" if several else ""
         raise ValueError(f"batch_size is {batch}{each}, expected a multiple of micro_batch_size, {micro}")
-    if settings["reward"] not in gsm8k.SCORERS:
-        raise ValueError(f"reward is {settings['reward']!r}, expected one of {', '.join(gsm8k.SCORERS)}")
     if command == "grpo" and batch % settings["grpo"]["num_generations"]:
         raise ValueError(
             f"batch_size is {batch} sequences, expected a multiple of num_generations, "
@@ -191,11 +174,13 @@ def check(command: str, settings: dict[str, Any], problems: int) -> None:
 
 
 def check_counts(command: str, settings: dict[str, Any]) -> None:
-    """ValueError for a number that no run can have, or that is none."""
+    """ValueError for a number that no run can have, or that is none, and for a reward that is none."""
+    if settings["reward"] not in gsm8k.SCORERS:
+        raise ValueError(f"reward is {settings['reward']!r}, expected one of {', '.join(gsm8k.SCORERS)}")
     own = settings[command]
     for name in ("num_train_epochs", "num_generations"):
-        needed = not settings.get("steps") if name == "num_train_epochs" else command == "grpo"
-        if needed and own.get(name) is None:
+        must = not settings.get("steps") if name == "num_train_epochs" else command == "grpo"
+        if must and own.get(name) is None:
             raise ValueError(f"{command}.{name} is missing, expected a number")
     whole = {n: settings.get(n) for n in ("steps", "save_every", "batch_size", "micro_batch_size", "seed")}
     names = ("num_generations", "max_completion_length", "max_length", "population", "prompts", "num_iterations",

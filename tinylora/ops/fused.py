@@ -82,6 +82,8 @@ class Way(NamedTuple):
 
 # A model asks the same few questions at every call, unless it sees ever new numbers of rows.
 WAYS = 4096
+# What was found once and made ready to launch, by all that it depends on.
+ways: dict[tuple, Callable] = {}
 
 
 def _remembers(device: torch.device) -> bool:
@@ -93,9 +95,9 @@ def _remembered(key: tuple, device: torch.device, make: Callable[[], Callable]) 
     """The way of this kind, from `make` if there is none yet."""
     way = make()
     if _remembers(device):
-        if len(tiles.ways) >= WAYS:
-            tiles.ways.clear()
-        tiles.ways[key] = way
+        if len(ways) >= WAYS:
+            ways.clear()
+        ways[key] = way
     return way
 
 
@@ -163,7 +165,7 @@ def _way_of(x: Operand, w: Tensor, down: Tensor, core: Core, up: Tensor, bias: T
         choice,
         pin,
     )
-    way = tiles.ways.get(key)
+    way = ways.get(key)
     if way is None:
         way = _remembered(key, first.device, lambda: _way(x, w, down, core, up, bias, choice, pin))
     return way
@@ -364,7 +366,7 @@ def add_low_rank(
         return torch.empty(0, len(down), dtype=torch.float32, device=x.device)
     precision = torch.get_float32_matmul_precision()
     key = ("add", _kind(y), _kind(x), x.data_ptr() % 16, _kind(down), _kind(up), _kind_of_core(core), precision)
-    way = tiles.ways.get(key)
+    way = ways.get(key)
     if way is None:
 
         def make() -> tuple[Plan, Plan]:
@@ -564,7 +566,7 @@ def _thin_alone(dy: Operand, up: Tensor, theirs: Core) -> Tensor:
     first = dy if isinstance(dy, Tensor) else dy[0]
     kinds = _kind(dy) if first is dy else tuple(map(_kind, dy))
     key = ("thin", kinds, _kind(up), _kind_of_core(theirs), torch.get_float32_matmul_precision())
-    way = tiles.ways.get(key)
+    way = ways.get(key)
     if way is None:
         tile = tiles.thin_tile(first.shape[0], *up.shape, first.dtype, _capability(first.device))
         way = _remembered(key, first.device, lambda: plan_thin(dy, up.T, theirs, tile, _precision(), want_s=False))
@@ -585,7 +587,7 @@ def _core_gradient(t: Tensor, z: Tensor, core: Tensor, ours: Core, basis: Tensor
 def _core_way(t: Tensor, z: Tensor, ours: Core, dtype: torch.dtype) -> Plan:
     values, _, ids, _ = ours
     key = ("core", t.shape, t.device, _kind_of_core(ours), dtype)
-    way = tiles.ways.get(key)
+    way = ways.get(key)
     if way is None:
         adapters = values.shape[0] if ids is not None else 1
         tile = tiles.core_gradient_tile(*t.shape, adapters, dtype, _capability(t.device))
@@ -596,7 +598,7 @@ def _core_way(t: Tensor, z: Tensor, ours: Core, dtype: torch.dtype) -> Plan:
 def _factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor) -> None:
     """out [r, C] = sᵀ X for x [M, C]: dD from (t, X), dU transposed from (z, dY)."""
     key = ("factor", _kind_of_core(core), _kind(x), _kind(out), torch.get_float32_matmul_precision())
-    way = tiles.ways.get(key)
+    way = ways.get(key)
     if way is None:
         tile = tiles.factor_gradient_tile(*x.shape, z.shape[1], x.dtype, _capability(x.device))
         way = _remembered(key, x.device, lambda: plan_factor_gradient(z, core, x, out, tile, _precision()))
