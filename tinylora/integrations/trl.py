@@ -44,7 +44,7 @@ from tinylora.nn.model import STORE, adapted_layers, adapter_names, disabled, la
 from tinylora.nn.saved_module import SavedModule
 from tinylora.nn.tensor_parallel import ParallelLinear
 
-RUNNING = "running.safetensors"
+AVERAGES = "running.safetensors"
 _STATE, _OPTIMIZER, _SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 
 
@@ -264,9 +264,9 @@ def trained_adapter(model: nn.Module) -> str:
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the adapter that trains into a checkpoint: `tinylora.save`, and what training alone needs of it."""
     name = trained_adapter(model)
-    running = {n: t.detach().cpu().contiguous() for n, t in _running(model, name).items()}
-    if running:
-        files.write_whole(Path(folder) / RUNNING, lambda path: save_file(running, path))
+    averages = {n: t.detach().cpu().contiguous() for n, t in _averages(model, name).items()}
+    if averages:
+        files.write_whole(Path(folder) / AVERAGES, lambda path: save_file(averages, path))
     checkpoint.save(model, folder, name)
 
 
@@ -274,18 +274,18 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Read it back onto the model that wrote it. ValueError as `tinylora.load`."""
     name = trained_adapter(model)
     checkpoint.load(model, folder, name)
-    running = _running(model, name)
-    if running:
-        path = Path(folder) / RUNNING
+    averages = _averages(model, name)
+    if averages:
+        path = Path(folder) / AVERAGES
         if not path.is_file():
             raise ValueError(f"{path} does not exist, expected the averages that this adapter's training needs")
         found = load_file(path)
         with torch.no_grad():
-            for n, t in running.items():
+            for n, t in averages.items():
                 t.copy_(found[n])
 
 
-def _running(model: nn.Module, name: str) -> dict[str, Tensor]:
+def _averages(model: nn.Module, name: str) -> dict[str, Tensor]:
     """State that changes in training and that no adapter's file holds: AdaLoRA's averages of importance."""
     found = {}
     for site, layer in layers_with(model, name).items():
