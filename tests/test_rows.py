@@ -294,6 +294,53 @@ def test_other_things_than_sequences_are_refused():
         assert model(tokens(batch=4), torch.randn(4, 5, 16)).shape == (4, 5, 16)  # two samples of each
 
 
+@pytest.mark.parametrize("several", [{"do_sample": True}, {"num_beams": 2}], ids=["samples", "beams"])
+def test_fewer_prompts_than_ids_are_refused(several):
+    """A loader's last batch: its rows with samples may be as many as ids."""
+    model, _ = stacked(CONFIGS[0], 4)
+    settings = {"max_new_tokens": 2, "pad_token_id": 0, "num_return_sequences": 2} | several
+    with tinylora.adapter_ids(model, [2, 0, 1, 3]):
+        for given in ({"input_ids": tokens()}, {"inputs_embeds": model.get_input_embeddings()(tokens())}):
+            with pytest.raises(ValueError, match="has 2 prompts, expected as many as adapter_ids, 4"):
+                model.generate(**given, **settings)
+        assert len(model.generate(tokens(batch=4), **settings)) == 8
+
+
+def test_audios_that_end_at_different_times_are_refused():
+    """Whisper takes those that are done out of the batch."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=200, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_target_positions=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3, begin_suppress_tokens=None,
+        suppress_tokens=None,
+    )  # fmt: skip
+    whisper = WhisperForConditionalGeneration(config).eval()
+    for name, value in {
+        "no_timestamps_token_id": 150,
+        "is_multilingual": False,
+        "max_initial_timestamp_index": 50,
+    }.items():
+        setattr(whisper.generation_config, name, value)
+    model, sets = stacked(CONFIGS[0], 2, whisper, scale=6)
+    audio = torch.randn(2, 8, 6000)
+    there = torch.ones(2, 6000, dtype=torch.long)
+    there[0, 1500:] = 0
+    settings = {"return_timestamps": True, "max_new_tokens": 6, "do_sample": False}
+    with tinylora.adapter_ids(model, [0, 1]):
+        for more in ({}, {"cache_implementation": "static", "disable_compile": True}):
+            with pytest.raises(ValueError, match="an audio ends before the others and leaves the batch"):
+                model.generate(audio, attention_mask=there, **settings, **more)
+        with pytest.raises(ValueError, match="expected one number"):
+            model.generate(audio, attention_mask=there, **settings | {"temperature": (0.0, 0.5)})
+    use(model, sets[1])
+    alone = model.generate(audio[1:], attention_mask=there[1:], **settings)
+    with tinylora.adapter_ids(model, [1]):
+        assert torch.equal(model.generate(audio[1:], attention_mask=there[1:], **settings), alone)
+
+
 def test_a_batch_that_generate_doubles_for_guidance_is_refused():
     """Dia's and Janus's put a batch without the prompt after the one with it; beams lie side by side."""
     model, _ = stacked(CONFIGS[0], 2)
@@ -340,6 +387,49 @@ def test_images_that_are_not_one_to_a_sequence_are_refused():
             model.generate(two, pixel_values=torch.randn(2, 3, 16, 16), max_new_tokens=1)
         one[:, 5:9] = 99  # two in each
         model.generate(input_ids=one, pixel_values=torch.randn(4, 3, 16, 16), max_new_tokens=1, pad_token_id=0)
+
+
+def test_videos_and_patches_that_are_as_many_as_sequences_are_refused():
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2Config,
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        SiglipVisionConfig,
+    )
+
+    torch.manual_seed(0)
+    text = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 100,
+    }  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=Qwen2Config(**text), image_token_index=98, video_token_index=99,
+        image_grid_pinpoints=[[16, 16]], vision_feature_layer=-1,
+    )  # fmt: skip
+    model, _ = stacked(CONFIGS[0], 2, LlavaOnevisionForConditionalGeneration(config).eval())
+    two = torch.tensor([[5, 99, 99, 6, 99, 99, 7], [8] * 7])  # videos of one frame, both in the first sequence
+    given = {"input_ids": two, "pixel_values_videos": torch.randn(2, 1, 3, 16, 16)}
+    with tinylora.adapter_ids(model, [0, 1]):
+        for call in (model, functools.partial(model.generate, max_new_tokens=1)):
+            with pytest.raises(ValueError, match="sequences differ in how many images they have"):
+                call(**given)
+
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    config = Qwen2VLConfig(
+        text_config=text | {"vocab_size": 128, "pad_token_id": 0, "rope_parameters": rope},
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
+        image_token_id=120, vision_start_token_id=121, vision_end_token_id=122, video_token_id=123,
+    )  # fmt: skip
+    model, _ = stacked(CONFIGS[0], 16, Qwen2VLForConditionalGeneration(config).eval())
+    ids = torch.tensor([[5, 121, 120, 120, 120, 120, 122, 6, 7], *[[8] * 9] * 15])  # an image of 16 patches
+    given = {"pixel_values": torch.randn(16, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    with tinylora.adapter_ids(model, range(16)), pytest.raises(ValueError, match="sequences differ in how many images"):
+        model(input_ids=ids, mm_token_type_ids=(ids == 120).int(), **given)
 
 
 def test_contexts_of_other_tasks_and_threads_are_refused():

@@ -131,7 +131,7 @@ class Rows:
                 f"x has a first dimension of {first}, expected {B * self.each}: the model has put a second batch after "
                 "the one of adapter_ids (guidance without a classifier), and whose those rows are is not known"
             )
-        if several and self.images is not None and x.shape[1] != self.images:
+        if self.images is not None and (not several or x.shape[1] != self.images):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, expected {self.images} tokens of each sequence: where sequences differ "
                 "in how many images they have, adapter_ids cannot tell whose image is whose (expected target_modules "

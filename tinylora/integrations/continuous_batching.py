@@ -37,9 +37,10 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
 
     ValueError: no stack, ids out of range, a merged model, dropout while training, experts or layers that take tokens
     first, another thread or task within one or running the model, a merge or another adapter activated within; in the
-    forward, a layer that sees packed or flattened rows, which do not say whose they are; in generate_batch(), another
-    number of prompts than ids, a persistent manager, tensor parallelism, or a config that asks for asynchronous
-    batching, CUDA graphs or compilation.
+    forward, a layer that sees packed or flattened rows, which do not say whose they are; in generate(), a number of
+    prompts that is no multiple of the ids', audios that end at different times; in generate_batch(), another number of
+    prompts than ids, a persistent manager, tensor parallelism, or a config that asks for asynchronous batching, CUDA
+    graphs or compilation.
     """
     with rows.adapter_ids(model, ids, name):
         if not hasattr(type(model), "init_continuous_batching"):
@@ -66,6 +67,8 @@ class _Requests:
         )
         own = {"init_continuous_batching": self._manager, "generate_batch": self._generate_batch}
         own |= {"generate": self._generate, "_expand_inputs_for_generation": self._expand}
+        if hasattr(type(model), "_maybe_reduce_batch"):  # Whisper's
+            own |= {"_maybe_reduce_batch": self._reduce, "generate_with_fallback": self._fall_back}
         self.before = {name: model.__dict__.get(name) for name in own}
         model.__dict__.update(own)
 
@@ -103,11 +106,37 @@ class _Requests:
     def _expand(self, *args, **kwargs):
         name = "_expand_inputs_for_generation"
         own = self.before[name] or inspect.getattr_static(type(self.model), name).__get__(self.model, type(self.model))
-        found = own(*args, **kwargs)
+        given = kwargs.get("input_ids", args[2] if len(args) > 2 else None)
         count = len(self.rows.ids)
-        if self._within() and found[0] is not None and found[0].shape[0] % count == 0:
+        if self._within() and given is not None and given.shape[0] % count:
+            raise ValueError(
+                f"generate() has {given.shape[0]} prompts, expected as many as adapter_ids, {count}, or a multiple"
+            )
+        found = own(*args, **kwargs)
+        if self._within() and found[0] is not None:
             self.rows.each = found[0].shape[0] // count  # with what the caller, or Whisper, has repeated before
         return found
+
+    def _reduce(self, **kwargs):
+        """Whisper takes an audio that is done out of the batch: the others are then not where their ids are."""
+        found = type(self.model)._maybe_reduce_batch(**kwargs)
+        if self._differ() and 0 < found[1] < kwargs["cur_bsz"]:
+            raise ValueError(
+                "an audio ends before the others and leaves the batch, expected one audio at a time within "
+                "adapter_ids, or one adapter for all"
+            )
+        return found
+
+    def _fall_back(self, *args, **kwargs):
+        if self._differ() and len(kwargs["temperatures"]) > 1:
+            raise ValueError(
+                f"temperature is {kwargs['temperatures']}, expected one number: what is generated again at the next is "
+                "not where its id is"
+            )
+        return type(self.model).generate_with_fallback(self.model, *args, **kwargs)
+
+    def _differ(self) -> bool:
+        return self._within() and len(self.rows.ids.unique()) > 1
 
     def _generate_batch(self, *args, **kwargs):
         original = type(self.model).generate_batch

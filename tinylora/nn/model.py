@@ -346,7 +346,8 @@ def activate(model: nn.Module, name: str | None) -> None:
     """Make an adapter the one that runs and trains; None is the base model.
 
     What ran before does not train any more: where two take turns within one loss, activate the one that trains again
-    before its backward. ValueError: no adapter of that name, a merged model, within `adapter_ids` or `disabled`.
+    before its backward. A persistent manager of transformers' generate_batch keeps keys and values of before: destroy
+    it. ValueError: no adapter of that name, a merged model, within `adapter_ids` or `disabled`.
     """
     if name is not None:
         shared_of(model, name)
@@ -387,8 +388,9 @@ def refuse_within(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """`with tinylora.disabled(model):` runs the base model: GRPO's reference policy, or a baseline.
 
-    One thread or task at a time: ValueError for another, and on a merged model. Whoever runs the model meanwhile, from
-    any thread, runs the base.
+    One thread or task at a time: ValueError for another, and on a merged model. Keys and values of before, in a cache
+    that is handed over or a persistent manager of generate_batch, stay the adapter's. Whoever runs the model meanwhile,
+    from any thread, runs the base.
     """
     refuse_merged(model)
     held = _disabled_by.get(model)

@@ -202,18 +202,21 @@ def _enter(rows: Rows, model: nn.Module, args: tuple, kwargs: dict) -> None:
             "adapter_ids was entered by another thread or task than the one that runs the model, expected it around "
             "the call itself: with adapter_ids(...) in the function that the thread runs"
         )
-    rows.batch = _sequences(args, kwargs) or len(rows.ids)
+    rows.batch, rows.images = _sequences(args, kwargs) or len(rows.ids), None
     look_at_images(rows, model, kwargs.get("input_ids", args[0] if args else None), kwargs)
 
 
 def look_at_images(rows: Rows, model: nn.Module, tokens, kwargs: Mapping) -> None:
     """Note whether sequences differ in how many images they have."""
     config = getattr(model, "config", None)
-    image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    given = kwargs.get("pixel_values") is not None and isinstance(tokens, Tensor) and tokens.dim() == 2
-    if image is not None and given:
-        counts = (tokens == image).sum(1)
-        rows.images = tokens.shape[1] if counts.min() != counts.max() else None
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        return
+    for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        token = getattr(config, f"{kind}_token_id", getattr(config, f"{kind}_token_index", None))
+        if token is not None and kwargs.get(pixels) is not None:
+            counts = (tokens == token).sum(1)
+            if counts.min() != counts.max():
+                rows.images = tokens.shape[1]
 
 
 def _leave(rows: Rows, *_) -> None:

@@ -117,7 +117,7 @@ class Siblings:
             if not by_torch_alone() and all(type(layer.weight) is nn.Parameter for layer in self.layers):
                 self.copied = False
                 self.share()
-        self.mode = _mode()
+        self.mode, self.shares = _mode(), None  # of a forward that Ctrl-C ended
         # What a layer's own hooks do before it runs (gather its weight, compute it) comes too late for the group.
         self.running = not any(layer._forward_pre_hooks for layer in self.layers)
 
