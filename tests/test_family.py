@@ -250,7 +250,7 @@ def test_every_combination_of_tied_lora(tied, mask):
     "make, message",
     [
         (lambda: LoraConfig(alpha=0), "alpha is 0, expected a number above 0"),
-        (lambda: LoraConfig(dropout=1.0), "dropout is 1.0, expected 0 to below 1"),
+        (lambda: LoraConfig(dropout=1.0), "dropout is 1.0, expected a number of 0 or more and below 1"),
         (lambda: LoraConfig(modules_to_save="lm_head"), "modules_to_save is 'lm_head', expected None, or names"),
         (lambda: TiedLoraConfig(trained=[]), "trained is [], expected some of down, up, u, v"),
         (lambda: TiedLoraConfig(tied=["u"]), "tied is ['u'], expected any of down, up"),
@@ -288,6 +288,8 @@ def test_numbers_and_names_of_other_kinds():
 
     config = AdaLoraConfig(total_steps=10, alpha=numpy.float32(8), target_modules=numpy.array(["q_proj"]))
     assert type(config.alpha) is float and config.alpha == 8 and config.target_modules == ("q_proj",)
+    config = LoraConfig(r=numpy.int64(4), dropout=numpy.float32(0.5), seed=numpy.int32(7))
+    assert [type(v) for v in (config.r, config.dropout, config.seed)] == [int, float, int]
     assert LoraConfig(rslora=1).rslora is True and LoraConfig(rslora=None).rslora is False
     assert TinyLoraConfig(groups=iter([0, 1])).groups == (0, 1)
     assert TiedLoraConfig(fused=iter([["q_proj", "k_proj"]])).fused == (("q_proj", "k_proj"),)

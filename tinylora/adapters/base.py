@@ -288,9 +288,8 @@ class AdapterConfig:
     modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self):
-        require(self, "seed", type(self.seed) is int and self.seed >= 0, "an integer of 0 or more")
-        number = type(self.dropout) in (int, float)
-        require(self, "dropout", number and 0 <= self.dropout < 1, "0 to below 1")
+        require_whole(self, "seed", least=0)
+        require_number(self, "dropout", least=0, below=1)
         if isinstance(self.target_modules, str):
             try:
                 re.compile(self.target_modules)
@@ -366,7 +365,10 @@ def require_number(
 
 
 def require_whole(config: AdapterConfig, *names: str, least: int = 1) -> None:
-    """ValueError unless these fields are integers of at least `least`."""
+    """ValueError unless these fields are integers of at least `least`. numpy's become Python's."""
     for name in names:
         value = getattr(config, name)
-        require(config, name, type(value) is int and value >= least, f"an integer of {least} or more")
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        require(config, name, whole and value >= least, f"an integer of {least} or more")
+        if type(value) is not int:
+            object.__setattr__(config, name, int(value))
