@@ -311,18 +311,77 @@ for sequences in (False, True):  # whether each process has its part of every se
     with torch.no_grad():
         torch.testing.assert_close(parallel(x_own), own(y))
 
-# A weight that is spread and whose layer does not know of it; and a layer that is whole beside one that is not.
-for change, what in (
-    (lambda m: setattr(m[0], "weight", nn.Parameter(distribute_tensor(m[0].weight, mesh, [Shard(0)]))), "is spread"),
-    (lambda m: parallelize_module(m, mesh, {"0": ColwiseParallel()}), "which is whole everywhere"),
-):
-    model = Model()
-    change(model.blocks[0])
+
+def trained(model, v=0.3):
+    tinylora.apply(model, tinylora.TinyLoraConfig(u=3, n_tie=3))
+    for p in tinylora.adapter_parameters(model):
+        nn.init.constant_(p, v)
+    return model
+
+
+def alike(models, call, asked=tinylora.adapter_parameters):
+    grads = []
+    for model in models:
+        for p in asked(model):
+            p.grad = None
+        call(model).backward()
+        grads.append([p.grad for p in asked(model)])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
+# A layer that every process has whole beside one that is cut, one v in both; v beside the model in a loss, computed
+# from another, or in a compiled graph, in which it stays right from call to call; gradients of a stack.
+torch.manual_seed(0)
+pair = Model(), Model()
+pair[1].load_state_dict(pair[0].state_dict())
+parallelize_module(pair[0].blocks[0], mesh, {"0": ColwiseParallel(output_layouts=Replicate())})
+models = [trained(model) for model in pair]
+x = x.detach()
+alike(models, lambda m: m(x).square().mean())
+alike(models, lambda m: m(x).square().mean() + sum(v.square().sum() for v in tinylora.adapter_parameters(m)))
+compiled = [torch.compile(model, backend="aot_eager") for model in models]
+for _ in range(3):
+    alike(models, lambda m: compiled[models.index(m)](x).square().mean())
+    alike(models, lambda m: m(x).square().mean())
+sets = [{n: torch.randn(3, generator=g) for n in ("v_0", "v_1")} for _ in range(2)]
+
+
+def stacks(model):
+    return [b.requires_grad_() for n, b in sorted(model.named_buffers()) if "stacked_" in n]
+
+
+def with_ids(model):
+    with tinylora.adapter_ids(model, [1, 0]):
+        return model(x).square().mean()
+
+
+for model in models:
+    tinylora.stack(model, sets)
+alike(models, with_ids, stacks)
+
+
+class Half(nn.Module):
+    def forward(self, v):
+        return v / 2
+
+
+for model in models:
+    nn.utils.parametrize.register_parametrization(model.tinylora["default"], "v_0", Half())
+alike(models, lambda m: m(x).square().mean(), lambda m: [p for p in m.parameters() if p.requires_grad])
+
+# A weight that is spread and whose layer does not know of it. What cannot be adapted leaves the model as it was.
+model = Model()
+model.blocks[0][0].weight = nn.Parameter(distribute_tensor(model.blocks[0][0].weight, mesh, [Shard(0)]))
+later = Model()
+parallelize_module(later.blocks[0], mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+later.blocks[1][2].forward = lambda x: x
+for model, what in ((model, "is spread"), (later, "blocks.1.2 has its forward replaced")):
     try:
         tinylora.apply(model, tinylora.TinyLoraConfig())
         raise AssertionError(f"not refused: {what}")
     except ValueError as error:
         assert what in str(error), error
+    assert not tinylora.adapter_names(model) and all(p.requires_grad for p in model.parameters())
 """
 
 

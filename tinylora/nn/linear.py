@@ -23,6 +23,16 @@ def low_rank(x: Tensor, down: Tensor, core: Tensor | None, up: Tensor, basis: Te
     return F.linear(z, up.to(x.dtype))
 
 
+def refuse_replaced(linear: nn.Module, name: str = "this torch.nn.Linear") -> None:
+    """ValueError for a layer with a forward of its own, which would win over ours."""
+    if "forward" in linear.__dict__:
+        raise ValueError(
+            f"{name} has its forward replaced (accelerate does that to models spread by device_map, transformers to "
+            "some layers of a tp_plan), expected a plain one: load the model on one device, remove the hooks first, or "
+            "name target_modules without it"
+        )
+
+
 class Linear(nn.Linear):
     """Y = X Wᵀ + b, and with an active adapter Y = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ (`tinylora.ops.adapted_linear`).
 
@@ -61,11 +71,7 @@ class Linear(nn.Linear):
 
         ValueError if `linear` has a forward of its own (accelerate's device_map puts one there): it would win.
         """
-        if "forward" in linear.__dict__:
-            raise ValueError(
-                "this torch.nn.Linear has its forward replaced (accelerate does that to models spread by device_map), "
-                "expected a plain one: load the model on one device, or remove the hooks first"
-            )
+        refuse_replaced(linear)
         layer = cls.__new__(cls)
         layer.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in linear.__dict__.items()})
         layer._start()
@@ -123,8 +129,8 @@ class Linear(nn.Linear):
         down, core, up, basis = adapter.factors()
         invariant = self.batch_invariant
         rows = adapter.shared.rows
+        core = self.summed(core if rows is None else adapter.row_core())
         if rows is not None:
-            core = adapter.row_core()
             return adapted_linear(x, weight, down, core, up, bias, rows.of(x), basis=basis, batch_invariant=invariant)
         if adapter.dropout and self.drops(adapter):
             # Two inputs, so two calls: the frozen layer on x, and the correction on what dropout left of it.
@@ -137,6 +143,10 @@ class Linear(nn.Linear):
                 self._keep(Operands(weight, down, core, [core], up, bias, basis, [len(weight)]))
             return y
         return adapted_linear(x, weight, down, core, up, bias, None, basis=basis, batch_invariant=invariant)
+
+    def summed(self, core: Tensor | None) -> Tensor | None:
+        """The core, whose gradient is this layer's; where processes share the layer (tensor parallelism), the sum."""
+        return core
 
     def _on_nested(self, x: Tensor) -> Tensor:
         """Sequences of different lengths in one tensor (torch.nested), which no view makes rows of."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -18,7 +19,7 @@ from tinylora.adapters import AdapterConfig, Shared
 from tinylora.adapters.factor_cache import digest
 from tinylora.adapters.sharded import in_pieces, of_zero3, shape_of
 from tinylora.nn.four_bit import dense_weight, keep_as_loaded, wrapped
-from tinylora.nn.linear import Linear
+from tinylora.nn.linear import Linear, refuse_replaced
 from tinylora.nn.saved_module import SavedModule, whole_module
 from tinylora.nn.siblings import group, ungroup
 from tinylora.nn.targets import find_modules_to_save, find_targets, several_in_one, sites_of, uncompiled
@@ -31,10 +32,10 @@ STORE = "tinylora"  # the root's child that owns what trains: state_dict shows t
 class Store(nn.ModuleDict):
     """The root's adapters by name. A root that runs its children one after another (Sequential) passes through it.
 
-    siblings: what `apply` was told last, which holds for adapters that come from files, too.
+    _siblings: what `apply` was told last, which holds for adapters that come from files, too.
     """
 
-    siblings = True
+    _siblings = True
 
     def forward(self, x):
         return x
@@ -144,7 +145,7 @@ def attach(
     store = root.get_submodule(STORE)
     store[name] = shared.to(device)
     if siblings is not None:
-        store.siblings = siblings
+        store._siblings = siblings
     for p in root.parameters():
         p.requires_grad_(False)
     places: dict[nn.Module, list[str]] = {}  # one layer may hang under several parents
@@ -165,7 +166,7 @@ def attach(
             root.set_submodule(path, module)
         module.add(name)
     activate(root, name)
-    (group if store.siblings else ungroup)(root)
+    (group if store._siblings else ungroup)(root)
     _call_the_layers(root)
     keep_as_loaded(root)
     return shared
@@ -175,6 +176,7 @@ def refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
     """ValueError for a model that is compiled, adapted by PEFT, or sharded: no adapter goes into those."""
     if any(hasattr(module, "_orig_mod") for module in root.modules()):
         raise ValueError("the model is compiled, expected the model itself: put the adapter on, then torch.compile it")
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     for name, layer in layers.items():
         above = (root, *_above(root, name))
         if any(type(m).__module__.startswith("peft.tuners.") and hasattr(m, "base_layer") for m in above):
@@ -183,10 +185,14 @@ def refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
             )
         if is_parallel(layer):
             refuse_sharded(name, layer, above)
-        elif type(layer) is nn.Linear and shape_of(layer.weight) != (layer.out_features, layer.in_features):
+            continue
+        if not isinstance(layer, Linear):
+            refuse_replaced(layer, name)
+        whole = (layer.out_features, layer.in_features)
+        if several and type(layer) is nn.Linear and shape_of(layer.weight) != whole:
             raise ValueError(
-                f"{name} has a weight of {shape_of(layer.weight)}, expected {(layer.out_features, layer.in_features)}: "
-                "of a model that older transformers spread over processes (tp_plan), each has a slice that says nothing"
+                f"{name} has a weight of {shape_of(layer.weight)}, expected {whole}: of a model that older "
+                "transformers spread over processes (tp_plan), each has a slice that says nothing of it"
             )
 
 

@@ -54,11 +54,6 @@ def refuse_parallel(layers: Mapping[str, nn.Linear], config: AdapterConfig) -> N
         raise ValueError(what + f"TinyLoraConfig or LoraXSConfig: of {type(config).__name__} more than the core trains")
     if config.dropout or config.modules_to_save:
         raise ValueError(what + "no dropout and no modules_to_save")
-    whole = [name for name in layers if name not in cut]
-    if whole:
-        raise ValueError(
-            what + f"all adapted layers to be: target_modules without {whole[0]}, which is whole everywhere"
-        )
 
 
 def own_slices(layer: nn.Linear, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,7 +73,7 @@ def put_together(layer: nn.Linear, name: str, t: Tensor) -> Tensor:
     if not isinstance(layer, ParallelLinear) or name != layer.cut:
         return t
     shape = (layer.out_features, t.shape[1]) if name == "up" else (t.shape[0], layer.in_features)
-    return _spread(t.contiguous(), layer.mesh, layer.weight.placements[0], shape).full_tensor()
+    return _spread(t.contiguous(), layer.mesh, layer.placement, shape).full_tensor()
 
 
 def _spread(t: Tensor, mesh, placement, shape: tuple[int, ...]):
@@ -102,15 +97,18 @@ class ParallelLinear(Linear):
         bare = nn.Linear.__new__(nn.Linear)
         bare.__dict__.update({k: v for k, v in linear.__dict__.items() if k != "forward" or style is None})
         layer = super().wrap(bare)
-        layer.mesh, layer.cut = linear.weight.device_mesh, _cut(linear)
+        weight = linear.weight  # FSDP2 may cut it once more
+        layer.mesh, layer.placement, layer.cut = weight.device_mesh, weight.placements[0], _cut(linear)
         if style is not None:  # torch's are hooks, which came along
             style["self"].install_forward(layer, layer.mesh)
         return layer
 
     def base(self) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) of this process. What is added up has its bias afterwards."""
+        from torch.distributed.tensor import DTensor  # here, because it takes a while to import
+
         weight, bias = super().base()
-        if not hasattr(weight, "to_local"):  # transformers has them here for the length of a call
+        if not isinstance(weight, DTensor):  # transformers has them here for the length of a call
             return weight, bias
         return weight.to_local(), bias.to_local() if self.cut == "up" and bias is not None else None
 
@@ -121,19 +119,17 @@ class ParallelLinear(Linear):
         return own._replace(up=up, down=down).delta()
 
     def forward(self, input: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
         x, (weight, bias) = input, super().base()
         if self.batch_invariant:
             raise ValueError("batch_invariant is set under tensor parallelism, expected it off")
-        if self.active is not None and torch.is_grad_enabled():
-            self._add_up_gradients()
-        if not hasattr(weight, "to_local"):
+        if not isinstance(weight, DTensor):
             return super().forward(x)
         if self.active is None:
             return F.linear(x, weight, bias)
-        if not hasattr(x, "to_local"):
+        if not isinstance(x, DTensor):
             raise ValueError("x is a whole tensor and the weight a slice (DTensor), expected both to be DTensors")
-        from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-
         last = Shard(x.dim() - 1)
         if self.cut == "down":
             y = super().forward(x.redistribute(placements=[last]).to_local())
@@ -142,11 +138,8 @@ class ParallelLinear(Linear):
         y = super().forward(x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()]))
         return _spread(y, self.mesh, last, (*x.shape[:-1], weight.shape[0]))
 
-    def _add_up_gradients(self) -> None:
-        """Have the core's gradient be that of all processes: a hook, looked for in every call, as copies have none."""
-        core = self._modules["adapters"]._modules[self.active].factors().core
-        if core.requires_grad and not any(type(hook) is _AddUp for hook in (core._backward_hooks or {}).values()):
-            core.register_hook(_AddUp(self.mesh))
+    def summed(self, core: Tensor) -> Tensor:
+        return _Summed.apply(core, self.mesh.get_group()) if torch.is_grad_enabled() and core.requires_grad else core
 
     def _keep(self, operands) -> None:
         if not torch.is_grad_enabled():  # with gradients the operands are made anew in every call
@@ -158,16 +151,22 @@ def _cut(layer: nn.Linear) -> str:
     return "up" if layer.weight.placements[0].dim == 0 else "down"
 
 
-class _AddUp:
-    """A hook on a gradient."""
+class _Summed(torch.autograd.Function):
+    """The same tensor; its gradient is the sum over the processes.
 
-    def __init__(self, mesh):
-        self.mesh = mesh
+    In every layer, and not once on v: what else has v in a loss has all of its gradient in every process already.
+    """
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total, group=self.mesh.get_group())
-        return total
+    @staticmethod
+    def forward(ctx, core, group):
+        ctx.group = group
+        return core.view_as(core)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        total = gradient.clone(memory_format=torch.contiguous_format)  # somebody else may hold it
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 def _style(linear: nn.Linear) -> dict | None:
