@@ -9,6 +9,7 @@ import torch
 from models import minilm_folder, qwen2, tokens
 from torch import nn
 from torch.nn.utils import prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 import tinylora
 from tinylora import LoraXSConfig, TinyLoraConfig
@@ -621,6 +622,16 @@ def test_layers_take_nested_tensors_as_torchs_do():
             parts = [torch.randn(n, 16) for n in (3, 5)]
             found = layer(torch.nested.nested_tensor(parts, layout=layout))
             torch.testing.assert_close(list(found.unbind()), [layer(part) for part in parts])
+
+
+def test_a_weight_of_another_kind_is_refused():
+    """As torchao's quantize_ leaves in a torch.nn.Linear."""
+    model = qwen2(layers=1)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(TwoTensor(layer.weight.data, layer.weight.data))
+    with pytest.raises(ValueError, match=r"up_proj has a weight of kind TwoTensor, expected plain numbers"):
+        tinylora.apply(model, tinylora.TinyLoraConfig())
+    assert not tinylora.adapter_names(model)
 
 
 def test_torchs_counter_sees_the_operators():

@@ -18,12 +18,13 @@ from tqdm.auto import tqdm
 from tinylora.adapters import AdapterConfig, Shared
 from tinylora.adapters.factor_cache import digest
 from tinylora.adapters.sharded import in_pieces, of_zero3, shape_of
-from tinylora.nn.four_bit import dense_weight, keep_as_loaded, wrapped
+from tinylora.nn.four_bit import dense_weight, is_four_bit, keep_as_loaded, wrapped
 from tinylora.nn.linear import Linear, refuse_replaced
 from tinylora.nn.saved_module import SavedModule, whole_module
 from tinylora.nn.siblings import group, ungroup
 from tinylora.nn.targets import find_modules_to_save, find_targets, several_in_one, sites_of, uncompiled
 from tinylora.nn.tensor_parallel import ParallelLinear, is_parallel, own_slices, refuse_parallel, refuse_sharded
+from tinylora.ops.linear import PLAIN
 
 READERS = 8  # threads
 STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
@@ -188,12 +189,23 @@ def refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
             continue
         if not isinstance(layer, Linear):
             refuse_replaced(layer, name)
+            _refuse_quantised(layer, name)
         whole = (layer.out_features, layer.in_features)
         if several and type(layer) is nn.Linear and shape_of(layer.weight) != whole:
             raise ValueError(
                 f"{name} has a weight of {shape_of(layer.weight)}, expected {whole}: of a model that older "
                 "transformers spread over processes (tp_plan), each has a slice that says nothing of it"
             )
+
+
+def _refuse_quantised(layer: nn.Linear, name: str) -> None:
+    """ValueError for a weight that is another kind of tensor."""
+    weight = layer.weight
+    if type(weight) not in PLAIN and not is_four_bit(layer) and not of_zero3(weight):
+        raise ValueError(
+            f"{name} has a weight of kind {type(weight).__name__}, expected plain numbers, or bitsandbytes' four bits: "
+            "other quantisation (torchao's) is not supported"
+        )
 
 
 def _refuse_taken(root: nn.Module, layers: Mapping[str, nn.Linear], name: str) -> None:
