@@ -140,16 +140,19 @@ def test_the_log_is_of_all_processes(two):
     assert len({e["reward"] for e in entries}) > 2
 
 
-def test_evolution_in_two_processes_is_that_in_one(tiny, two, tmp_path):
+@pytest.mark.parametrize("how", ["es", "parallel"], ids=["shares", "one model"])
+def test_evolution_in_two_processes_is_that_in_one(how, tiny, two, tmp_path):
+    """Each with its share of the adapters, or both as one model (tensor parallelism)."""
     evolving.run(settings(tiny, **ES), tmp_path)
     assert any(e["spread"] > 0 for e in log(tmp_path)), "nothing evolved"
-    assert log(two / "es") == log(tmp_path)
-    ours, theirs = numbers(two / "es" / "adapter"), numbers(tmp_path / "adapter")
+    assert log(two / how) == log(tmp_path)
+    ours, theirs = numbers(two / how / "adapter"), numbers(tmp_path / "adapter")
     assert all(torch.equal(ours[name], v) and v.abs().min() > 0 for name, v in theirs.items())
 
 
-def test_each_process_answers_its_share_of_an_evaluation_and_has_the_whole(tiny, two):
-    first, second = of_both(two, "evaluated")
+@pytest.mark.parametrize("how", ["evaluated", "parallel"], ids=["shares", "one model"])
+def test_each_process_answers_its_share_of_an_evaluation_and_has_the_whole(how, tiny, two):
+    first, second = of_both(two, how)
     assert first == second == answers(tiny)
     assert len({c["completion"] for c in first["completions"]}) > 1
 

@@ -71,15 +71,16 @@ class Watch(TrainerCallback):
         self.numbers.append(flat(named_numbers(self.model).values()))
 
 
-def answers(tiny):
+def answers(tiny, tensor_parallel=False):
     """What `evaluate` finds, with an adapter that gives several answers: the model by itself has one for all."""
-    model, tokenizer = load_model(tiny / "model", "float32")
+    model, tokenizer = load_model(tiny / "model", "float32", tensor_parallel)
     tinylora.apply(model, tinylora.TinyLoraConfig(u=13, n_tie=100))
     with torch.no_grad():
         for v in tinylora.adapter_parameters(model):
             v.normal_(std=4, generator=torch.Generator().manual_seed(1))
     problems, instruction = load_problems(tiny / "data", "train"), settings(tiny)["instruction"]
-    return evaluate(model, tokenizer, problems, instruction=instruction, max_completion_length=10, batch_size=3)
+    how = {"instruction": instruction, "max_completion_length": 10, "tensor_parallel": tensor_parallel}
+    return evaluate(model, tokenizer, problems, batch_size=3, **how)
 
 
 def flat(tensors):
@@ -130,6 +131,15 @@ def scenarios(tiny, out):
         evolving.run(settings(tiny, **ES), out / "es")
 
     yield "es", es
+
+    def parallel():
+        """The two as one model."""
+        values = settings(tiny, **ES)
+        values["es"]["tensor_parallel"] = True
+        evolving.run(values, out / "parallel")
+        return answers(tiny, tensor_parallel=True)
+
+    yield "parallel", parallel
 
     def script():
         """The user's own: docs/grpo.py, which sends the frozen factors from rank 0 at every forward (DDP's default)."""

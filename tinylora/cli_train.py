@@ -59,6 +59,7 @@ _OF["es"] = {
     "epochs": (float, "es.num_train_epochs", "passes over the data"),
     "max-completion-length": (int, "es.max_completion_length", "tokens"),
     "cache": (str, "es.cache_implementation", _OF["grpo"]["cache"][2]),
+    "tensor-parallel": (bool, "es.tensor_parallel", "all processes hold one model, where a GPU cannot"),
     "reward": _OF["grpo"]["reward"],
 }
 _NOT_OF = {"es": ("batch-size", "micro-batch-size")}
@@ -99,10 +100,12 @@ def _add_training(kinds, command: str, about: str) -> None:
     parser.add_argument("--adapter", dest="adapter.kind", choices=CONFIGS, help="default: the recipe's")
     values = recipes.load(recipes.DEFAULT)
     for flag, (kind, name, what) in _flags(command).items():
-        default = f"{recipes.DEFAULT}: {_get(values, name)}" if name != "steps" else "the recipe's epochs"
-        parser.add_argument(
-            f"--{flag}", dest=name, type=kind, metavar=kind.__name__.upper(), help=f"{what} ({default})"
-        )
+        if kind is bool:  # of the machine and not of the recipe
+            how = {"action": "store_true", "default": None, "help": what}
+        else:
+            default = f"{recipes.DEFAULT}: {_get(values, name)}" if name != "steps" else "the recipe's epochs"
+            how = {"type": kind, "metavar": kind.__name__.upper(), "help": f"{what} ({default})"}
+        parser.add_argument(f"--{flag}", dest=name, **how)
     parser.set_defaults(run=_train, command=command)
 
 
@@ -138,6 +141,9 @@ def _train(options: argparse.Namespace) -> None:
     if processes.rank() == 0:
         names = [name for name in ("model", "dtype", "data", "recipe") if name in settings]
         command = ["tinylora", "eval", *(part for name in names for part in (f"--{name}", settings[name]))]
+        if options.command == "es" and settings["es"].get("tensor_parallel"):
+            launcher = ["torchrun", "--standalone", "--nproc-per-node", str(processes.count()), "-m"]
+            command = [*launcher, *command, "--tensor-parallel"]
         print(f"{folder}: score it with {shlex.join([*command, '--adapter', str(folder)])}")
 
 
@@ -160,6 +166,7 @@ def _add_eval(commands) -> None:
     parser.add_argument("--max-completion-length", type=int, help=f"({values['eval']['max_completion_length']})")
     parser.add_argument("--dtype", help=f"of the base: bfloat16, float16, float32 or nf4 ({values['dtype']})")
     parser.add_argument("--cache", choices=("static",), help="decode steps are compiled, on a GPU into CUDA graphs")
+    parser.add_argument("--tensor-parallel", action="store_true", help=_OF["es"]["tensor-parallel"][2])
     parser.add_argument("--recipe", default=recipes.DEFAULT, help="where the prompt and the defaults are from")
     parser.add_argument("--out", help="a JSON file for the scores, the settings and every completion")
     parser.set_defaults(run=_eval)
@@ -186,9 +193,10 @@ def _eval(options: argparse.Namespace) -> None:
         run_folder.writable(Path(options.out).parent)
     problems = load_problems(settings["data"], settings["eval"]["split"])[: options.limit]
     processes.start()
-    model, tokenizer = load_model(settings["model"], settings["dtype"])
+    together = options.tensor_parallel
+    model, tokenizer = load_model(settings["model"], settings["dtype"], together)
     if options.adapter:
-        with processes.one_first():
+        with processes.one_first(together):
             load(model, options.adapter)
     found = evaluate.evaluate(
         model,
@@ -198,6 +206,7 @@ def _eval(options: argparse.Namespace) -> None:
         max_completion_length=settings["eval"]["max_completion_length"],
         batch_size=settings["eval"]["batch_size"],
         cache=options.cache,
+        tensor_parallel=together,
     )
     processes.end()
     if processes.rank() > 0:

@@ -63,20 +63,22 @@ def evaluate(
     max_completion_length: int,
     batch_size: int,
     cache: str | None = None,
+    tensor_parallel: bool = False,
 ) -> dict[str, Any]:
     """pass@1 by each scorer, with Wilson's 95 % interval, and every completion.
 
-    Under torchrun each process answers its share of the problems, and each returns the whole.
+    Under torchrun each process answers its share of the problems, and each returns the whole. With tensor_parallel they
+    answer all of them together, as parts of one model.
 
     One greedy completion a problem. {"problems": n, "scores": {scorer: {"correct", "pass@1", "low", "high"}},
     "completions": [{"question", "final", "completion", scorer: bool, ...}]}.
     """
     prompts = [gsm8k.prompt(p.question, instruction) for p in problems]
-    rank, count = processes.rank(), processes.count()
+    rank, count = (0, 1) if tensor_parallel else (processes.rank(), processes.count())
     settings = {"max_new_tokens": max_completion_length, "batch_size": batch_size, "cache": cache}
     mine = complete(model, tokenizer, prompts[rank::count], **settings)
     texts = [""] * len(prompts)
-    for other, found in enumerate(processes.gathered(mine)):
+    for other, found in enumerate([mine] if tensor_parallel else processes.gathered(mine)):
         texts[other::count] = found
     records = [
         {"question": p.question, "final": p.final, "completion": text}

@@ -53,9 +53,9 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
     """Evolve as `settings` say (a recipe's values), in the folder `out`. Returns the adapter's.
 
     settings["es"] has KEYS: those of `Evolution`, the prompts of a generation, and passes over the data; and may have
-    cache_implementation, `Evolution`'s cache. "steps"
-    beside them stands for so many generations instead. Rewards, resuming and errors are those of `training.run`;
-    ValueError, too, for an adapter whose thin factors train: see `Evolution`.
+    cache_implementation, `Evolution`'s cache, and tensor_parallel: all processes are one model then, and none has a
+    share. "steps" beside them stands for so many generations instead. Rewards, resuming and errors are those of
+    `training.run`; ValueError, too, for an adapter whose thin factors train: see `Evolution`.
     """
     with run_folder.at_work(Path(out)):
         return _run(settings, Path(out), resume)
@@ -63,14 +63,17 @@ def run(settings: dict[str, Any], out: str | os.PathLike, resume: bool = False) 
 
 def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
     es = settings["es"]
-    odd = sorted(es.keys() - {"cache_implementation"} ^ set(KEYS))  # recipes and runs of before have none
+    odd = sorted(es.keys() - {"cache_implementation", "tensor_parallel"} ^ set(KEYS))
     if odd:
         raise ValueError(f"es.{odd[0]} is {'missing' if odd[0] in KEYS else 'unknown'}, expected {', '.join(KEYS)}")
     training.check_counts("es", settings)
     training.check_cache("es", settings)
     if es["population"] % 2:
         raise ValueError(f"es.population is {es['population']}, expected an even number: pairs v ± σ ε")
-    if processes.count() > 1 and es["population"] < processes.count():
+    together = es.get("tensor_parallel", False)
+    if type(together) is not bool:
+        raise ValueError(f"es.tensor_parallel is {together!r}, expected true or false")
+    if not together and processes.count() > 1 and es["population"] < processes.count():
         raise ValueError(
             f"es.population is {es['population']}, expected at least {processes.count()}: so many processes share it"
         )
@@ -78,8 +81,8 @@ def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
     if not 0 < es["prompts"] <= len(problems):
         raise ValueError(f"es.prompts is {es['prompts']}, expected 1 to {len(problems)}, the problems that there are")
     processes.start()
-    model, tokenizer = load_model(settings["model"], settings["dtype"])
-    with processes.one_first():  # it decomposes the weights, and the others find that on the disk
+    model, tokenizer = load_model(settings["model"], settings["dtype"], together)
+    with processes.one_first(together):  # it decomposes the weights, and the others find that on the disk
         apply(model, config_from_dict({"seed": settings["seed"]} | settings["adapter"]))
     start = _last_checkpoint(model, out) if resume else 0
     scores: dict[str, list[float]] = {}
@@ -90,7 +93,7 @@ def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
         scores.update(found)
         return found[settings["reward"]]
 
-    evolution = _SharedOut(
+    evolution = (Evolution if together else _SharedOut)(
         model, tokenizer, reward, max_new_tokens=es["max_completion_length"], population=es["population"],
         sigma=es["sigma"], lr=es["learning_rate"], temperature=es["temperature"], seed=settings["seed"], number=start,
         cache=es.get("cache_implementation"),

@@ -40,13 +40,16 @@ def wait() -> None:
 
 
 @contextlib.contextmanager
-def one_first() -> Iterator[None]:
-    """What stands in it is done by one process of each machine, then by the others, who find its work on the disk."""
+def one_first(together: bool = False) -> Iterator[None]:
+    """What stands in it is done by one process of each machine, then by the others, who find its work on the disk.
+
+    together: by all at once, where none has a whole model.
+    """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
+    if not first and not together:
         wait()
     yield
-    if first:
+    if first and not together:
         wait()
 
 

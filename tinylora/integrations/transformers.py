@@ -38,13 +38,14 @@ def meta_model(config: str | os.PathLike) -> nn.Module:
         ) from None
 
 
-def load_model(name: str | os.PathLike, dtype: str):
+def load_model(name: str | os.PathLike, dtype: str, tensor_parallel: bool = False):
     """(model, tokenizer) of a causal language model from a folder or the Hub, on the process's GPU where there is one.
 
     dtype: of the weights, "bfloat16", "float16" or "float32", or "nf4": the linear layers of the blocks in four bits a
     number, quantised twice, and all else in bfloat16 (QLoRA, arXiv 2305.14314).
-    ValueError if there is no such model or it has no tokenizer, ImportError without transformers, or bitsandbytes for
-    nf4.
+    tensor_parallel: all processes hold one model together, each with its slices (transformers' tp_plan).
+    ValueError if there is no such model, it has no tokenizer, or no plan that fits the processes; ImportError without
+    transformers, or bitsandbytes for nf4.
     """
     import torch
 
@@ -62,6 +63,12 @@ def load_model(name: str | os.PathLike, dtype: str):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
+    if tensor_parallel:
+        if processes.count() == 1:
+            raise ValueError("tensor_parallel is asked for in one process, expected several: torchrun --nproc-per-node")
+        if dtype == "nf4":
+            raise ValueError("tensor_parallel is asked for with nf4, expected a base of 16 or 32 bits")
+        how["tp_plan"] = "auto"
     if processes.rank() > 0:
         transformers.utils.logging.disable_progress_bar()
     try:
@@ -76,7 +83,7 @@ def load_model(name: str | os.PathLike, dtype: str):
         raise ValueError(f"model {str(name)!r} has a tokenizer without an end of text, expected an eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model if dtype == "nf4" else model.to(device), tokenizer
+    return model if dtype == "nf4" or tensor_parallel else model.to(device), tokenizer
 
 
 def as_prompt(tokenizer, text: str):
