@@ -633,6 +633,12 @@ def test_a_weight_of_another_kind_is_refused():
         tinylora.apply(model, tinylora.TinyLoraConfig())
     assert not tinylora.adapter_names(model)
 
+    class Tagged(nn.Parameter):
+        pass
+
+    layer.weight = Tagged(layer.weight.data.a, requires_grad=False)
+    assert tinylora.apply(model, tinylora.TinyLoraConfig()).model.layers[0].mlp.up_proj.weight is layer.weight
+
 
 def test_torchs_counter_sees_the_operators():
     """Products alone: those of the frozen layers and of the correction, forward and backward; siblings' as one."""
@@ -654,13 +660,13 @@ def test_torchs_counter_sees_the_operators():
     model.get_input_embeddings().requires_grad_()
     # The correction forward, and backward that of dX, dD and dU
     assert count(model) == dense(qwen2()) + 2 * M * (thin + 2 * thin)
-    # A core at rank r: forward z Cᵀ, backward dC and, within dX, nothing of its own; v and its P are such a core
+    # A core at rank r: forward z Cᵀ, backward tᵀ z and, for dX, t C; v and its P are such a core
     cores = []
     for config in (tinylora.LoraXSConfig(r=r), tinylora.TinyLoraConfig(r=r, u=3)):
         model = tinylora.apply(qwen2(), config, siblings=False)
         model.get_input_embeddings().requires_grad_()
         cores.append(count(model))
-    assert cores == [dense(qwen2()) + 2 * M * (2 * thin + 2 * len(layers) * r * r)] * 2
+    assert cores == [dense(qwen2()) + 2 * M * (2 * thin + 3 * len(layers) * r * r)] * 2
 
 
 def test_a_layer_that_something_replaced_is_missed():

@@ -187,6 +187,18 @@ def test_layers_that_were_taken_out_or_wrapped():
         model(tokens(), use_cache=False)
 
 
+def test_a_wrapped_layer_takes_a_file_and_a_stack(tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = tinylora.apply(qwen2(), CONFIGS[0])
+    tinylora.save(model, tmp_path, factors=True)
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    tinylora.load(model, tmp_path)
+    tinylora.stack(model, [tmp_path])
+    with tinylora.adapter_ids(model, [0, 0]):
+        model(tokens())
+
+
 def test_a_stack_that_fails_leaves_the_former():
     model, sets = stacked(LoraXSConfig(r=2), 2)
     before = {n: t for n, t in model.named_buffers() if "stacked_" in n}

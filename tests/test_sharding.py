@@ -228,7 +228,7 @@ for config in (tinylora.TinyLoraConfig(u=3, n_tie=4), tinylora.LoraXSConfig(r=3)
     refused(lambda: tinylora.merge(parallel), "expected a whole one to merge into")
     refused(lambda: tinylora.save(parallel, path + " lora", format="lora"), "under tensor parallelism")
     args = SFTConfig(output_dir=folder, use_cpu=True, bf16=False, report_to=[])
-    refused(lambda: adapter_trainer(SFTTrainer)(model=parallel, args=args), "under tensor parallelism")
+    refused(lambda: adapter_trainer(SFTTrainer)(model=parallel, args=args), "(tensor parallelism)")
     parallel.model.layers[0].mlp.up_proj.batch_invariant = True
     refused(lambda: parallel(x), "batch_invariant is set")
 for config, what in (
@@ -242,7 +242,7 @@ for config, what in (
 model = qwen2()
 own = model.model.layers[0].self_attn.q_proj
 own.weight = torch.nn.Parameter(own.weight[:32])
-refused(lambda: tinylora.apply(model, tinylora.TinyLoraConfig()), "each has a slice")
+refused(lambda: tinylora.apply(model, tinylora.TinyLoraConfig()), "a part of it, as FSDP1")
 """
 
 
@@ -274,6 +274,17 @@ class Model(nn.Module):
         return x
 
 
+frozen = tinylora.TinyLoraConfig.frozen
+
+
+def turned(*args):  # the second process finds a singular vector with the other sign
+    found = frozen(*args)
+    if dist.get_rank() == 1:
+        found["down"][0] *= -1
+        found["up"][:, 0] *= -1
+    return found
+
+
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
 for sequences in (False, True):  # whether each process has its part of every sequence between the layers
@@ -284,6 +295,7 @@ for sequences in (False, True):  # whether each process has its part of every se
     for block in parallel.blocks:
         parallelize_module(block, mesh, {"0": ColwiseParallel(**outside[0]), "2": RowwiseParallel(**outside[1])})
     for model in (parallel, whole):
+        tinylora.TinyLoraConfig.frozen = turned if model is parallel else frozen
         tinylora.apply(model, tinylora.TinyLoraConfig(u=3, n_tie=3))
         g = torch.Generator().manual_seed(1)
         for v in tinylora.adapter_parameters(model):
@@ -298,7 +310,7 @@ for sequences in (False, True):  # whether each process has its part of every se
     y.backward(dy)
     for again in (False, True):
         if again:
-            parallel = copy.deepcopy(parallel)  # on which the first one's hooks are not
+            parallel = copy.deepcopy(parallel)  # a copy sums by itself
             for v in tinylora.adapter_parameters(parallel):
                 v.grad = None
         x_own.grad = None
@@ -312,10 +324,10 @@ for sequences in (False, True):  # whether each process has its part of every se
         torch.testing.assert_close(parallel(x_own), own(y))
 
 
-def trained(model, v=0.3):
+def trained(model):
     tinylora.apply(model, tinylora.TinyLoraConfig(u=3, n_tie=3))
     for p in tinylora.adapter_parameters(model):
-        nn.init.constant_(p, v)
+        nn.init.constant_(p, 0.3)
     return model
 
 
@@ -326,6 +338,7 @@ def alike(models, call, asked=tinylora.adapter_parameters):
             p.grad = None
         call(model).backward()
         grads.append([p.grad for p in asked(model)])
+        assert grads[-1] and all(g is not None for g in grads[-1])
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
 
 
@@ -372,12 +385,20 @@ alike(models, lambda m: m(x).square().mean(), lambda m: [p for p in m.parameters
 # A weight that is spread and whose layer does not know of it. What cannot be adapted leaves the model as it was.
 model = Model()
 model.blocks[0][0].weight = nn.Parameter(distribute_tensor(model.blocks[0][0].weight, mesh, [Shard(0)]))
-later = Model()
-parallelize_module(later.blocks[0], mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-later.blocks[1][2].forward = lambda x: x
-for model, what in ((model, "is spread"), (later, "blocks.1.2 has its forward replaced")):
+later, last = Model(), Model()
+for block in (later.blocks[0], *last.blocks):
+    parallelize_module(block, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+later.blocks[1][2].forward = last.blocks[1][2].forward = lambda x: x
+invariant = Model()
+parallelize_module(invariant.blocks[0], mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+for model, what in (
+    (model, "is spread"),
+    (later, "blocks.1.2 has its forward replaced"),
+    (last, "blocks.1.2 has its forward replaced"),
+    (invariant, "batch_invariant is True"),
+):
     try:
-        tinylora.apply(model, tinylora.TinyLoraConfig())
+        tinylora.apply(model, tinylora.TinyLoraConfig(), batch_invariant=model is invariant)
         raise AssertionError(f"not refused: {what}")
     except ValueError as error:
         assert what in str(error), error

@@ -32,7 +32,7 @@ from tinylora.adapters.base import (
     require_number,
     require_whole,
 )
-from tinylora.adapters.sharded import stepped_elsewhere
+from tinylora.adapters.sharded import is_dtensor, stepped_elsewhere
 
 
 class AdaLora(Adapter):
@@ -92,7 +92,7 @@ class AdaLoraShared(Shared):
         if any(a.lam.requires_grad and stepped_elsewhere(a.lam) for a in self.layers.values()):
             raise ValueError("AdaLoRA acts when an optimizer steps λ, and DeepSpeed steps copies: expected DDP")
         for adapter in self.layers.values():
-            if hasattr(adapter.lam, "full_tensor") and id(adapter.lam) in stepping:
+            if is_dtensor(adapter.lam) and id(adapter.lam) in stepping:
                 raise ValueError("AdaLoRA ranks the triplets of whole layers, expected no sharding (FSDP2): DDP works")
         self._refuse_several(stepping)
         for adapter in self.layers.values():

@@ -1,7 +1,7 @@
-"""Numbers that several processes hold in pieces: FSDP2's, and those of DeepSpeed's ZeRO-3.
+"""Numbers that several processes hold in pieces: FSDP2's, tensor parallelism's, and those of DeepSpeed's ZeRO-3.
 
-Whatever puts them together is done by all processes at once, or by none. FSDP2's are recognised by `full_tensor`,
-ZeRO-3's by `ds_status`: outside of a forward such a parameter has no numbers and the shape (0,).
+Whatever puts them together is done by all processes at once, or by none. The first two are DTensors; ZeRO-3's are
+recognised by `ds_status`: outside of a forward such a parameter has no numbers and the shape (0,).
 """
 
 import contextlib
@@ -13,7 +13,12 @@ from torch import Tensor
 
 
 def in_pieces(t: Tensor) -> bool:
-    return hasattr(t, "full_tensor") or of_zero3(t)
+    return is_dtensor(t) or of_zero3(t)
+
+
+def is_dtensor(t: Tensor) -> bool:
+    """Without importing what makes them."""
+    return hasattr(t, "full_tensor")
 
 
 def of_zero3(t: Tensor) -> bool:
@@ -32,7 +37,7 @@ def whole(t: Tensor) -> Tensor:
     if of_zero3(t):
         with gathered([t] if t.numel() < t.ds_numel else []):
             return t.detach().clone()
-    return t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach()
+    return t.detach().full_tensor() if is_dtensor(t) else t.detach()
 
 
 def shape_of(t: Tensor) -> tuple[int, ...]:
@@ -42,7 +47,7 @@ def shape_of(t: Tensor) -> tuple[int, ...]:
 
 def sharded_as(p: Tensor, t: Tensor) -> Tensor:
     """t as `p` is: sharded over the processes if FSDP2 has sharded p, as it is if not."""
-    if not hasattr(p, "full_tensor"):
+    if not is_dtensor(p):
         return t
     from torch.distributed.tensor import distribute_tensor
 

@@ -120,23 +120,23 @@ class _Requests:
     def _reduce(self, **kwargs):
         """Whisper takes an audio that is done out of the batch: the others are then not where their ids are."""
         found = type(self.model)._maybe_reduce_batch(**kwargs)
-        if self._differ() and 0 < found[1] < kwargs["cur_bsz"]:
+        if self._several() and 0 < found[1] < kwargs["cur_bsz"]:
             raise ValueError(
                 "an audio ends before the others and leaves the batch, expected one audio at a time within "
-                "adapter_ids, or one adapter for all"
+                "adapter_ids, or one id alone for all of them"
             )
         return found
 
     def _fall_back(self, *args, **kwargs):
-        if self._differ() and len(kwargs["temperatures"]) > 1:
+        if self._several() and len(kwargs["temperatures"]) > 1:
             raise ValueError(
                 f"temperature is {kwargs['temperatures']}, expected one number: what is generated again at the next is "
                 "not where its id is"
             )
         return type(self.model).generate_with_fallback(self.model, *args, **kwargs)
 
-    def _differ(self) -> bool:
-        return self._within() and len(self.rows.ids.unique()) > 1
+    def _several(self) -> bool:
+        return self._within() and len(self.rows.ids) > 1
 
     def _generate_batch(self, *args, **kwargs):
         original = type(self.model).generate_batch

@@ -52,6 +52,7 @@ from tinylora.nn.model import (
 )
 from tinylora.nn.saved_module import lasting, whole_module
 from tinylora.nn.targets import find_modules_to_save, find_targets, linear_layers, sites_of
+from tinylora.nn.tensor_parallel import ParallelLinear
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FORMATS = ("tinylora", "peft", "lora")
@@ -104,8 +105,8 @@ def save(
     if shared.sites[0].name == "":
         raise ValueError("a single Linear has no name that PEFT could find it by, expected a model")
     numbers = named_numbers(model, name)
-    weights = [layer.weight for layer in layers_with(model, name).values()]
-    if any(map(in_pieces, (*numbers.values(), *weights))):
+    parallel = any(isinstance(layer, ParallelLinear) for layer in layers_with(model, name).values())
+    if parallel or any(map(in_pieces, numbers.values())):
         raise ValueError(
             f"format is {format!r}, but the model is sharded (FSDP2, ZeRO-3) or under tensor parallelism: expected the "
             "default, which every process saves, and then `tinylora convert`"

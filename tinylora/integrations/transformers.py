@@ -68,7 +68,10 @@ def load_model(name: str | os.PathLike, dtype: str, tensor_parallel: bool = Fals
             raise ValueError("tensor_parallel is asked for in one process, expected several: torchrun --nproc-per-node")
         if dtype == "nf4":
             raise ValueError("tensor_parallel is asked for with nf4, expected a base of 16 or 32 bits")
-        how["tp_plan"] = "auto"
+        try:
+            how["distributed_config"] = transformers.distributed.DistributedConfig(tp_plan="auto")
+        except (AttributeError, TypeError):
+            raise ImportError("tensor_parallel needs a newer transformers (tried with 5.23)") from None
     if processes.rank() > 0:
         transformers.utils.logging.disable_progress_bar()
     try:

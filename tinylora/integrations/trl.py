@@ -36,13 +36,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinylora.adapters import files
+from tinylora.adapters.sharded import is_dtensor
 from tinylora.integrations import processes
 from tinylora.integrations.run_folder import checkpoints
 from tinylora.nn import checkpoint
 from tinylora.nn.linear import Linear
 from tinylora.nn.model import STORE, adapted_layers, adapter_names, disabled, layers_with, saved_modules
 from tinylora.nn.saved_module import SavedModule
-from tinylora.nn.tensor_parallel import ParallelLinear
 
 AVERAGES = "running.safetensors"
 _STATE, _OPTIMIZER, _SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
@@ -197,10 +197,10 @@ def _refuse(model: nn.Module, config, trainer: type) -> None:
         )
     if getattr(config, "sync_ref_model", False):
         raise ValueError("sync_ref_model is True, expected False: with our adapter a reference stays the base")
-    if any(isinstance(layer, ParallelLinear) for layer in model.modules()):
+    if any(map(is_dtensor, model.parameters())):
         raise ValueError(
-            "the model is under tensor parallelism, expected a whole one in every process: TRL gives each of them "
-            "prompts of its own. A loop of your own trains it"
+            "the model is spread over processes (tensor parallelism), expected a whole one in each: TRL gives every "
+            "process prompts of its own. A loop of your own trains it"
         )
     sharded = {"fsdp": "FSDP", "deepspeed": "DEEPSPEED"}
     for what, variable in sharded.items():

@@ -59,8 +59,9 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, 
     factors: also write the frozen factors, (N + K) · r numbers a layer, for whoever must not recompute them. Of an
              adapter whose factors came in a file they are written in any case.
     The file is written beside its place and moved there whole: an interruption leaves the previous one. Merged or
-    not, active or not, the adapter is the same. Of a model that FSDP2 or ZeRO-3 has sharded every process must call it,
-    as its processes put the numbers together. ValueError if the model has no adapter of that name.
+    not, active or not, the adapter is the same. Of a model that FSDP2 or ZeRO-3 has sharded, or that is under tensor
+    parallelism, every process must call it, as they put the numbers together. ValueError if the model has no adapter of
+    that name.
     """
     shared = shared_of(model, name)
     refuse_lost(model, name)
@@ -244,11 +245,7 @@ def refuse_other_factors(
 ) -> None:
     """ValueError if the file's numbers belong to other frozen factors than this adapter has, beyond rounding."""
     adapters = shared.layers.items()
-    own = {
-        f"frozen.{site}.{n}": put_together(layers[site], n, adapter.get_buffer(n))
-        for site, adapter in adapters
-        for n in adapter.from_weight
-    }
+    own = {f"frozen.{site}.{n}": (site, n) for site, adapter in adapters for n in adapter.from_weight}
     other = header.get("foreign", False) != shared.foreign
     if shared.from_file and not header["factors"] and not other:  # the file's are those that the weights give
         digests = base_digests(layers)
@@ -259,7 +256,9 @@ def refuse_other_factors(
         }
     for name, t in tensors.items():
         if name in own and not other:
-            mine = own[name].detach().cpu().float()
+            site, n = own[name]
+            # A layer that was wrapped since goes by another name
+            mine = put_together(layers.get(site), n, shared.layers[site].get_buffer(n)).detach().cpu().float()
             t = t.cpu().float()
             other = mine.shape != t.shape or bool((mine - t).abs().max() > 0.02 * t.abs().max())
     if other:

@@ -58,11 +58,6 @@ def keep_as_loaded(root: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def wrapped(layer: nn.Linear) -> Linear:
-    """A layer of ours around this one's own parameters."""
-    return (FourBitLinear if is_four_bit(layer) else Linear).wrap(layer)
-
-
 class FourBitLinear(Linear):
     """`Linear` on a weight of four bits a number: `tinylora.apply` makes it of a bitsandbytes.nn.Linear4bit.
 

@@ -85,8 +85,8 @@ class Linear(nn.Linear):
         The base is frozen. ValueError if `linear` is neither a torch.nn.Linear nor a bitsandbytes.nn.Linear4bit, or the
         config does not fit it.
         """
-        from tinylora.nn.four_bit import is_four_bit, wrapped
-        from tinylora.nn.model import attach
+        from tinylora.nn.four_bit import is_four_bit
+        from tinylora.nn.model import attach, wrapped
 
         if type(linear) is not nn.Linear and not is_four_bit(linear):
             raise ValueError(

@@ -17,14 +17,13 @@ from tqdm.auto import tqdm
 
 from tinylora.adapters import AdapterConfig, Shared
 from tinylora.adapters.factor_cache import digest
-from tinylora.adapters.sharded import in_pieces, of_zero3, shape_of
-from tinylora.nn.four_bit import dense_weight, is_four_bit, keep_as_loaded, wrapped
+from tinylora.adapters.sharded import in_pieces, is_dtensor, of_zero3, shape_of
+from tinylora.nn.four_bit import FourBitLinear, dense_weight, is_four_bit, keep_as_loaded
 from tinylora.nn.linear import Linear, refuse_replaced
 from tinylora.nn.saved_module import SavedModule, whole_module
 from tinylora.nn.siblings import group, ungroup
 from tinylora.nn.targets import find_modules_to_save, find_targets, several_in_one, sites_of, uncompiled
-from tinylora.nn.tensor_parallel import ParallelLinear, is_parallel, own_slices, refuse_parallel, refuse_sharded
-from tinylora.ops.linear import PLAIN
+from tinylora.nn.tensor_parallel import ParallelLinear, own_slices, refuse_parallel, refuse_sharded
 
 READERS = 8  # threads
 STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
@@ -77,6 +76,8 @@ def apply(
             f"layer: no adapter goes there. Adapted: {', '.join(sorted({n.rpartition('.')[2] for n in targets}))}",
             stacklevel=2,
         )
+    if batch_invariant and any(is_dtensor(layer.weight) for layer in targets.values()):
+        raise ValueError("batch_invariant is True under tensor parallelism, expected False: the sums are not ours")
     attach(model, targets, config, name, siblings=siblings)
     if batch_invariant:
         for layer in adapted_layers(model).values():
@@ -115,7 +116,7 @@ def attach(
     refuse_merged(root)
     refuse_within(root)
     refuse_wrapped(root, layers)
-    refuse_parallel(layers, config)
+    refuse_parallel(root, layers, config)
     _refuse_taken(root, layers, name)
     sites = sites_of(layers)
     digests = digests or base_digests(layers)
@@ -137,7 +138,7 @@ def attach(
                 site.name: config.frozen(site, dense_weight(layers[site.name]), digests[site.name])
                 for site in _progress(sites, f"{config.kind} factors")
             }
-    frozen = {n: own_slices(layers[n], f) if is_parallel(layers[n]) else f for n, f in frozen.items()}
+    frozen = {n: own_slices(layers[n], f) if is_dtensor(layers[n].weight) else f for n, f in frozen.items()}
     made = {site.name: config.adapter_class(site, frozen[site.name], shared) for site in sites}
 
     device = layers[sites[0].name].weight.device
@@ -155,7 +156,7 @@ def attach(
     for site in sites:
         layer = layers[site.name]
         if not isinstance(layer, Linear):
-            before, layer = layer, ParallelLinear.wrap(layer) if is_parallel(layer) else wrapped(layer)
+            before, layer = layer, wrapped(layer)
             for place in places[before]:
                 root.set_submodule(place, layer)
         adapter = made[site.name].to(layer.weight.device)
@@ -173,6 +174,12 @@ def attach(
     return shared
 
 
+def wrapped(layer: nn.Linear) -> Linear:
+    """A layer of ours around this one's own parameters."""
+    four_bit = FourBitLinear if is_four_bit(layer) else Linear
+    return (ParallelLinear if is_dtensor(layer.weight) else four_bit).wrap(layer)
+
+
 def refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
     """ValueError for a model that is compiled, adapted by PEFT, or sharded: no adapter goes into those."""
     if any(hasattr(module, "_orig_mod") for module in root.modules()):
@@ -184,7 +191,7 @@ def refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
             raise ValueError(
                 f"{name} is a part of one of PEFT's adapters, expected a model without: unload it, or put ours on first"
             )
-        if is_parallel(layer):
+        if is_dtensor(layer.weight):
             refuse_sharded(name, layer, above)
             continue
         if not isinstance(layer, Linear):
@@ -193,15 +200,15 @@ def refuse_wrapped(root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
         whole = (layer.out_features, layer.in_features)
         if several and type(layer) is nn.Linear and shape_of(layer.weight) != whole:
             raise ValueError(
-                f"{name} has a weight of {shape_of(layer.weight)}, expected {whole}: of a model that older "
-                "transformers spread over processes (tp_plan), each has a slice that says nothing of it"
+                f"{name} has a weight of {shape_of(layer.weight)}, a part of it, as FSDP1 and older transformers' "
+                f"tp_plan leave in every process, expected {whole}: put the adapter on before FSDP1 does"
             )
 
 
 def _refuse_quantised(layer: nn.Linear, name: str) -> None:
     """ValueError for a weight that is another kind of tensor."""
     weight = layer.weight
-    if type(weight) not in PLAIN and not is_four_bit(layer) and not of_zero3(weight):
+    if hasattr(type(weight), "__tensor_flatten__") and not is_four_bit(layer):
         raise ValueError(
             f"{name} has a weight of kind {type(weight).__name__}, expected plain numbers, or bitsandbytes' four bits: "
             "other quantisation (torchao's) is not supported"

@@ -2,8 +2,8 @@
 
 Each process has a slice of W, and what is frozen of the adapter is cut as W is:
 
-    by columns of Xᵀ's product, W [N/p, K]:   Y's own N/p columns = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ with U [N/p, r]
-    by rows, W [N, K/p], X [.., K/p]:         Y = Σ over the processes of X Wᵀ + ((X Dᵀ) Cᵀ) Uᵀ with D [r, K/p], + b
+    by columns of Wᵀ, W [N/p, K]:          Y's own N/p columns = X Wᵀ + b + ((X Dᵀ) Cᵀ) Uᵀ with U [N/p, r]
+    by rows of Wᵀ, W [N, K/p], X [.., K/p]: Y = Σ over the processes of X Wᵀ + ((X Dᵀ) Cᵀ) Uᵀ with D [r, K/p], + b
 
 so that every process runs the operator on what it has, and the sum that the layer ends with anyway is the correction's,
 too. Each process then has a part of C's gradient, the sum of which is the gradient (Shoeybi et al., arXiv 1909.08053).
@@ -18,13 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylora.adapters import AdapterConfig
+from tinylora.adapters.sharded import is_dtensor
 from tinylora.nn.four_bit import is_four_bit
-from tinylora.nn.linear import Linear
-
-
-def is_parallel(layer: nn.Module) -> bool:
-    """Whether several processes hold this layer's weight in pieces, as FSDP2's and tensor parallelism's do."""
-    return hasattr(layer.weight, "full_tensor")
+from tinylora.nn.linear import Linear, refuse_replaced
 
 
 def refuse_sharded(name: str, layer: nn.Linear, above: Iterable[nn.Module]) -> None:
@@ -39,21 +35,25 @@ def refuse_sharded(name: str, layer: nn.Linear, above: Iterable[nn.Module]) -> N
     cut = len(placements) == 1 and hasattr(placements[0], "dim")
     if not cut or is_four_bit(layer) or not (_style(layer) or layer._forward_pre_hooks):
         raise ValueError(
-            f"{name} is spread over processes as {placements}, expected a whole weight, or one of 16 or 32 bits "
-            "that tensor parallelism alone has cut (transformers' tp_plan, torch's parallelize_module)"
+            f"{name} is spread over processes as {placements}, expected a whole weight, or one that is not of four "
+            "bits and that tensor parallelism alone has cut (transformers' tp_plan, torch's parallelize_module)"
         )
+    if not isinstance(layer, Linear) and _style(layer) is None:
+        refuse_replaced(layer, name)
 
 
-def refuse_parallel(layers: Mapping[str, nn.Linear], config: AdapterConfig) -> None:
-    """ValueError where tensor parallelism has cut some of these layers and the adapter cannot follow."""
-    cut = [name for name, layer in layers.items() if is_parallel(layer)]
-    if not cut:
+def refuse_parallel(root: nn.Module, layers: Mapping[str, nn.Linear], config: AdapterConfig) -> None:
+    """ValueError where tensor parallelism has cut some of a model's layers and the adapter cannot follow."""
+    if not any(map(is_dtensor, root.parameters())):
         return
-    what = f"{cut[0]} is a part of a model under tensor parallelism, expected "
-    if not config.adapter_class.core_alone_trains:
-        raise ValueError(what + f"TinyLoraConfig or LoraXSConfig: of {type(config).__name__} more than the core trains")
+    cut = [name for name, layer in layers.items() if is_dtensor(layer.weight)]
+    if cut and not config.adapter_class.core_alone_trains:
+        raise ValueError(
+            f"{cut[0]} is under tensor parallelism, expected TinyLoraConfig or LoraXSConfig: of "
+            f"{type(config).__name__} more than the core trains"
+        )
     if config.dropout or config.modules_to_save:
-        raise ValueError(what + "no dropout and no modules_to_save")
+        raise ValueError("the model is under tensor parallelism, expected no dropout and no modules_to_save")
 
 
 def own_slices(layer: nn.Linear, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def own_slices(layer: nn.Linear, frozen: Mapping[str, Tensor]) -> dict[str, Tens
     }
 
 
-def put_together(layer: nn.Linear, name: str, t: Tensor) -> Tensor:
+def put_together(layer: nn.Linear | None, name: str, t: Tensor) -> Tensor:
     """The whole of what `own_slices` gave the processes' layers as `name`; all of them must ask for it."""
     if not isinstance(layer, ParallelLinear) or name != layer.cut:
         return t
@@ -87,8 +87,8 @@ def _spread(t: Tensor, mesh, placement, shape: tuple[int, ...]):
 class ParallelLinear(Linear):
     """`Linear` on a weight of which every process has a slice. Its input and output are what the layer's were.
 
-    It has no `merge`, and no siblings. ValueError: an input that is not spread as the weight is, batch_invariant (how
-    processes add up is not ours).
+    It has no `merge`, and no siblings. ValueError: an input that is no DTensor where the weight is one, batch_invariant
+    (how processes add up is not ours).
     """
 
     @classmethod
@@ -147,7 +147,7 @@ class ParallelLinear(Linear):
 
 
 def _cut(layer: nn.Linear) -> str:
-    """Which factor of an adapter is cut as the weight is: "up" by columns of Xᵀ's product, "down" by rows."""
+    """Which factor of an adapter is cut as the weight is: "up" by columns of Wᵀ, "down" by its rows."""
     return "up" if layer.weight.placements[0].dim == 0 else "down"
 
 

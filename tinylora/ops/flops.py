@@ -14,7 +14,8 @@ def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, *_, **
     M, (N, r), K = dy[0], up, down[1]
     need_x, need_weight, need_down, need_core, need_up, _ = need
     products = (need_x + need_weight) * N * K + (need_x or need_down or need_core) * N * r
-    return 2 * M * (products + (need_x + need_down) * r * K + need_core * _at_rank(core, basis, r) + need_up * N * r)
+    at_rank = ((need_x or need_down) + need_core) * _at_rank(core, basis, r)
+    return 2 * M * (products + (need_x + need_down) * r * K + at_rank + need_up * N * r)
 
 
 def _backward_of_siblings(dy, z, weights, down, core, up, adapter_ids, basis, need_x, need_core, *_, **__) -> int:
@@ -23,7 +24,7 @@ def _backward_of_siblings(dy, z, weights, down, core, up, adapter_ids, basis, ne
 
 
 def _at_rank(core, basis, r: int) -> int:
-    """Of z Cᵀ; no diagonal and no identity is a product."""
+    """Of z Cᵀ, t C or tᵀ z; no diagonal and no identity is a product."""
     return r * r if core is not None and (len(core) > 1 or basis is not None) else 0
 
 
