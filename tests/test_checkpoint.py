@@ -370,3 +370,31 @@ def test_torchs_default_device_is_not_the_adapters(tmp_path):
             tinylora.save(model, tmp_path / config.kind, format="peft")
             tinylora.load(other, tmp_path / config.kind)
         assert model(tokens()).logits.isfinite().all() and other(tokens()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("wrapper", ["checkpoint_wrapper", "offload_wrapper"])
+def test_wrappers_of_activations_leave_names_alone(when, wrapper, tmp_path):
+    """accelerate's FSDP2 puts them on (activation_checkpointing)."""
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrappers
+
+    def wrap(model):
+        for i, layer in enumerate(model.model.layers):
+            model.model.layers[i] = getattr(wrappers, wrapper)(layer)
+
+    model, plain = qwen2(), tinylora.apply(qwen2(), TinyLoraConfig(u=2))
+    if when == "before":
+        wrap(model)
+    tinylora.apply(model, TinyLoraConfig(u=2))
+    if when == "after":
+        wrap(model)
+    for own in (model, plain):
+        for i, v in enumerate(tinylora.adapter_parameters(own)):
+            nn.init.constant_(v, 0.1 * (i + 1))
+    tinylora.save(model, tmp_path / "ours")
+    tinylora.load(model, tmp_path / "ours")
+    tinylora.save(model, tmp_path / "lora", format="lora")
+    want = plain(tokens()).logits
+    for folder in ("ours", "lora"):
+        torch.testing.assert_close(tinylora.load(qwen2(), tmp_path / folder)(tokens()).logits, want)
+    torch.testing.assert_close(model(tokens()).logits, want)

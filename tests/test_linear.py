@@ -328,3 +328,33 @@ def test_what_a_layer_keeps_is_left_alone_where_somebody_looks_on(monkeypatch):
     assert layer(x).requires_grad and not calls
     layer.to(torch.float64)
     assert not layer._kept
+
+
+def test_a_hook_from_before_can_be_removed_after():
+    """Its handle looks for it where it was put."""
+    model = nn.Sequential(nn.ModuleList([nn.Linear(8, 8)]))
+    model.forward = lambda x: model[0][0](x)
+    layer = model[0][0]
+    seen = []
+    handles = [
+        layer.register_forward_hook(lambda *_: seen.append("forward")),
+        layer.register_forward_pre_hook(lambda *_: seen.append("pre")),
+        layer.register_full_backward_hook(lambda *_: seen.append("backward")),
+        layer.register_load_state_dict_pre_hook(lambda module, *_: seen.append(type(module).__name__)),
+    ]
+    del layer
+    tinylora.apply(model, TinyLoraConfig())
+    model(torch.randn(2, 8)).sum().backward()
+    model.load_state_dict(model.state_dict())
+    assert seen == ["pre", "forward", "backward", "Linear"]
+    for handle in handles:
+        handle.remove()
+    model(torch.randn(2, 8)).sum().backward()
+    model.load_state_dict(model.state_dict())
+    assert len(seen) == 4
+    alone, copied = nn.Linear(8, 8), []
+    alone.register_forward_hook(lambda *_: copied.append(1))
+    layer = tinylora.Linear.from_linear(alone, TinyLoraConfig())
+    layer.register_forward_hook(lambda *_: copied.append(2))
+    alone(torch.randn(2, 8))
+    assert copied == [1]

@@ -13,6 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import tinylora
 from tinylora import LoraXSConfig, TinyLoraConfig
+from tinylora.nn.model import adapted_layers
 
 CONFIGS = [TinyLoraConfig(u=2, n_tie=5), TinyLoraConfig(n_tie=4, tying="structured"), LoraXSConfig(r=3)]
 
@@ -638,6 +639,51 @@ def test_a_weight_of_another_kind_is_refused():
 
     layer.weight = Tagged(layer.weight.data.a, requires_grad=False)
     assert tinylora.apply(model, tinylora.TinyLoraConfig()).model.layers[0].mlp.up_proj.weight is layer.weight
+
+
+def test_linear_layers_of_other_classes_are_said():
+    model = qwen2()
+    nn.utils.parametrize.register_parametrization(model.model.layers[0].self_attn.q_proj, "weight", nn.Identity())
+    for names in (["q_proj"], r".*\.q_proj", ["layers.0.self_attn.q_proj"]):
+        with pytest.raises(ValueError, match=r"q_proj"):
+            tinylora.apply(model, tinylora.TinyLoraConfig(target_modules=names))
+    with pytest.raises(
+        ValueError, match=r"names model.layers.0.self_attn.q_proj, a ParametrizedLinear, expected torch"
+    ):
+        tinylora.apply(model, tinylora.TinyLoraConfig(target_modules=["q_proj", "k_proj"]))
+    with pytest.warns(UserWarning, match=r"layers.0.self_attn.q_proj .1 of the kind. is a ParametrizedLinear"):
+        tinylora.apply(model, tinylora.TinyLoraConfig())
+    assert len(adapted_layers(model)) == 13
+
+
+@pytest.mark.parametrize("config", [tinylora.TinyLoraConfig(n_tie=5), tinylora.LoraConfig(modules_to_save=["lm_head"])])
+def test_an_adapter_is_removed(config):
+    model = tinylora.apply(tinylora.apply(qwen2(), config, "a"), config, "b")
+    plain = qwen2()
+    with torch.no_grad():
+        for name in ("a", "b"):
+            for i, p in enumerate(tinylora.adapter_parameters(model, name)):
+                p.normal_(std=0.3, generator=torch.Generator().manual_seed(i + 10 * (name == "b")))
+    tinylora.activate(model, "a")
+    a = model(tokens()).logits
+    tinylora.activate(model, "b")
+    assert tinylora.remove(model, "b") is model and tinylora.adapter_names(model) == ["a"]
+    torch.testing.assert_close(model(tokens()).logits, plain(tokens()).logits)
+    assert not [n for n in model.state_dict() if ".b." in n or n.endswith(".b")]
+    assert not any("b" in layer.adapters for layer in adapted_layers(model).values())
+    tinylora.activate(model, "a")
+    torch.testing.assert_close(model(tokens()).logits, a, rtol=0, atol=0)
+    tinylora.apply(model, config, "b")
+    with pytest.raises(ValueError, match="name is 'c'"):
+        tinylora.remove(model, "c")
+    with tinylora.disabled(model), pytest.raises(ValueError, match="disabled"):
+        tinylora.remove(model, "b")
+    tinylora.merge(model)
+    with pytest.raises(ValueError, match="merged"):
+        tinylora.remove(model, "b")
+    for name in ("a", "b"):
+        tinylora.remove(tinylora.unmerge(model), name)
+    assert tinylora.adapter_names(model) == []
 
 
 def test_torchs_counter_sees_the_operators():

@@ -792,3 +792,13 @@ def test_what_a_group_keeps_between_calls_is_used_only_while_it_stands(config, g
         with torch.autocast("cpu", dtype=torch.bfloat16):
             together(inputs)
     assert not any(quick)
+
+
+def test_a_copy_in_shared_memory_stays_there():
+    """A forward must not move numbers that other processes see."""
+    model = copy.deepcopy(adapted(config=TinyLoraConfig(u=2, n_tie=1)))
+    want = model(tokens()).logits
+    model = copy.deepcopy(model).share_memory()
+    places = [p.data_ptr() for p in model.parameters()]
+    torch.testing.assert_close(model(tokens()).logits, want)
+    assert places == [p.data_ptr() for p in model.parameters()] and all(p.is_shared() for p in model.parameters())

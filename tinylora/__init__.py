@@ -21,7 +21,7 @@ from tinylora.integrations.continuous_batching import adapter_ids
 from tinylora.integrations.peft import patch_peft, unpatch_peft
 from tinylora.integrations.peft_files import load, save
 from tinylora.nn.linear import Linear
-from tinylora.nn.model import activate, adapter_names, adapter_parameters, apply, disabled, merge, unmerge
+from tinylora.nn.model import activate, adapter_names, adapter_parameters, apply, disabled, merge, remove, unmerge
 from tinylora.nn.rows import stack
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "merge",
     "ops",
     "patch_peft",
+    "remove",
     "save",
     "stack",
     "unmerge",

@@ -171,7 +171,9 @@ def own_storages(state: dict, prefix: str, names: Iterable[str]) -> None:
 
 
 def lay_together(parts: Sequence[Tensor]) -> None:
-    """Put the numbers of parts, rows one after another, into one storage."""
+    """Put the numbers of parts, rows one after another, into one storage. What processes share stays where it is."""
+    if any(p.is_cpu and p.is_shared() for p in parts):
+        return
     with torch.inference_mode(any(p.is_inference() for p in parts)):  # as .data of such a tensor has to be
         rows = torch.cat([p.data for p in parts]).split([len(p) for p in parts])
         for part, own in zip(parts, rows, strict=True):

@@ -1,5 +1,7 @@
 """The drop-in layer: a frozen linear layer that adapters can be added to."""
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,7 +75,12 @@ class Linear(nn.Linear):
         """
         refuse_replaced(linear)
         layer = cls.__new__(cls)
-        layer.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in linear.__dict__.items()})
+        # Hooks stay where their handles look for them; of one that was told its module this is the module now.
+        own = linear.__dict__.items()
+        layer.__dict__.update({k: v.copy() if isinstance(v, dict) and "hooks" not in k else v for k, v in own})
+        for hook in layer._load_state_dict_pre_hooks.values():
+            if hook.with_module:
+                hook.module = weakref.ref(layer)
         layer._start()
         return layer
 
@@ -93,6 +100,8 @@ class Linear(nn.Linear):
                 f"linear is a {type(linear).__name__}, expected a torch.nn.Linear or a bitsandbytes.nn.Linear4bit"
             )
         layer = wrapped(linear)
+        hooks = {k: v.copy() for k, v in layer.__dict__.items() if isinstance(v, dict) and "hooks" in k}
+        layer.__dict__.update(hooks)  # the two go on apart
         attach(layer, {"": layer}, config, "default")
         return layer
 
@@ -223,6 +232,12 @@ class Linear(nn.Linear):
     def add(self, name: str, adapter: Adapter) -> None:
         self.adapters[name] = adapter
         self._kept.clear()
+
+    def remove(self, name: str) -> None:
+        del self.adapters[name]
+        self._kept.clear()
+        if self.active == name:
+            self.active = None
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

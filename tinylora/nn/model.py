@@ -22,7 +22,14 @@ from tinylora.nn.four_bit import FourBitLinear, dense_weight, is_four_bit, keep_
 from tinylora.nn.linear import Linear, refuse_replaced
 from tinylora.nn.saved_module import SavedModule, whole_module
 from tinylora.nn.siblings import group, ungroup
-from tinylora.nn.targets import find_modules_to_save, find_targets, several_in_one, sites_of, uncompiled
+from tinylora.nn.targets import (
+    find_modules_to_save,
+    find_targets,
+    of_other_classes,
+    several_in_one,
+    sites_of,
+    unwrapped,
+)
 from tinylora.nn.tensor_parallel import ParallelLinear, own_slices, refuse_parallel, refuse_sharded
 
 READERS = 8  # threads
@@ -74,6 +81,14 @@ def apply(
         warnings.warn(
             f"{left[0]} ({len(left)} of the kind) is several matrices in one tensor (experts, heads), no linear "
             f"layer: no adapter goes there. Adapted: {', '.join(sorted({n.rpartition('.')[2] for n in targets}))}",
+            stacklevel=2,
+        )
+    others = of_other_classes(model) if config.target_modules is None else {}
+    if others:
+        first, layer = next(iter(others.items()))
+        warnings.warn(
+            f"{first} ({len(others)} of the kind) is a {type(layer).__name__}, whose forward is its own: no adapter "
+            "goes there",
             stacklevel=2,
         )
     if batch_invariant and any(is_dtensor(layer.weight) for layer in targets.values()):
@@ -271,7 +286,7 @@ def _progress(items: list, what: str) -> Iterable:
 
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:
     """The model's `tinylora.Linear` layers, by name; the model itself, as "", if it is one."""
-    return {uncompiled(n): m for n, m in model.named_modules() if isinstance(m, Linear)}
+    return {unwrapped(n): m for n, m in model.named_modules() if isinstance(m, Linear)}
 
 
 def layers_with(model: nn.Module, name: str) -> dict[str, Linear]:
@@ -281,7 +296,7 @@ def layers_with(model: nn.Module, name: str) -> dict[str, Linear]:
 
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
     """The model's modules that are trained whole beside an adapter, by name."""
-    return {uncompiled(n): m for n, m in model.named_modules() if isinstance(m, SavedModule)}
+    return {unwrapped(n): m for n, m in model.named_modules() if isinstance(m, SavedModule)}
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -352,7 +367,7 @@ def refuse_lost(model: nn.Module, name: str) -> None:
     kept = layers_with(model, name)
     lost = [site.name for site in shared.sites if site.name not in kept]
     if lost:
-        there = {uncompiled(path): module for path, module in model.named_modules()}
+        there = {unwrapped(path): module for path, module in model.named_modules()}
         modules = set(there.values())
         lost = [n for n in lost if n in there and any(True for _ in there[n].parameters())]
         lost = [n for n in lost if shared.layers[n] not in modules]
@@ -407,6 +422,23 @@ def refuse_within(model: nn.Module) -> None:
         raise ValueError(f"within adapter_ids of {within[0]!r}, expected its end first")
     if model in _disabled_by:
         raise ValueError("within disabled, expected its end first")
+
+
+def remove(model: nn.Module, name: str) -> nn.Module:
+    """Take an adapter off the model: its numbers, its frozen factors and its copies of `modules_to_save` are gone.
+
+    If it was the active one the base model runs, until another is activated. The layers stay `tinylora.Linear`.
+    Returns the model. ValueError: no adapter of that name, a merged model, within `adapter_ids` or `disabled`.
+    """
+    shared_of(model, name)
+    refuse_merged(model)
+    refuse_within(model)
+    for owner in (*layers_with(model, name).values(), *saved_modules(model).values()):
+        owner.remove(name)
+    store = model.get_submodule(STORE)
+    del store[name]
+    (group if store._siblings else ungroup)(model)
+    return model
 
 
 @contextlib.contextmanager

@@ -60,6 +60,13 @@ class SavedModule(nn.Module):
             fresh = fresh.to_empty(device="cpu")
         self.copies[name] = fresh
 
+    def remove(self, name: str) -> None:
+        """Without the adapter's copy, if there is one."""
+        if name in self.copies:
+            del self.copies[name]
+        if self.active == name:
+            self.active = None
+
     @property
     def running(self) -> nn.Module:
         return self.original if self.active is None else self.copies[self.active]

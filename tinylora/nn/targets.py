@@ -17,13 +17,26 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
     Other subclasses of torch.nn.Linear are passed over: their forward is theirs (8 bits, GPTQ, PEFT's).
     """
-    modules = ((uncompiled(n), m) for n, m in model.named_modules())
+    modules = ((unwrapped(n), m) for n, m in model.named_modules())
     return {n: m for n, m in modules if type(m) is nn.Linear or isinstance(m, Linear) or is_four_bit(m)}
 
 
-def uncompiled(name: str) -> str:
-    """A module's name as it is where no block on its way is compiled (accelerate compiles the blocks)."""
-    return name.replace("_orig_mod.", "")
+def unwrapped(name: str) -> str:
+    """A module's name as it is where no block on its way is compiled (accelerate compiles the blocks) or wrapped for
+    activation checkpointing or offloading (accelerate's FSDP2 does that)."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def of_other_classes(model: nn.Module) -> dict[str, nn.Linear]:
+    """Layers that are a torch.nn.Linear of another class (8 bits, a parametrization), by name: none is adapted."""
+    known = linear_layers(model)
+    modules = ((unwrapped(n), m) for n, m in model.named_modules())
+    torchs = nn.Linear.__module__  # whose own are parts of its attention
+    return {
+        n: m
+        for n, m in modules
+        if isinstance(m, nn.Linear) and n not in known and type(m).__module__ != torchs and in_a_block(model, n)
+    }
 
 
 def in_a_block(model: nn.Module, name: str) -> bool:
@@ -78,6 +91,14 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str | None) -> dict[
             raise ValueError(f"target_modules names {', '.join(map(repr, lost))}, {_what_there_is(model, layers)}")
         chosen = {n for names in matched.values() for n in names}
         found = {n: m for n, m in layers.items() if n in chosen}
+    others = {} if targets is None or not found else of_other_classes(model)
+    for name, layer in others.items():
+        ends = isinstance(targets, str) and re.fullmatch(targets, name)
+        if ends or (not isinstance(targets, str) and any(name == t or name.endswith("." + t) for t in targets)):
+            raise ValueError(
+                f"target_modules {targets!r} names {name}, a {type(layer).__name__}, expected torch.nn.Linear modules "
+                "alone: its forward is its own"
+            )
     passed_over = [n for n in found if _read_by_its_parent(model, n)]
     if passed_over:
         raise ValueError(
