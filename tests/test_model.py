@@ -2,14 +2,12 @@
 
 import copy
 import functools
-import warnings
 
 import pytest
 import torch
 from models import minilm_folder, qwen2, tokens
 from torch import nn
 from torch.nn.utils import prune
-from torch.testing._internal.two_tensor import TwoTensor
 
 import tinylora
 from tinylora import LoraXSConfig, TinyLoraConfig
@@ -203,23 +201,6 @@ def test_whole_model_compiles_in_one_graph():
     torch.testing.assert_close(*grads)
 
 
-def test_targets():
-    def names(model):
-        return [s.name for s in model.tinylora["default"].sites]
-
-    default = names(tinylora.apply(qwen2(), TinyLoraConfig()))
-    assert len(default) == 14 and "lm_head" not in default
-    assert default[:7] == [f"model.layers.0.{n}" for n in (
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-    )]  # fmt: skip
-    config = TinyLoraConfig(target_modules=["down_proj", "layers.1.self_attn.q_proj"])
-    assert [n.removeprefix("model.layers.") for n in names(tinylora.apply(qwen2(), config))] == [
-        "0.mlp.down_proj", "1.self_attn.q_proj", "1.mlp.down_proj",
-    ]  # fmt: skip
-    assert names(tinylora.apply(qwen2(), TinyLoraConfig(target_modules=r".*\.0\..*_proj"))) == default[:7]
-
-
 def test_apply_that_fails_leaves_the_model_as_it_was():
     model, ids = qwen2(), tokens()
     want, modules = model(ids).logits, [type(m) for m in model.modules()]
@@ -296,23 +277,6 @@ def test_transforms_of_torch_func_and_a_trace(config):
             traced, y = torch.jit.trace(mlp, (x,), check_trace=False)(other), mlp(other)
         assert traced.dtype == y.dtype
         torch.testing.assert_close(traced, y, rtol=2e-2 if autocast else 1e-5, atol=1e-2 if autocast else 1e-6)
-
-
-def test_what_a_mixture_and_mamba_leave_out(recwarn):
-    from transformers import MambaConfig, MambaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 256}
-    mamba = MambaForCausalLM(MambaConfig(**sizes, state_size=8))
-    tinylora.apply(mamba, tinylora.LoraXSConfig(r=2))
-    assert {n.rpartition(".")[2] for n in tinylora.nn.model.adapted_layers(mamba)} == {"in_proj"}
-    assert not [w for w in recwarn if "experts" in str(w.message)]
-    with pytest.raises(ValueError, match=r"layers\.0\.mixer\.out_proj, by whose weight its parent multiplies without"):
-        tinylora.apply(MambaForCausalLM(mamba.config), tinylora.LoraXSConfig(r=2, target_modules=["out_proj"]))
-    config = Qwen3MoeConfig(
-        **sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, moe_intermediate_size=32
-    )
-    with pytest.warns(UserWarning, match=r"experts\.gate_up_proj \(4 of the kind\) is several matrices in one tensor"):
-        tinylora.apply(Qwen3MoeForCausalLM(config), tinylora.TinyLoraConfig())
 
 
 def test_adapters_and_whole_modules_on_one_place_are_refused():
@@ -439,39 +403,6 @@ def test_merging_into_a_weight_that_is_computed_is_refused(how):
         tinylora.merge(model)
 
 
-def test_layers_that_a_parent_reads_and_never_calls():
-    """WavLM's attention hands q, k, v and out to torch as weights; Qwen3-Next's gated DeltaNet calls its out_proj."""
-    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM, WavLMConfig, WavLMModel
-
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    wavlm = WavLMModel(WavLMConfig(**sizes, conv_dim=(32, 32), conv_stride=(5, 2), conv_kernel=(10, 3)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # its convolutions are no experts
-        tinylora.apply(wavlm, tinylora.LoraConfig(r=2))
-    adapted = {n.rpartition(".")[2] for n in tinylora.nn.model.adapted_layers(wavlm)}
-    assert "intermediate_dense" in adapted and not adapted & {"q_proj", "k_proj", "v_proj", "out_proj"}
-    config = Qwen3NextConfig(
-        **sizes, vocab_size=64, num_key_value_heads=2, head_dim=8, num_experts=2, num_experts_per_tok=1,
-        moe_intermediate_size=16, shared_expert_intermediate_size=16, linear_num_key_heads=2,
-        linear_num_value_heads=2, linear_key_head_dim=8,
-        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
-    )  # fmt: skip
-    model = tinylora.apply(Qwen3NextForCausalLM(config), tinylora.LoraConfig(r=2, target_modules=["out_proj"]))
-    for p in tinylora.adapter_parameters(model):
-        nn.init.normal_(p)
-    model(tokens(vocabulary=64), labels=tokens(vocabulary=64)).loss.backward()
-    assert all(p.grad.abs().sum() > 0 for p in tinylora.adapter_parameters(model))
-
-
-def test_pefts_own_layers_are_no_targets():
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(qwen2(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"q_proj\.base_layer is a part of one of PEFT's adapters"):
-        tinylora.apply(model, tinylora.TinyLoraConfig())
-    assert [n for n, p in model.named_parameters() if p.requires_grad], "and PEFT's still trains"
-    tinylora.apply(model, tinylora.LoraConfig(r=2, target_modules=["k_proj"]))
-
-
 def test_compiled_blocks_have_the_names_of_others(tmp_path):
     model = tinylora.apply(qwen2(), tinylora.LoraConfig(r=2))
     for p in tinylora.adapter_parameters(model):
@@ -533,22 +464,6 @@ def test_pretrained_minilm_end_to_end(minilm, tmp_path):
         torch.testing.assert_close(embed(again, tokenizer, anchors), after, rtol=0, atol=1e-4)
 
 
-def test_torchs_own_encoder_calls_the_layers_in_eval():
-    """Its fast path would multiply with their weights itself, and pass the adapter over."""
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
-    model = trained(nn.TransformerEncoder(layer, 2), TinyLoraConfig(u=2), scale=0.3)
-    x, padding = torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    for mask in (None, padding):
-        training = model.train()(x, src_key_padding_mask=mask)
-        with torch.no_grad():
-            y = model.eval()(x, src_key_padding_mask=mask)
-        real = slice(None) if mask is None else ~mask
-        torch.testing.assert_close(y[real], training[real], rtol=1e-4, atol=1e-5)
-        with tinylora.disabled(model), torch.no_grad():
-            assert torch.dist(model(x, src_key_padding_mask=mask)[real], y[real]) > 1e-2
-
-
 def test_what_trains_is_fp32_whatever_torchs_default():
     try:
         torch.set_default_dtype(torch.bfloat16)
@@ -591,28 +506,6 @@ def test_a_copy_that_ran_in_inference_mode_trains():
     assert all(p.grad is not None for p in tinylora.adapter_parameters(model))
 
 
-def test_gates_and_full_names_among_the_targets():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.gate = nn.Linear(8, 8), nn.Linear(8, 1)
-
-    class Tower(nn.Module):
-        def __init__(self, tower=None):
-            super().__init__()
-            self.layers = nn.ModuleList([Block()])
-            if tower is not None:
-                self.tower = tower
-
-    def names(targets):
-        model = tinylora.apply(Tower(Tower()), LoraXSConfig(r=2, target_modules=targets))
-        return [s.name for s in model.tinylora["default"].sites]
-
-    assert names(None) == ["layers.0.fc", "tower.layers.0.fc"]
-    assert names(["layers.0.fc"]) == ["layers.0.fc"]
-    assert names(["fc"]) == ["layers.0.fc", "tower.layers.0.fc"]
-
-
 def test_layers_take_nested_tensors_as_torchs_do():
     for layout in (torch.jagged, torch.strided):
         for config in (TinyLoraConfig(u=3), tinylora.LoraXSConfig(r=4), tinylora.LoraConfig(r=2)):
@@ -623,37 +516,6 @@ def test_layers_take_nested_tensors_as_torchs_do():
             parts = [torch.randn(n, 16) for n in (3, 5)]
             found = layer(torch.nested.nested_tensor(parts, layout=layout))
             torch.testing.assert_close(list(found.unbind()), [layer(part) for part in parts])
-
-
-def test_a_weight_of_another_kind_is_refused():
-    """As torchao's quantize_ leaves in a torch.nn.Linear."""
-    model = qwen2(layers=1)
-    layer = model.model.layers[0].mlp.up_proj
-    layer.weight = nn.Parameter(TwoTensor(layer.weight.data, layer.weight.data))
-    with pytest.raises(ValueError, match=r"up_proj has a weight of kind TwoTensor, expected plain numbers"):
-        tinylora.apply(model, tinylora.TinyLoraConfig())
-    assert not tinylora.adapter_names(model)
-
-    class Tagged(nn.Parameter):
-        pass
-
-    layer.weight = Tagged(layer.weight.data.a, requires_grad=False)
-    assert tinylora.apply(model, tinylora.TinyLoraConfig()).model.layers[0].mlp.up_proj.weight is layer.weight
-
-
-def test_linear_layers_of_other_classes_are_said():
-    model = qwen2()
-    nn.utils.parametrize.register_parametrization(model.model.layers[0].self_attn.q_proj, "weight", nn.Identity())
-    for names in (["q_proj"], r".*\.q_proj", ["layers.0.self_attn.q_proj"]):
-        with pytest.raises(ValueError, match=r"q_proj"):
-            tinylora.apply(model, tinylora.TinyLoraConfig(target_modules=names))
-    with pytest.raises(
-        ValueError, match=r"names model.layers.0.self_attn.q_proj, a ParametrizedLinear, expected torch"
-    ):
-        tinylora.apply(model, tinylora.TinyLoraConfig(target_modules=["q_proj", "k_proj"]))
-    with pytest.warns(UserWarning, match=r"layers.0.self_attn.q_proj .1 of the kind. is a ParametrizedLinear"):
-        tinylora.apply(model, tinylora.TinyLoraConfig())
-    assert len(adapted_layers(model)) == 13
 
 
 @pytest.mark.parametrize("config", [tinylora.TinyLoraConfig(n_tie=5), tinylora.LoraConfig(modules_to_save=["lm_head"])])
