@@ -117,6 +117,12 @@ def test_gates_and_full_names_among_the_targets():
     assert names(None) == ["layers.0.fc", "tower.layers.0.fc"]
     assert names(["layers.0.fc"]) == ["layers.0.fc"]
     assert names(["fc"]) == ["layers.0.fc", "tower.layers.0.fc"]
+    tower = Tower(Tower())
+    nn.utils.parametrize.register_parametrization(tower.tower.layers[0].fc, "weight", nn.Identity())
+    with pytest.raises(ValueError, match=r"names tower.layers.0.fc, a ParametrizedLinear"):
+        tinylora.apply(tower, LoraXSConfig(r=2, target_modules=["fc"]))
+    tinylora.apply(tower, LoraXSConfig(r=2, target_modules=["layers.0.fc"]))
+    assert list(adapted_layers(tower)) == ["layers.0.fc"]
 
 
 def test_a_weight_of_another_kind_is_refused():

@@ -1,7 +1,7 @@
 """Which layers of a model an adapter goes to."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -70,6 +70,14 @@ def _special(model: nn.Module, name: str, layer: nn.Linear) -> bool:
     return min(layer.out_features, layer.in_features) == 1 or _read_by_its_parent(model, name)
 
 
+def _named(names: Iterable[str], targets: Sequence[str] | str, layers: Mapping[str, nn.Linear]) -> dict[str, list[str]]:
+    """Those of `names` that each target names. A full name of `layers` is that one, though another's may end in it."""
+    if isinstance(targets, str):
+        return {targets: [n for n in names if re.fullmatch(targets, n)]}
+    full = {t for t in targets if "." in t and t in layers}
+    return {t: [n for n in names if n == t or (t not in full and n.endswith("." + t))] for t in targets}
+
+
 def find_targets(model: nn.Module, targets: Sequence[str] | str | None) -> dict[str, nn.Linear]:
     """The layers that `target_modules` names, by name, in depth order; see AdapterConfig.
 
@@ -80,24 +88,19 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str | None) -> dict[
     layers = linear_layers(model)
     if targets is None:
         found = {n: m for n, m in layers.items() if in_a_block(model, n) and not _special(model, n, m)}
-    elif isinstance(targets, str):
-        found = {n: m for n, m in layers.items() if re.fullmatch(targets, n)}
     else:
-        ends = {t: [n for n in layers if n == t or n.endswith("." + t)] for t in targets}
-        # A full name is that layer, though another's may end in it.
-        matched = {t: [t] if "." in t and t in layers else names for t, names in ends.items()}
-        lost = [t for t, names in matched.items() if not names]
+        of_target = _named(layers, targets, layers)
+        lost = [] if isinstance(targets, str) else [t for t, names in of_target.items() if not names]
         if lost:
             raise ValueError(f"target_modules names {', '.join(map(repr, lost))}, {_what_there_is(model, layers)}")
-        chosen = {n for names in matched.values() for n in names}
+        chosen = {n for names in of_target.values() for n in names}
         found = {n: m for n, m in layers.items() if n in chosen}
-    others = {} if targets is None or not found else of_other_classes(model)
-    for name, layer in others.items():
-        ends = isinstance(targets, str) and re.fullmatch(targets, name)
-        if ends or (not isinstance(targets, str) and any(name == t or name.endswith("." + t) for t in targets)):
+        others = of_other_classes(model) if found else {}
+        theirs = [n for names in _named(others, targets, layers).values() for n in names]
+        if theirs:
             raise ValueError(
-                f"target_modules {targets!r} names {name}, a {type(layer).__name__}, expected torch.nn.Linear modules "
-                "alone: its forward is its own"
+                f"target_modules {targets!r} names {theirs[0]}, a {type(others[theirs[0]]).__name__}, expected "
+                "torch.nn.Linear modules alone: its forward is its own"
             )
     passed_over = [n for n in found if _read_by_its_parent(model, n)]
     if passed_over:

@@ -7,7 +7,7 @@ Each process has a slice of W, and what is frozen of the adapter is cut as W is:
 
 so that every process runs the operator on what it has, and the sum that the layer ends with anyway is the correction's,
 too. Each process then has a part of C's gradient, the sum of which is the gradient (Shoeybi et al., arXiv 1909.08053).
-transformers' (`from_pretrained(..., tp_plan="auto")`) and torch's (`parallelize_module`) keep W as a DTensor.
+transformers' (a tp_plan) and torch's (`parallelize_module`) keep W as a DTensor.
 """
 
 import inspect
