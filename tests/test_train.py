@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import tiny_gsm8k
 import torch
+from models import qwen2
 
 import tinylora
 from tinylora import cli, recipes
@@ -597,11 +598,17 @@ def test_what_trl_would_do_wrong_is_refused(tiny, tmp_path):
     Trainer = adapter_trainer(trl.GRPOTrainer)
     assert Trainer is adapter_trainer(trl.GRPOTrainer) and issubclass(Trainer, trl.GRPOTrainer)
     for more, message in (
-        ({"use_vllm": True}, "use_vllm is True, expected False"),
+        ({"use_vllm": True, "vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode is True, expected False"),
         ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model is True"),
     ):
         with pytest.raises(ValueError, match=message):
             plain(tiny, tmp_path, Trainer, **more)
+    with pytest.raises(ValueError, match=r"modules_to_save has model\.norm, expected none with use_vllm"):
+        plain(tiny, tmp_path, Trainer, use_vllm=True, config=tinylora.TinyLoraConfig(modules_to_save=["model.norm"]))
+    with pytest.raises(ValueError, match="was not loaded from a folder"):
+        plain(tiny, tmp_path, Trainer, model=tinylora.apply(qwen2(), tinylora.TinyLoraConfig()), use_vllm=True)
+    with pytest.raises(ImportError, match=r'use_vllm needs vllm: pip install -e "\.\[vllm\]"'):
+        plain(tiny, tmp_path, Trainer, use_vllm=True)
     for config in (
         tinylora.TinyLoraConfig(target_modules=["q_proj", "lm_head"]),
         tinylora.TinyLoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),

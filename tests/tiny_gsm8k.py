@@ -48,10 +48,10 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
-def write_model(folder: Path, dtype=torch.float32, steps=100) -> Path:
+def write_model(folder: Path, dtype=torch.float32, steps=100, **changes) -> Path:
     """A model folder. The model has learned the format, "\n#### 7", and says any digit: RL has something to reward."""
     chars = tokenizer()
-    model = qwen2(vocab_size=len(chars), hidden=32, intermediate_size=64, seed=1).train()
+    model = qwen2(**{"hidden": 32, "intermediate_size": 64, "vocab_size": len(chars), "seed": 1} | changes).train()
     model.config.eos_token_id = model.generation_config.eos_token_id = chars.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = chars.pad_token_id
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

@@ -12,6 +12,7 @@ from tinylora import recipes
 from tinylora.adapters import CONFIGS
 from tinylora.adapters.files import write_whole
 from tinylora.integrations import evaluate, evolving, processes, run_folder, training
+from tinylora.integrations.optional import needed
 from tinylora.integrations.peft_files import load
 from tinylora.integrations.problems import load_problems
 from tinylora.integrations.transformers import load_model
@@ -38,6 +39,7 @@ _OF = {
         "group-size": (int, "grpo.num_generations", "completions of each prompt"),
         "max-completion-length": (int, "grpo.max_completion_length", "tokens"),
         "cache": (str, "grpo.cache_implementation", "static: decode steps are compiled, on a GPU into CUDA graphs"),
+        "vllm": (bool, "grpo.use_vllm", "vLLM samples, with the adapter unmerged, beside training on each GPU"),
         "reward": (str, "reward", f"which scorer rewards: {' or '.join(gsm8k.SCORERS)}; both are logged"),
     },
     "sft": {
@@ -167,6 +169,7 @@ def _add_eval(commands) -> None:
     parser.add_argument("--dtype", help=f"of the base: bfloat16, float16, float32 or nf4 ({values['dtype']})")
     parser.add_argument("--cache", choices=("static",), help="decode steps are compiled, on a GPU into CUDA graphs")
     parser.add_argument("--tensor-parallel", action="store_true", help=_OF["es"]["tensor-parallel"][2])
+    parser.add_argument("--vllm", action="store_true", help="vLLM answers, with the adapter unmerged")
     parser.add_argument("--recipe", default=recipes.DEFAULT, help="where the prompt and the defaults are from")
     parser.add_argument("--out", help="a JSON file for the scores, the settings and every completion")
     parser.set_defaults(run=_eval)
@@ -191,6 +194,12 @@ def _eval(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.out} exists, expected a new file to write to")
     if options.out:  # said before hours of generating, not after
         run_folder.writable(Path(options.out).parent)
+    if options.vllm:
+        needed("vllm", "vllm", "--vllm")
+        other = {"--cache": options.cache, "--tensor-parallel": options.tensor_parallel}
+        other |= {"--batch-size": options.batch_size, "nf4": settings["dtype"] == "nf4"}
+        for what in (what for what, given in other.items() if given):
+            raise ValueError(f"{what} is asked for with --vllm, expected one of the two")
     problems = load_problems(settings["data"], settings["eval"]["split"])[: options.limit]
     processes.start()
     together = options.tensor_parallel
@@ -207,6 +216,7 @@ def _eval(options: argparse.Namespace) -> None:
         batch_size=settings["eval"]["batch_size"],
         cache=options.cache,
         tensor_parallel=together,
+        by_vllm=options.vllm,
     )
     processes.end()
     if processes.rank() > 0:

@@ -1,5 +1,6 @@
 """A model's answers to GSM8K's problems, scored strictly and leniently."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tinylora.generation import ends_of_text, evaluating, own_settings, padded_left, until_end
-from tinylora.integrations import processes
+from tinylora.integrations import processes, vllm
 from tinylora.integrations.transformers import prompt_ids
 from tinylora.tasks import gsm8k
 from tinylora.tasks.gsm8k import Problem
@@ -54,6 +55,16 @@ def complete(
     return completions
 
 
+def _complete_by_vllm(answer, model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """`complete`, where `answer` is of `vllm.engine`."""
+    from vllm import SamplingParams
+
+    ends = ends_of_text(model, tokenizer)
+    greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens, stop_token_ids=sorted(ends), detokenize=False)
+    found = answer([prompt_ids(tokenizer, text) for text in prompts], greedy)
+    return [tokenizer.decode(until_end(tokens, ends), skip_special_tokens=True) for tokens in found]
+
+
 def evaluate(
     model: nn.Module,
     tokenizer,
@@ -64,22 +75,29 @@ def evaluate(
     batch_size: int,
     cache: str | None = None,
     tensor_parallel: bool = False,
+    by_vllm: bool = False,
 ) -> dict[str, Any]:
     """pass@1 by each scorer, with Wilson's 95 % interval, and every completion.
 
     Under torchrun each process answers its share of the problems, and each returns the whole. With tensor_parallel they
-    answer all of them together, as parts of one model.
+    answer all of them together, as parts of one model. by_vllm: vLLM answers (`vllm.engine`), in batches of its own.
 
     One greedy completion a problem. {"problems": n, "scores": {scorer: {"correct", "pass@1", "low", "high"}},
     "completions": [{"question", "final", "completion", scorer: bool, ...}]}.
     """
     prompts = [gsm8k.prompt(p.question, instruction) for p in problems]
     rank, count = (0, 1) if tensor_parallel else (processes.rank(), processes.count())
-    settings = {"max_new_tokens": max_completion_length, "batch_size": batch_size, "cache": cache}
-    mine = complete(model, tokenizer, prompts[rank::count], **settings)
     texts = [""] * len(prompts)
-    for other, found in enumerate([mine] if tensor_parallel else processes.gathered(mine)):
-        texts[other::count] = found
+    with contextlib.ExitStack() as until_gathered:
+        if by_vllm:
+            longest = max(len(prompt_ids(tokenizer, text)) for text in prompts)
+            answer = until_gathered.enter_context(vllm.engine(model, longest + max_completion_length))
+            mine = _complete_by_vllm(answer, model, tokenizer, prompts[rank::count], max_completion_length)
+        else:
+            settings = {"max_new_tokens": max_completion_length, "batch_size": batch_size, "cache": cache}
+            mine = complete(model, tokenizer, prompts[rank::count], **settings)
+        for other, found in enumerate([mine] if tensor_parallel else processes.gathered(mine)):
+            texts[other::count] = found
     records = [
         {"question": p.question, "final": p.final, "completion": text}
         | {name: score(text, p.final) for name, score in gsm8k.SCORERS.items()}

@@ -5,6 +5,7 @@ Between `start` (TRL's own arguments start them, too) and `end` they can wait fo
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -31,6 +32,15 @@ def start() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The first to finish its share waits for the last one, whose answers may be longer: torch's 10 minutes are few.
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
+
+
+def named() -> None:
+    """The launcher's variables, for who reads them (vLLM), also where there is no launcher and one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (alone | {"MASTER_PORT": str(free.getsockname()[1])}).items():
+            os.environ.setdefault(name, value)
 
 
 def wait() -> None:
@@ -63,7 +73,7 @@ def gathered(item: Any) -> list[Any]:
 
 
 def end() -> None:
-    """Part them, when all have come this far."""
-    if count() > 1:
+    """Part them, when all have come this far. vLLM's engine has done so already, where there was one."""
+    if count() > 1 and distributed.is_initialized():
         wait()
         distributed.destroy_process_group()

@@ -117,6 +117,8 @@ def _run(command: str, settings: dict[str, Any], out: Path, resume: bool) -> Pat
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     if processes.rank() == 0:
         checkpoint.save(model, out / ADAPTER)
+    if getattr(trainer, "use_vllm", False):
+        trainer.vllm_generation.close()
     return out / ADAPTER
 
 
@@ -355,7 +357,11 @@ def arguments(command: str, settings: dict[str, Any], out: str | os.PathLike):
 
 
 # Of TRL's arguments: an order drawn from random numbers that are gone, or checkpoints of less than there was.
-NOT_RESUMED = {"train_sampling_strategy": "group_by_length", "ignore_data_skip": True, "save_only_model": True}
+# A server's random numbers are not even here.
+NOT_RESUMED = {
+    "train_sampling_strategy": "group_by_length", "ignore_data_skip": True, "save_only_model": True,
+    "vllm_mode": "server",
+}  # fmt: skip
 
 
 def _refuse_what_does_not_resume(command: str, settings: dict[str, Any]) -> None:

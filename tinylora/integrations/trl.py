@@ -8,14 +8,14 @@
     hooks         with gradient checkpointing every generation would leave another hook on the embedding for good
     data order    a run resumed in a later epoch goes on with that epoch's order; TRL starts again with the first one's
     lm_head       an adapter there is refused: TRL multiplies by lm_head.weight itself, and would never train it
-    use_vllm      refused: TRL would send vLLM the base's weights, and a v that no layer there knows
+    use_vllm      rollouts by vLLM with the adapter as a LoRA (vllm.py); TRL would send it the base's weights alone
     sync_ref      (sync_ref_model) refused: there is no second model to synchronise
     fsdp          refused, and deepspeed, too: their checkpoints are of the whole model
     4 bits        taken: transformers' Trainer refuses a quantised model on which it sees no adapter of PEFT's
     tp            (tp_plan, tensor parallelism) refused: TRL gives every process prompts of its own
     use_reentrant refused in several processes where layers share what trains: DDP would stop in the first backward
 
-Rollouts run the adapted layers, unmerged, in `model.generate`: the base's weights are never written.
+Rollouts run the adapted layers, unmerged, in `model.generate` or vLLM: the base's weights are never written.
 A model that PEFT adapted passes through: TRL knows those, and only the hooks and the data order are ours.
 """
 
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from tinylora.adapters import files
 from tinylora.adapters.sharded import is_dtensor
-from tinylora.integrations import processes
+from tinylora.integrations import processes, vllm
 from tinylora.integrations.run_folder import checkpoints
 from tinylora.nn import checkpoint
 from tinylora.nn.linear import Linear
@@ -72,10 +72,12 @@ def adapter_trainer(trainer: type) -> type:
                     raise ValueError(
                         f"{trainer.__name__} would load its reference by name, not quantised: expected a ref_model"
                     )
+            by_vllm = ours and getattr(config, "use_vllm", False)
+            rollouts = vllm.unmerged(trainer, trained_adapter(model)) if by_vllm else contextlib.nullcontext()
             if beta:
                 config.beta = 0.0  # while it builds, for with another one it loads the base model a second time
             try:
-                with _known_to_be_adapted(model) if ours else contextlib.nullcontext():
+                with _known_to_be_adapted(model) if ours else contextlib.nullcontext(), rollouts:
                     super().__init__(model, *args, **kwargs)
             finally:
                 if beta:
@@ -191,10 +193,7 @@ def _refuse(model: nn.Module, config, trainer: type) -> None:
             "lm_head.weight themselves, and nothing there would train"
         )
     if getattr(config, "use_vllm", False):
-        raise ValueError(
-            "use_vllm is True, expected False for a model with our adapter: TRL would send vLLM the base's weights, "
-            "and a v that no layer there knows. Unmerged rollouts are generate's, or continuous batching's"
-        )
+        vllm.refuse(model, config)
     if getattr(config, "sync_ref_model", False):
         raise ValueError("sync_ref_model is True, expected False: with our adapter a reference stays the base")
     if any(map(is_dtensor, model.parameters())):

@@ -1,0 +1,237 @@
+"""Rollouts by vLLM itself, its build for CPUs: `make vllm-test` installs it, other test runs skip this."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_gsm8k
+import torch
+
+import tinylora
+from tinylora.integrations.transformers import load_model
+from tinylora.integrations.trl import adapter_trainer
+
+pytest.importorskip("vllm")
+
+ROOT = Path(__file__).parents[1]
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GB
+LENGTH = 160
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    heads = {"hidden": 64, "num_attention_heads": 2, "num_key_value_heads": 1}  # vLLM on a CPU: of 32 numbers or more
+    tiny_gsm8k.write_model(folder / "model", torch.bfloat16, max_position_embeddings=LENGTH, **heads)
+    tiny_gsm8k.write_problems(folder / "data")
+    return folder
+
+
+def make(tiny, out, config=None, trainer=None, **more):
+    import trl
+    from datasets import Dataset
+
+    model, tokenizer = load_model(tiny / "model", "bfloat16")
+    tinylora.apply(model, config or tinylora.TinyLoraConfig(u=2, n_tie=4))
+    args = {"output_dir": str(out), "use_cpu": True, "report_to": [], "max_steps": 3, "num_generations": 4,
+            "per_device_train_batch_size": 16, "max_completion_length": 10, "learning_rate": 1.0, "logging_steps": 1,
+            "lr_scheduler_type": "constant", "save_strategy": "no", "disable_tqdm": True, "bf16": False,
+            "use_vllm": True, "vllm_mode": "colocate"} | more  # fmt: skip
+    return adapter_trainer(trainer or trl.GRPOTrainer)(
+        model=model,
+        reward_funcs=lambda completions, **_: [sum(map(ord, c)) % 5.0 for c in completions],
+        args=trl.GRPOConfig(**args),
+        train_dataset=Dataset.from_dict({"prompt": [q for q, *_ in tiny_gsm8k.PROBLEMS]}),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.fixture(scope="module")
+def colocated(tiny, tmp_path_factory):
+    return make(tiny, tmp_path_factory.mktemp("out"))
+
+
+def differences(trainer, adapted=True):
+    """|log p of vLLM - log p of the model| of sampled tokens: of ours, adapted or not."""
+    model, rollouts = trainer.model, trainer.vllm_generation
+    prompts = [trainer.processing_class(q)["input_ids"] for q, *_ in tiny_gsm8k.PROBLEMS]
+    _, completions, log_p, _ = rollouts.generate([p for p in prompts for _ in range(4)], None, 4)
+    found = []
+    for i, (tokens, theirs) in enumerate(zip(completions, log_p, strict=True)):
+        ids = torch.tensor([prompts[i // 4] + list(tokens)])
+        with torch.no_grad(), tinylora.disabled(model) if not adapted else torch.no_grad():
+            ours = model(ids).logits[0, -len(tokens) - 1 : -1].float().log_softmax(-1)
+        chosen = ours.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        found.append((chosen - torch.tensor([each[0] for each in theirs])).abs())
+    return torch.cat(found)
+
+
+def set_numbers(model, size):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for v in tinylora.adapter_parameters(model):
+            v.copy_(torch.randn(v.shape, generator=generator) * size)
+
+
+def test_samples_are_of_the_adapted_model(colocated):
+    for size in (0, 20, 5):
+        set_numbers(colocated.model, size)
+        colocated.vllm_generation.sync_weights()
+        ours = differences(colocated)
+        assert ours.mean() < 0.01 and ours.max() < 0.2, (size, ours.mean(), ours.max())
+        if size:
+            assert differences(colocated, adapted=False).mean() > 10 * ours.mean()
+
+
+def test_v_trains(colocated):
+    """Every step samples with the numbers of the one before, and not with those it began with."""
+    set_numbers(colocated.model, 5)
+    numbers = list(tinylora.adapter_parameters(colocated.model))
+    start = [v.detach().clone() for v in numbers]
+    colocated.train()
+    trained = [v.detach().clone() for v in numbers]
+    steps = [e["sampling/sampling_logp_difference/mean"] for e in colocated.state.log_history if "loss" in e]
+    with torch.no_grad():
+        for v, first in zip(numbers, start, strict=True):
+            v.copy_(first)
+        colocated.vllm_generation.sync_weights()
+        for v, last in zip(numbers, trained, strict=True):
+            v.copy_(last)
+    stale = differences(colocated).mean()
+    assert len(steps) == 3 and max(steps) < stale / 4, (steps, stale)
+    assert not list(Path(colocated.args.output_dir).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (tinylora.LoraXSConfig(r=4), 2),
+        (tinylora.LoraConfig(r=8, alpha=16), 0.1),
+        (tinylora.AdaLoraConfig(total_steps=10, r=6, target_r=4), 0.3),
+        (tinylora.VeraConfig(r=8), 1),
+        (tinylora.TiedLoraConfig(r=4), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_adapter_is_a_lora_for_vllm(config, size, colocated, tiny, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    model, _ = load_model(tiny / "model", "bfloat16")
+    tinylora.apply(model, config)
+    set_numbers(model, size)
+    tinylora.save(model, tmp_path / "lora", format="lora")
+    rollouts, former = colocated.vllm_generation, colocated.model
+    request = LoRARequest(str(tmp_path), 1000 + sum(map(ord, str(config))), str(tmp_path / "lora"))
+    kept = rollouts.llm.generate
+    try:
+        rollouts.llm.generate = lambda *args, **kwargs: type(rollouts.llm).generate(
+            rollouts.llm, *args, **kwargs | {"lora_request": request}
+        )
+        colocated.model = model
+        ours, base = differences(colocated), differences(colocated, adapted=False)
+    finally:
+        rollouts.llm.generate, colocated.model = kept, former
+    assert ours.mean() < base.mean() / 20, (ours.mean(), base.mean())
+
+
+def test_a_rank_that_vllm_has_not(tiny, tmp_path):
+    with pytest.raises(ValueError, match="rank 600, expected at most 512"):
+        make(tiny, tmp_path, tinylora.VeraConfig(r=600))
+
+
+@contextlib.contextmanager
+def served(folder, log, *more):
+    """vLLM's server on a port of its own, as `SERVE` starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+    start += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enforce-eager", *more]
+    own = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with open(log, "w") as output:
+        server = subprocess.Popen(start, env=os.environ | own, stdout=output, stderr=output, start_new_session=True)
+    try:
+        yield {"vllm_mode": "server", "vllm_server_host": "127.0.0.1", "vllm_server_port": port}
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def test_a_server_samples_from_the_adapted_model(tiny, tmp_path):
+    with served(tiny / "model", tmp_path / "log", "--enable-lora", "--max-lora-rank", "8") as where:
+        trainer = make(tiny, tmp_path / "out", max_steps=2, **where)
+        trainer.train()
+        steps = [e["sampling/sampling_logp_difference/mean"] for e in trainer.state.log_history if "loss" in e]
+        assert len(steps) == 2 and max(steps) < 0.03, steps
+        set_numbers(trainer.model, 20)
+        trainer.vllm_generation.sync_weights()
+        ours = differences(trainer).mean()
+        assert ours < 0.03 and differences(trainer, adapted=False).mean() > 10 * ours
+        again = make(tiny, tmp_path / "out", max_steps=1, **where)  # a run after a run, on the same server
+        assert differences(again).mean() < 0.01
+        with pytest.raises(RuntimeError, match=r"did not load the adapter[\s\S]*--enable-lora --max-lora-rank 16"):
+            make(tiny, tmp_path / "out", tinylora.LoraXSConfig(r=9), **where)
+
+
+def run(*command, several=0):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(several)]
+    launched = {
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    }  # as this process, which has an engine
+    own = {k: v for k, v in os.environ.items() if k not in launched} | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    }
+    done = subprocess.run(
+        [*(start if several else [sys.executable]), "-m", "tinylora", *map(str, command)],
+        capture_output=True, text=True, timeout=300, env=own,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout[-2000:] + done.stderr[-5000:]
+
+
+def test_train_and_eval_from_the_command_line(tiny, tmp_path):
+    where = ("--model", tiny / "model", "--data", tiny / "data")
+    train = ("train", "grpo", "--vllm", *where, "--save-every", 2, "--batch-size", 16, "--micro-batch-size", 8, "--lr",
+             0.1, "--n-tie", 4, "--u", 2, "--max-completion-length", 10, "--reward", "lenient")  # fmt: skip
+    run(*train, "--steps", 4, "--out", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "killed" / "adapter")
+    run("train", "grpo", "--resume", "--out", tmp_path / "killed")
+    curves = [
+        [
+            {k: v for k, v in json.loads(line).items() if "time" not in k}
+            for line in (tmp_path / name / "log.jsonl").open()
+        ]
+        for name in ("whole", "killed")
+    ]
+    assert curves[0] == curves[1] and len(curves[0]) == 4 and any(step["reward"] for step in curves[0])
+    run(*train, "--steps", 2, "--out", tmp_path / "two", several=2)
+    assert (
+        max(
+            s["sampling/sampling_logp_difference/mean"]
+            for s in map(json.loads, (tmp_path / "two" / "log.jsonl").open())
+        )
+        < 0.01
+    )
+
+    model, _ = load_model(tiny / "model", "float32")
+    tinylora.apply(model, tinylora.TinyLoraConfig(u=2, n_tie=4))
+    set_numbers(model, 4)
+    tinylora.save(model, tmp_path / "adapter")
+    evaluate = ("eval", *where, "--dtype", "float32", "--max-completion-length", 10)
+    run(*evaluate, "--out", tmp_path / "base.json")
+    run(*evaluate, "--out", tmp_path / "ours.json", "--adapter", tmp_path / "adapter")
+    run(*evaluate, "--out", tmp_path / "vllm.json", "--adapter", tmp_path / "adapter", "--vllm", several=2)
+    base, ours, vllm = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("base", "ours", "vllm"))
+    assert vllm["completions"] == ours["completions"] != base["completions"]
+    assert vllm["scores"] == ours["scores"]
