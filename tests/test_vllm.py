@@ -9,11 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import tiny_gsm8k
 import torch
+from peft_models import CONFIGS
 
 import tinylora
+from tinylora.integrations import vllm
 from tinylora.integrations.transformers import load_model
 from tinylora.integrations.trl import adapter_trainer
 
@@ -33,18 +36,20 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def make(tiny, out, config=None, trainer=None, **more):
+def make(tiny, out, config=None, peft_config=None, **more):
     import trl
     from datasets import Dataset
 
     model, tokenizer = load_model(tiny / "model", "bfloat16")
-    tinylora.apply(model, config or tinylora.TinyLoraConfig(u=2, n_tie=4))
+    if peft_config is None:
+        tinylora.apply(model, config or tinylora.TinyLoraConfig(u=2, n_tie=4))
     args = {"output_dir": str(out), "use_cpu": True, "report_to": [], "max_steps": 3, "num_generations": 4,
             "per_device_train_batch_size": 16, "max_completion_length": 10, "learning_rate": 1.0, "logging_steps": 1,
             "lr_scheduler_type": "constant", "save_strategy": "no", "disable_tqdm": True, "bf16": False,
             "use_vllm": True, "vllm_mode": "colocate"} | more  # fmt: skip
-    return adapter_trainer(trainer or trl.GRPOTrainer)(
+    return adapter_trainer(trl.GRPOTrainer)(
         model=model,
+        peft_config=peft_config,
         reward_funcs=lambda completions, **_: [sum(map(ord, c)) % 5.0 for c in completions],
         args=trl.GRPOConfig(**args),
         train_dataset=Dataset.from_dict({"prompt": [q for q, *_ in tiny_gsm8k.PROBLEMS]}),
@@ -65,17 +70,23 @@ def differences(trainer, adapted=True):
     found = []
     for i, (tokens, theirs) in enumerate(zip(completions, log_p, strict=True)):
         ids = torch.tensor([prompts[i // 4] + list(tokens)])
-        with torch.no_grad(), tinylora.disabled(model) if not adapted else torch.no_grad():
+        off = contextlib.nullcontext() if adapted else _off(model)
+        with torch.no_grad(), off:
             ours = model(ids).logits[0, -len(tokens) - 1 : -1].float().log_softmax(-1)
         chosen = ours.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         found.append((chosen - torch.tensor([each[0] for each in theirs])).abs())
     return torch.cat(found)
 
 
+def _off(model):
+    return model.disable_adapter() if hasattr(model, "peft_config") else tinylora.disabled(model)
+
+
 def set_numbers(model, size):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for v in tinylora.adapter_parameters(model):
+        # PEFT lets AdaLoRA's ranknum train on a bf16 base, and does not save it
+        for v in (p for n, p in model.named_parameters() if p.requires_grad and "ranknum" not in n):
             v.copy_(torch.randn(v.shape, generator=generator) * size)
 
 
@@ -120,14 +131,19 @@ def test_v_trains(colocated):
     ids=lambda value: type(value).__name__,
 )
 def test_every_adapter_is_a_lora_for_vllm(config, size, colocated, tiny, tmp_path):
-    from vllm.lora.request import LoRARequest
-
     model, _ = load_model(tiny / "model", "bfloat16")
     tinylora.apply(model, config)
     set_numbers(model, size)
-    tinylora.save(model, tmp_path / "lora", format="lora")
+    vllm_samples_from(model, lambda folder: tinylora.save(model, folder, format="lora"), colocated, tmp_path)
+
+
+def vllm_samples_from(model, save, colocated, tmp_path):
+    """The engine that is there computes the adapter that `save` writes."""
+    from vllm.lora.request import LoRARequest
+
+    save(tmp_path / "lora")
     rollouts, former = colocated.vllm_generation, colocated.model
-    request = LoRARequest(str(tmp_path), 1000 + sum(map(ord, str(config))), str(tmp_path / "lora"))
+    request = LoRARequest(str(tmp_path), 1000 + sum(map(ord, str(tmp_path))), str(tmp_path / "lora"))
     kept = rollouts.llm.generate
     try:
         rollouts.llm.generate = lambda *args, **kwargs: type(rollouts.llm).generate(
@@ -173,6 +189,12 @@ def test_a_server_samples_from_the_adapted_model(tiny, tmp_path):
         trainer.vllm_generation.sync_weights()
         ours = differences(trainer).mean()
         assert ours < 0.03 and differences(trainer, adapted=False).mean() > 10 * ours
+        theirs = make(tiny, tmp_path / "out", peft_config=CONFIGS["TinyLoRA"](), max_steps=2, **where)
+        theirs.train()
+        set_numbers(theirs.model, 5)
+        theirs.vllm_generation.sync_weights()
+        ours = differences(theirs).mean()
+        assert ours < 0.03 and differences(theirs, adapted=False).mean() > 10 * ours
         again = make(tiny, tmp_path / "out", max_steps=1, **where)  # a run after a run, on the same server
         assert differences(again).mean() < 0.01
         with pytest.raises(RuntimeError, match=r"did not load the adapter[\s\S]*--enable-lora --max-lora-rank 16"):
@@ -232,6 +254,26 @@ def test_train_and_eval_from_the_command_line(tiny, tmp_path):
     run(*evaluate, "--out", tmp_path / "base.json")
     run(*evaluate, "--out", tmp_path / "ours.json", "--adapter", tmp_path / "adapter")
     run(*evaluate, "--out", tmp_path / "vllm.json", "--adapter", tmp_path / "adapter", "--vllm", several=2)
-    base, ours, vllm = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("base", "ours", "vllm"))
-    assert vllm["completions"] == ours["completions"] != base["completions"]
-    assert vllm["scores"] == ours["scores"]
+    base, ours, theirs = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("base", "ours", "vllm"))
+    assert theirs["completions"] == ours["completions"] != base["completions"]
+    assert theirs["scores"] == ours["scores"]
+
+
+@pytest.mark.parametrize(("kind", "size"), [("TinyLoRA", 5), ("LoRA", 0.2), ("AdaLoRA", 0.3), ("VeRA", 1)])
+def test_a_model_that_peft_adapted_is_a_lora_for_vllm(kind, size, colocated, tiny, tmp_path):
+    """Unmerged as well: TRL would merge it into the weights, and send these."""
+    model = peft.get_peft_model(load_model(tiny / "model", "bfloat16")[0], CONFIGS[kind]())
+    set_numbers(model, size)
+    vllm_samples_from(model, vllm._writer(model), colocated, tmp_path)
+
+
+def test_what_is_no_lora_goes_trls_way_and_says_so(tiny, tmp_path, monkeypatch):
+    """A DoRA is merged by TRL, as without us; sleep mode sends the base anew."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    taken = []
+    monkeypatch.setattr(VLLMGeneration, "_init_vllm", taken.append)  # an engine for each takes its time
+    for config, more in ((CONFIGS["LoRA"](use_dora=True), {}), (CONFIGS["LoRA"](), {"vllm_enable_sleep_mode": True})):
+        with pytest.warns(UserWarning, match=r"vLLM samples from merged weights.*(use_dora|vllm_enable_sleep_mode)"):
+            make(tiny, tmp_path, peft_config=config, **more)
+    assert len(taken) == 2 and not any(rollouts._save for rollouts in taken)

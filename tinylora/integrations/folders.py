@@ -5,11 +5,12 @@ What needs a model (which layers there are, how an adapter goes onto them) happe
 config without weights, whose layers have the right shapes and no memory behind them.
 """
 
+import collections
 import json
 import os
 import shutil
 import struct
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -122,13 +123,30 @@ class ModelFolder:
 
 def skeleton(base: ModelFolder) -> nn.Module:
     """The model of the folder's config with all its linear layers' shapes, and no memory behind any weight."""
-    model = meta_model(base.folder)
-    for name, layer in linear_layers(model).items():
+
+    def dtype(name: str) -> torch.dtype:
         stored = base.shard_of.get(f"{name}.weight")
-        dtype = DTYPES.get(stored.places[f"{name}.weight"][0], torch.float32) if stored else torch.float32
-        empty = torch.zeros((), dtype=dtype).expand(layer.weight.shape)
+        return DTYPES.get(stored.places[f"{name}.weight"][0], torch.float32) if stored else torch.float32
+
+    return _skeleton(base.folder, dtype)
+
+
+def _skeleton(config: str | os.PathLike, dtype: Callable[[str], torch.dtype]) -> nn.Module:
+    model = meta_model(config)
+    for name, layer in linear_layers(model).items():
+        empty = torch.zeros((), dtype=dtype(name)).expand(layer.weight.shape)
         layer.weight = nn.Parameter(empty, requires_grad=False)
     return model
+
+
+def peft_as_lora(adapter: str | os.PathLike, out: str | os.PathLike, config: str | os.PathLike) -> Path:
+    """Write a folder of PEFT's as a plain LoRA. Of the base its config is enough, also by its name on the Hub.
+
+    ValueError as `tinylora.load`.
+    """
+    model = _skeleton(config, lambda name: torch.float32)
+    peft_files.load_peft(model, adapter, digests=collections.defaultdict(str))
+    return peft_files.save(model, out, format="lora")
 
 
 def load_onto_skeleton(base: ModelFolder, folder: str | os.PathLike, with_base: bool = True) -> nn.Module:

@@ -16,7 +16,8 @@
     use_reentrant refused in several processes where layers share what trains: DDP would stop in the first backward
 
 Rollouts run the adapted layers, unmerged, in `model.generate` or vLLM: the base's weights are never written.
-A model that PEFT adapted passes through: TRL knows those, and only the hooks and the data order are ours.
+A model that PEFT adapted passes through: TRL knows those, and only the hooks, the data order and vLLM's unmerged
+rollouts are ours.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ from tinylora.integrations import processes, vllm
 from tinylora.integrations.run_folder import checkpoints
 from tinylora.nn import checkpoint
 from tinylora.nn.linear import Linear
-from tinylora.nn.model import STORE, adapted_layers, adapter_names, disabled, layers_with, saved_modules
+from tinylora.nn.model import STORE, adapter_names, disabled, layers_with, trained_adapter
 from tinylora.nn.saved_module import SavedModule
 
 AVERAGES = "running.safetensors"
@@ -72,8 +73,7 @@ def adapter_trainer(trainer: type) -> type:
                     raise ValueError(
                         f"{trainer.__name__} would load its reference by name, not quantised: expected a ref_model"
                     )
-            by_vllm = ours and getattr(config, "use_vllm", False)
-            rollouts = vllm.unmerged(trainer, trained_adapter(model)) if by_vllm else contextlib.nullcontext()
+            rollouts = vllm.unmerged(trainer) if getattr(config, "use_vllm", False) else contextlib.nullcontext()
             if beta:
                 config.beta = 0.0  # while it builds, for with another one it loads the base model a second time
             try:
@@ -250,14 +250,6 @@ class _InEpoch(torch.utils.data.Sampler):
 
     def __len__(self):
         return len(self.sampler)
-
-
-def trained_adapter(model: nn.Module) -> str:
-    """The name of the adapter that runs and trains. ValueError if none is active."""
-    names = {m.active for m in (*adapted_layers(model).values(), *saved_modules(model).values())} - {None}
-    if len(names) != 1:
-        raise ValueError(f"{type(model).__name__} has the active adapters {sorted(names)}, expected one to train")
-    return names.pop()
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:

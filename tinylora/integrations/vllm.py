@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import typing
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,9 +29,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinylora.integrations import peft_files, processes
+from tinylora.integrations import folders, peft_files, processes
 from tinylora.integrations.optional import needed
-from tinylora.nn.model import adapted_layers, saved_modules
+from tinylora.nn.model import adapter_names, saved_modules, trained_adapter
 
 SERVE = (
     "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank {rank} "
@@ -59,18 +60,33 @@ def refuse(model: nn.Module, config=None) -> None:
 
 
 @contextlib.contextmanager
-def unmerged(trainer: type, name: str) -> Iterator[None]:
-    """Within it a trainer of TRL's that is built samples by vLLM with the adapter `name` as a LoRA."""
+def unmerged(trainer: type) -> Iterator[None]:
+    """Within it a trainer of TRL's that is built samples by vLLM with the adapter, ours or one of PEFT's, as a LoRA."""
     needed("vllm", "vllm", "use_vllm")
     place = "VLLMGeneration"  # what a trainer samples with, by its name in the trainer's own module
     modules = {sys.modules[t.__module__] for t in trainer.__mro__ if hasattr(sys.modules[t.__module__], place)}
     with contextlib.ExitStack() as replaced:
         for module in modules:
-            replaced.enter_context(_replaced(module, place, _rollouts(getattr(module, place), name)))
+            replaced.enter_context(_replaced(module, place, _rollouts(getattr(module, place))))
         yield
 
 
-def _rollouts(generation: type, name: str) -> type:
+def _writer(model: nn.Module) -> Callable[[Path], Any] | None:
+    """What writes the model's adapter as a plain LoRA into a folder that is not there yet; None for a bare model."""
+    if adapter_names(model):
+        return functools.partial(peft_files.save, model, name=trained_adapter(model), format="lora")
+    return functools.partial(_save_of_peft, model) if hasattr(model, "peft_config") else None
+
+
+def _save_of_peft(model: nn.Module, folder: Path) -> None:
+    name = model.active_adapter
+    with tempfile.TemporaryDirectory(dir=folder.parent) as theirs:
+        model.save_pretrained(theirs, selected_adapters=[name], save_embedding_layers=False)
+        saved = Path(theirs) / (name if name != "default" else "")
+        folders.peft_as_lora(saved, folder, model.name_or_path)
+
+
+def _rollouts(generation: type) -> type:
     import requests
     from vllm.lora.request import LoRARequest
 
@@ -84,10 +100,24 @@ def _rollouts(generation: type, name: str) -> type:
         """TRL's VLLMGeneration, which hands over the adapter and not the weights."""
 
         def _init_vllm(self):
+            self._save = _writer(self.model)
+            if self._save is None:
+                super()._init_vllm()
+                return
             self._folder, self._count = Path(tempfile.mkdtemp(prefix="tinylora-vllm-")), 0
             self._folder.chmod(0o755)  # a server may be another user's
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            self._rank = _legal_rank(_rank(self._write()))
+            try:
+                self._rank = _legal_rank(_rank(self._write()))
+                if self.mode == "colocate" and self.enable_sleep_mode:
+                    raise ValueError("vllm_enable_sleep_mode is True")
+            except ValueError as reason:
+                if adapter_names(self.model):
+                    raise
+                warnings.warn(f"vLLM samples from merged weights, TRL's way with PEFT's models: {reason}", stacklevel=2)
+                self._save = None
+                super()._init_vllm()
+                return
             llm = functools.partial(theirs.LLM, enable_lora=True, max_lora_rank=self._rank, max_loras=1)
             with _replaced(theirs, "LLM", llm), _replaced(theirs, "VLLMClient", Client):
                 super()._init_vllm()
@@ -97,9 +127,14 @@ def _rollouts(generation: type, name: str) -> type:
             """The adapter as it is now, in a folder of its own; the one before the last is not read any more."""
             self._count += 1
             shutil.rmtree(self._folder / str(self._count - 2), ignore_errors=True)
-            return peft_files.save(self.model, self._folder / str(self._count), name, format="lora").parent
+            folder = self._folder / str(self._count)
+            self._save(folder)
+            return folder
 
         def sync_weights(self):
+            if self._save is None:
+                super().sync_weights()
+                return
             if self.mode == "server" and not self.accelerator.is_main_process:
                 return
             folder = self._write()
@@ -152,15 +187,15 @@ def engine(model: nn.Module, length: int) -> Iterator[Callable[[Sequence[Sequenc
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-    names = {layer.active for layer in adapted_layers(model).values()} - {None}
     refuse(model)
     with tempfile.TemporaryDirectory(prefix="tinylora-vllm-") as folder:
         how: dict[str, Any] = {}
         request = None
-        if names:
-            written = peft_files.save(model, Path(folder) / "1", names.pop(), format="lora").parent
+        if adapter_names(model):
+            written = Path(folder) / "1"
+            _writer(model)(written)
             how = {"enable_lora": True, "max_lora_rank": _legal_rank(_rank(written)), "max_loras": 1}
-            request = LoRARequest(written.parent.name, 1, str(written))
+            request = LoRARequest("adapter", 1, str(written))
         model.to("cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

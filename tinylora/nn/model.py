@@ -304,6 +304,14 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(model._modules[STORE].keys()) if STORE in model._modules else []
 
 
+def trained_adapter(model: nn.Module) -> str:
+    """The name of the adapter that runs and trains. ValueError if none is active."""
+    names = {m.active for m in (*adapted_layers(model).values(), *saved_modules(model).values())} - {None}
+    if len(names) != 1:
+        raise ValueError(f"{type(model).__name__} has the active adapters {sorted(names)}, expected one to train")
+    return names.pop()
+
+
 def shared_of(model: nn.Module, name: str) -> Shared:
     """What the root owns of an adapter. ValueError if there is none of that name."""
     if name not in adapter_names(model):
