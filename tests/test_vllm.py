@@ -271,8 +271,8 @@ def test_what_is_no_lora_goes_trls_way_and_says_so(tiny, tmp_path, monkeypatch):
     """A DoRA is merged by TRL, as without us; sleep mode sends the base anew."""
     from trl.generation.vllm_generation import VLLMGeneration
 
-    taken = []
-    monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda rollouts: taken.append(rollouts))  # an engine for each takes its time
+    taken = []  # an engine for each takes its time
+    monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda rollouts: taken.append(rollouts))
     for config, more in ((CONFIGS["LoRA"](use_dora=True), {}), (CONFIGS["LoRA"](), {"vllm_enable_sleep_mode": True})):
         with pytest.warns(UserWarning, match=r"vLLM samples from merged weights.*(use_dora|vllm_enable_sleep_mode)"):
             make(tiny, tmp_path, peft_config=config, **more)
