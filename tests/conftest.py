@@ -30,6 +30,18 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a tiny language model, the same as a chat model, and problems: model, chat, data."""
+    import tiny_gsm8k
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    tiny_gsm8k.write_problems(folder / "data")
+    tiny_gsm8k.write_chat_model(tiny_gsm8k.write_model(folder / "model"), folder / "chat")
+    return folder
+
+
 @pytest.fixture
 def poison_empty(monkeypatch):
     """Every buffer that is allocated without a value starts as NaN: a tile that nobody writes fails the test."""

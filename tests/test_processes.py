@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import tiny_gsm8k
 import torch
 from filelock import FileLock
 from two_ranks import ES, GROUP, GRPO, SFT, answers, settings
@@ -29,15 +28,6 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
 
 def environment():
     return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    tiny_gsm8k.write_problems(folder / "data")
-    tiny_gsm8k.write_chat_model(tiny_gsm8k.write_model(folder / "model"), folder / "chat")
-    return folder
 
 
 @pytest.fixture(scope="module")
