@@ -74,3 +74,29 @@ def unpatched_afterwards():
     reset_counts()
     yield
     unpatch_peft()
+
+
+@pytest.fixture
+def side_by_side(monkeypatch):
+    """Siblings' P lie as they do on a card, and not as on a CPU."""
+    monkeypatch.setattr("tinylora.nn.siblings.SIDE_BY_SIDE", ("cuda", "cpu"))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often a group computed, and how often a layer did so alone."""
+    from tinylora.ops import linear
+    from tinylora.ops.siblings import adapted_linears
+
+    counted = {"group": 0, "alone": 0}
+
+    def counting(what, function):
+        def call(*args, **kwargs):
+            counted[what] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr("tinylora.nn.siblings.adapted_linears", counting("group", adapted_linears))
+    monkeypatch.setattr("tinylora.nn.linear.unchecked", counting("alone", linear.unchecked))
+    return counted
