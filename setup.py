@@ -3,5 +3,4 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["tinylora", "tinylora.*"]), "tinylora.kernels"],
     package_dir={"tinylora.kernels": "kernels"},
-    package_data={"tinylora.kernels": ["tables/*"]},
 )

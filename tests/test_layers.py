@@ -130,6 +130,8 @@ for module in pkgutil.walk_packages(tinylora.__path__, "tinylora."):
 import torch
 layer = tinylora.Linear.from_linear(torch.nn.Linear(8, 8), tinylora.TinyLoraConfig())
 assert layer(torch.randn(2, 8)).shape == (2, 8)
+from tinylora.kernels import tiles
+assert tiles.table((9, 0)), "the launch shapes that were tuned are not installed"
 print(tinylora.__file__, list(tinylora.kernels.__path__)[0])
 """
 
@@ -143,6 +145,7 @@ def test_the_wheel_holds_what_it_must_and_works_elsewhere(wheel, tmp_path):
     expected |= {f"tinylora/{p.relative_to(ROOT)}" for p in python_files("kernels")}
     assert code == expected
     assert {str(p.relative_to(ROOT)) for p in (ROOT / "tinylora" / "recipes").glob("*.json")} <= names
+    assert {f"tinylora/{p.relative_to(ROOT)}" for p in (ROOT / "kernels" / "tables").glob("*.json")} <= names
     assert any(n.endswith("licenses/LICENSE") for n in names) and any(n.endswith("entry_points.txt") for n in names)
     where = run(sys.executable, "-c", IMPORT_ALL, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).split()
     assert where == [str(tmp_path / "site/tinylora/__init__.py"), str(tmp_path / "site/tinylora/kernels")]
