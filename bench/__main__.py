@@ -392,6 +392,7 @@ def _model(results, device, args, started) -> None:
     except ImportError as error:
         results.add(rows.Row("model", model.MODEL, "all", "", "", note=f"not measured: {error}"))
         return
+    model.lost(results, device)
     if args.what:
         model.run(results, device, tuple(args.dtypes), args.budget)
     else:  # a slow start-up on a busy machine must not eat what the linear layers need

@@ -126,7 +126,7 @@ def _cell(plan, case, weight64, present, layer, dtype, M, budget, results, devic
             for name, t in times.items():
                 row = _row(plan, layer, dtype, M, name, pass_)
                 row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds
-                row.ratio_to_bare = t.p50 / times[who.BARE].p50 if who.BARE in times else None
+                row.ratio_to_bare = t.over(times[who.BARE]) if who.BARE in times else None
                 directions = 2 if pass_ == BOTH else 1
                 row.tflops = directions * 2 * M * layer.N * layer.K / t.p50 / 1e9
                 row.gb_per_s = directions * size * (layer.N * layer.K + M * (layer.N + layer.K)) / t.p50 / 1e6

@@ -19,6 +19,7 @@ from bench.svd import no_cache
 
 MODEL = "all-MiniLM-L6-v2"
 PASSES = (FORWARD, "training step")
+LOST = "update lost"  # the layer of rows that say what merging rounds away
 TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 SENTENCES = (
     "Learning to reason in thirteen parameters.",
@@ -157,9 +158,29 @@ def run(
 
                 times = timing.alternate(calls, lambda i: None, 1, share, device, graphs=False, failed=failed)
                 for name, t in times.items():
-                    ratio = t.p50 / times[who.BARE].p50 if who.BARE in times else None
+                    ratio = t.over(times[who.BARE]) if who.BARE in times else None
                     row(name, pass_, p50_ms=t.p50, p20_ms=t.p20, p80_ms=t.p80, rounds=t.rounds, ratio_to_bare=ratio)
                 bar.update()
+
+
+def lost(results: Results, device: torch.device, dtype: str = "bf16", r: int = 2, u: int = 13) -> None:
+    """What merging loses, ‖round(W + Δ) − W − Δ‖ / ‖Δ‖ over all layers, for v as small as training leaves it."""
+    import tinylora
+
+    with no_cache():
+        model, (v,) = _adapt(who.OURS, load(DTYPES[dtype], device), r, u)
+    drawn = torch.randn(v.shape, generator=torch.Generator().manual_seed(0)).to(v)
+    for size in (0.001, 0.01, 0.1):
+        with torch.no_grad():
+            v.copy_(size * drawn)
+            rounded, whole = 0.0, 0.0
+            for layer in (m for m in model.modules() if isinstance(m, tinylora.Linear)):
+                factors, W = layer.adapters["default"].factors(), layer.weight.double()
+                delta = factors.up_core(torch.float64) @ factors.down.double()
+                rounded += ((W + delta).to(layer.weight.dtype).double() - W - delta).square().sum().item()
+                whole += delta.square().sum().item()
+        note = f"{math.sqrt(rounded / whole):.0%}"
+        results.add(Row("model", MODEL, LOST, "merged", f"v of {size:g}", None, None, None, r, u, dtype, note=note))
 
 
 def _errors(adapted: Adapted, inputs) -> dict[str, float]:

@@ -12,11 +12,14 @@ from bench import block, demo_tables, peft, roofline
 from bench import providers as who
 from bench.layer import CAPTURED, NF4
 from bench.linear import PASSES, R, U
+from bench.model import LOST
 from bench.rows import Row, Unusable, new_figure, read
 
 HOW = """Every figure is a row in a CSV beside this file, with its commit, device and versions. Where tinylora loses,
 the row stays. `python -m bench` measures, `python -m bench table` writes this file."""
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+IN_ALL = """In the last row attention and the head are made batch invariant, too, by the benchmark: transformers' own
+attention rounds a token by how many there are. Which operations do stands in the CSV, one by one."""
 BARS = {who.PEFT: 0.85, who.BARE: 1.25}  # ours over each, at most, on a CPU
 BAR_ROWS = 16  # the bars are about M of at least this
 
@@ -82,6 +85,17 @@ def means(rows: list[Row]) -> tuple[list[str], list[list]]:
             lines.append([dtype, pass_, len(group), *(_mean(over(group, a, b)) for a, b in columns)])
     headers = ["dtype", "pass", "cells", "ours / PEFT", "ours / bare", "PEFT / bare", "PEFT same dtype / bare"]
     return [*headers, "plain / bare", "compiled / bare"], lines
+
+
+def _shapes(cells: Iterable[tuple]) -> str:
+    """Which layers and rows there are: a run may have ended before the last."""
+    layers, Ms = defaultdict(list), sorted({key[3] for key in cells})
+    for model, layer in dict.fromkeys(key[:2] for key in cells):
+        layers[model].append(layer)
+    return (
+        "; ".join(f"{model}'s {', '.join(found)}" for model, found in layers.items())
+        + f"; M = {', '.join(map(str, Ms))}"
+    )
 
 
 def _mean(ratios: list[float]) -> str:
@@ -318,6 +332,8 @@ def summary(rows: list[Row]) -> str:
             line = f"{dtype}, {'<' if M < BAR_ROWS else '≥'} {BAR_ROWS} rows"
             together["linear layers of a block", line, pass_.removesuffix(", eager")].append(cell)
     for (_, _, dtype, _, pass_, *_), cell in sorted(barred(rows).items()):
+        if on_gpu:  # the block says more, of all its layers
+            break
         together[f"one linear layer, ≥ {BAR_ROWS} rows", dtype, pass_].append(cell)
     for (size, adapter, pass_, _), cell in _by(rows, "peft", lambda r: (r.model, r.layer, r.pass_, r.dtype)):
         together[patched, f"{size}: {pass_}", adapter].append(cell)
@@ -329,7 +345,7 @@ def summary(rows: list[Row]) -> str:
     for (model, batch, mode), cell in _by(rows, "rollout", lambda r: (r.model, r.M, r.mode)):
         for name in cell:
             if name.startswith(who.OURS):
-                extra = name.removeprefix(who.OURS)
+                extra = name.removeprefix(who.OURS).replace(" 1 adapters", " 1 adapter")
                 beside = (who.BARE,) if extra else (who.BARE, who.PEFT)  # PEFT's runs one adapter, as ours plain
                 one = {n: cell[n] for n in (name, *beside) if n in cell}
                 column = "in CUDA graphs" if mode == CAPTURED else "generate()"
@@ -345,10 +361,15 @@ def _asides(rows: list[Row]) -> list[str]:
         lines.append([f"start-up of one {shape} layer, {spectrum}", *seconds])
     agreed = [r for r in rows if r.op == "rollout" and r.layer == "agreement"]
     drift = {r.provider: r.note for r in agreed if r.note.startswith("|Δ") and "mean " in r.note}
-    for name, what in ((who.OURS, "unmerged"), (who.INVARIANT, "batch_invariant"), ("merged", "merged into bf16")):
-        if name in drift:
-            means = [drift[n].split("mean ")[1].split(",")[0] if n in drift else "" for n in (name, who.PEFT)]
-            lines.append([f"rollout against training, mean \\|Δ log p\\|, {what}", *means[: 2 - (name != who.OURS)]])
+    mean = {name: note.split("mean ")[1].split(",")[0] for name, note in drift.items()}
+    of = [drift[who.OURS].rpartition("over ")[2]] if who.OURS in drift else []
+    of += [f"{mean[who.BARE]} without an adapter"] if who.BARE in mean else []
+    for name, what in ((who.OURS, "unmerged"), (who.INVARIANT, "all batch invariant"), ("merged", "merged into bf16")):
+        if name in mean:
+            means = [mean.get(n, "") for n in (name, who.PEFT)][: 2 - (name != who.OURS)]
+            lines.append([f"rollout against training, mean \\|Δ log p\\| ({'; '.join(of)}), {what}", *means])
+    for r in (r for r in rows if r.op == "model" and r.layer == LOST):
+        lines.append([f"of the update, lost by merging it into {r.dtype} ({r.model}, {r.pass_})", r.note])
     return [tabulate(lines, ["", "ours", "PEFT"], "github", disable_numparse=True)] if lines else []
 
 
@@ -369,8 +390,8 @@ def markdown(rows: list[Row]) -> str:
     if "linear" in ops:
         headers, lines = means(rows)
         parts.append(
-            f"One adapted linear layer (TinyLoRA, r = {R}): time over another's, geometric means over the shapes of "
-            f"Qwen2.5 0.5B to 7B at M ≥ {BAR_ROWS} rows, each over the cells that have both.\n\n"
+            f"One adapted linear layer (TinyLoRA, r = {R}): time over another's, geometric means over the cells that "
+            f"have both: {_shapes(barred(rows))}.\n\n"
             + tabulate(lines, headers, tablefmt="github", disable_numparse=True)
         )
     if "layer" in ops:
@@ -392,9 +413,9 @@ def markdown(rows: list[Row]) -> str:
         brief = [r for r in brief if ", all but " not in r.provider]
         parts.append(
             "Rollouts with the adapter in place (random weights, bf16; every model, the base too, gets a head whose "
-            "input is contiguous, without which a CPU copies the head's weight once per sequence). In the last row "
-            "attention and the head are made batch invariant, too, by the benchmark: transformers' own attention "
-            "rounds a token by how many there are. Which operations do stands in the CSV, one by one.\n\n"
+            "input is contiguous, without which a CPU copies the head's weight once per sequence). "
+            + IN_ALL * any(r.provider == who.INVARIANT and r.layer == "agreement" for r in brief)
+            + "\n\n"
             + rollout_table(brief)
         )
     if "folders" in ops:

@@ -285,7 +285,7 @@ class Contest:
             for name, t in times.items():
                 found = {"p50_ms": t.p50, "p20_ms": t.p20, "p80_ms": t.p80, "rounds": t.rounds}
                 note = f"{batch * new / t.p50 * 1e3:.1f} tokens/s{notes.get(name, '')}"
-                row(mode, name, **found, ratio_to_bare=base and t.p50 / base.p50, note=note)
+                row(mode, name, **found, ratio_to_bare=base and t.over(base), note=note)
 
         for name, why in self.absent.items():
             for mode in (EAGER, CAPTURED) if cuda else (EAGER,):

@@ -20,6 +20,7 @@ from bench import providers as who
 from bench import shapes, timing
 from bench.linear import BOTH, DTYPES, PASSES
 from bench.rows import Row, device_name
+from tinylora.kernels import tiles
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,6 @@ EXTRA: dict[str, tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]
     who.ALONE: (((2, 0),), ((0, 2), SMALL)),
     who.OURS: (((2, 0),), ((0, 2), SMALL)),  # the forward's once for a group
 }
-DECODE_ROWS = 128  # up to here ours computes z on the way: no kernel beside the one that streams W
 
 
 def modelled(provider: str, work: Iterable[Group], M: int, ceilings: Ceilings, pass_: str) -> float:
@@ -119,7 +119,7 @@ def modelled(provider: str, work: Iterable[Group], M: int, ceilings: Ceilings, p
 
     seconds = bound(work, M, 0, "bf16", 2, ceilings, pass_)
     forward, backward = EXTRA[provider]
-    if provider in (who.ALONE, who.OURS) and M <= DECODE_ROWS:
+    if provider in (who.ALONE, who.OURS) and M <= tiles.DECODE_ROWS_HOPPER:  # z on the way, or beside what streams W
         forward, backward = (), (SMALL,)
     for g in work:
         shared = provider == who.OURS

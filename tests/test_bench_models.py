@@ -92,6 +92,10 @@ def test_model(tmp_path, monkeypatch):
         model.run(again, CPU, dtypes=("fp32",), budget=0.1, sentences=2, tokens=16)
     kept = [r.pass_ for r in rows.read(again.path) if r.provider == "peft" and r.p50_ms]
     assert sorted(kept) == ["forward", "startup", "training step"]
+    with rows.Results(tmp_path / "lost", CPU) as merged:
+        model.lost(merged, CPU)
+    shares = [int(r.note.removesuffix("%")) for r in merged.rows]
+    assert 100 > shares[0] > 2 * shares[1] > 4 * shares[2] > 0  # a step of bf16 is larger than a small update
 
 
 def test_rollout_measures_speed_and_agreement(tmp_path, monkeypatch):

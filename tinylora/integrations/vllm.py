@@ -1,9 +1,9 @@
 """Rollouts and answers by vLLM with the adapter unmerged: TRL's trainers with `use_vllm`, `tinylora eval --vllm`.
 
 TRL merges PEFT's adapter into the weights and sends all of them to vLLM after every step: at 7B in bf16 that is 15 GB
-for 13 numbers, and most of so small an update is rounded away. Any adapter of ours is a plain LoRA, exactly
-(A = down, B = up core), and vLLM computes a LoRA beside the frozen product: what it samples from has the whole update.
-After each step the LoRA is written into a folder (20 MB for 7B, r = 2) and vLLM reads it there.
+for 13 numbers, and a part of so small an update is rounded away (bench/model.py, `lost`). Any adapter of ours is a
+plain LoRA, exactly (A = down, B = up core), and vLLM computes a LoRA beside the frozen product: what it samples from
+has the whole update. After each step the LoRA is written into a folder (20 MB for 7B, r = 2) and vLLM reads it there.
 
     colocate  the engine that the trainer builds takes LoRAs
     server    `SERVE`, on whichever GPUs, as long as it sees the folder (in TMPDIR) by the same path

@@ -59,8 +59,10 @@ def apply(
     """Put an adapter on a model, in place, and make it the active one: W' = W + U C D. Returns the model.
 
     Every target (`config.target_modules`) becomes a `tinylora.Linear` around its own weight; everything but the
-    adapter is frozen. The model's outputs are unchanged until the adapter is trained. Decomposing the weights
-    shows a progress bar and is cached on disk (~/.cache/tinylora), so that it happens once for a checkpoint.
+    adapter is frozen. By default these are the linear layers of the model's blocks, but for gates of one number,
+    experts that lie in one tensor (with a warning) and layers whose parent reads their weight and does not call them
+    (Mamba's, WavLM's attention). The model's outputs are unchanged until the adapter is trained. Decomposing the
+    weights shows a progress bar and is cached on disk (~/.cache/tinylora): it happens once for a checkpoint.
 
     Several adapters can live on a model under different names; `tinylora.activate` switches.
 
