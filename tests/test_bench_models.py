@@ -16,6 +16,14 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.fixture(autouse=True)
+def no_shapes_of_another_config():
+    """What a test computes from a config of its own is not there for the next."""
+    yield
+    for remembered in (shapes.models, shapes.layers):
+        remembered.cache_clear()
+
+
 def test_svd(monkeypatch, tmp_path):
     pytest.importorskip("peft")
     with rows.Results(tmp_path, CPU) as results:
