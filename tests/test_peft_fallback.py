@@ -84,7 +84,7 @@ def test_autocast_compiles_in_one_graph():
             eager = layer(x)
             compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
         assert compiled.dtype == eager.dtype
-        torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(compiled, eager, rtol=2**-7, atol=2**-8)
 
 
 def test_autocast_leaves_fp64_alone():

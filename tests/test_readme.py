@@ -42,5 +42,11 @@ def test_commands_and_links_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"^make ([a-z-]+)", README, re.M)) <= targets
     assert set(re.findall(r"`make ([a-z-]+)`", README + (ROOT / "CONTRIBUTING.md").read_text())) <= targets
-    for link in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "kernels" / "README.md"]
+    for page in [*pages, ROOT / "bench" / "results" / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(((?!http)[^)\s]+)\)", page.read_text()):
+            where, _, heading = link.partition("#")
+            target = page.parent / where if where else page
+            assert target.exists(), f"{page}: {link}"
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.M) if heading else []
+            assert not heading or heading in {h.lower().replace(" ", "-") for h in headings}, f"{page}: {link}"

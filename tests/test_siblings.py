@@ -225,7 +225,7 @@ def test_autocast_on_a_bf16_base(calls):
     with torch.autocast("cpu", torch.bfloat16):
         got, expected = (m(tokens()).logits for m in (model, alone))
     assert calls["group"] == 4
-    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2**-8)  # the adapter's part is 0.06
 
 
 def test_generate_with_a_different_adapter_per_prompt():

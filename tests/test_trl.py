@@ -199,8 +199,16 @@ def test_rloo_has_the_same_reference(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(trl, "GRPOConfig", trl.RLOOConfig)
     trainer = plain(tiny, tmp_path, adapter_trainer(trl.RLOOTrainer), bf16=False)
     assert trainer.beta == trainer.args.beta == 0.05 and not isinstance(trainer.ref_model, torch.nn.Module)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "fused_lm_head": True}
+    expected = trainer.ref_model(**inputs).log_probs  # v is still zero
+    with torch.no_grad():
+        for p in tinylora.adapter_parameters(trainer.model):
+            p.fill_(0.3)
+    assert torch.equal(trainer.ref_model(**inputs).log_probs, expected)
+    assert (trainer.model(**inputs).log_probs - expected).abs().max() > 1e-2
     trainer.train()
-    assert abs(trainer.state.log_history[0]["kl"]) < 1e-6  # v is still zero
+    assert trainer.state.log_history[0]["kl"] > 0
     with pytest.raises(ValueError, match="args is missing, expected RLOOTrainer's"):
         adapter_trainer(trl.RLOOTrainer)(model=trainer.model, reward_funcs=[])
 
