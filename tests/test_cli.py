@@ -79,6 +79,7 @@ def test_info(tmp_path, capsys, monkeypatch):
     shown = dict(line.split(maxsplit=1) for line in out.splitlines() if len(line.split()) > 1)
     assert code == 0 and shown["adapter"] == "tinylora" and shown["n_tie"] == "7"
     assert "trained numbers  10" in out and "rebuilt from the base model" in out
+    assert "every linear layer in a block" in out and "by n_tie" in out
 
 
 def test_help_and_version_as_a_module():

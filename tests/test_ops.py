@@ -268,6 +268,8 @@ def broken(**changes):
         ({"x": torch.tensor(1.0)}, r"x has shape (), expected (..., 16)"),
         ({"weight": torch.randn(8)}, r"weight has shape (8,), expected two dimensions (N, K)"),
         ({"down": torch.randn(2, 15)}, r"down has shape (2, 15), expected (r, 16)"),
+        ({"down": None}, r"down is a NoneType, expected a tensor"),
+        ({"bias": [0.0]}, r"bias is a list, expected a tensor"),
         ({"down": torch.randn(0, 16)}, r"down has shape (0, 16), expected (r, 16)"),
         (
             {"up": torch.randn(9, 2)},

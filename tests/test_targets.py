@@ -154,3 +154,10 @@ def test_linear_layers_of_other_classes_are_said():
     with pytest.warns(UserWarning, match=r"layers.0.self_attn.q_proj .1 of the kind. is a ParametrizedLinear"):
         tinylora.apply(model, tinylora.TinyLoraConfig())
     assert len(adapted_layers(model)) == 13
+
+
+def test_a_model_without_blocks_says_what_to_name():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    with pytest.raises(ValueError, match=r"none of its linear layers lies in a block .*: name some, \['0', '2'\]"):
+        tinylora.apply(model, tinylora.TinyLoraConfig())
+    tinylora.apply(model, tinylora.TinyLoraConfig(target_modules=["0", "2"]))

@@ -54,14 +54,21 @@ def _parser() -> argparse.ArgumentParser:
         description="How many numbers an adapter trains on a model, without loading its weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    params.add_argument("--config", required=True, help="a config.json, a model folder, or a model's name on the Hub")
+    params.add_argument(
+        "--config",
+        required=True,
+        default=argparse.SUPPRESS,
+        help="a config.json, a model folder, or a model's name on the Hub",
+    )
     params.add_argument("--r", type=int, nargs="+", default=[2], help="rank of TinyLoRA's and LoRA-XS's frozen factors")
     params.add_argument("--lora-r", type=int, nargs="+", default=[1, 8], help="rank of LoRA, AdaLoRA and Tied-LoRA")
     params.add_argument("--vera-r", type=int, nargs="+", default=[256], help="rank of VeRA")
     params.add_argument("--u", type=int, nargs="+", default=[1], help="TinyLoRA: length of each v")
     params.add_argument("--n-tie", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="TinyLoRA: modules to a v")
     params.add_argument("--tying", choices=TYINGS, default="tiled", help="TinyLoRA: which modules share a v")
-    params.add_argument("--target-modules", nargs="+", help="names, such as q_proj; default: all linears in blocks")
+    # .0s: the formatter adds a default, None, to whatever does not show one
+    what = "names, such as q_proj (default: all linear layers in blocks)%(default).0s"
+    params.add_argument("--target-modules", nargs="+", help=what)
     params.set_defaults(run=_params)
 
     convert = commands.add_parser(
@@ -174,9 +181,10 @@ def _invariant(device: torch.device, path: str) -> str:
 def _adapter_rows(folder: str) -> list[tuple[str, object]]:
     header, tensors = read(f"{folder}/{FILE}")
     trained = numbers_in(tensors)
+    unset = {"target_modules": "every linear layer in a block", "groups": "by n_tie", "modules_to_save": "none"}
     return [
         ("adapter", header["config"].pop("kind")),
-        *header["config"].items(),
+        *((name, unset.get(name, "") if value is None else value) for name, value in header["config"].items()),
         ("modules", header["modules"]),
         ("trained numbers", sum(t.numel() for t in trained.values())),
         ("frozen factors", "in the file" if header["factors"] else "rebuilt from the base model"),

@@ -23,6 +23,14 @@ CONFIGS: dict[str, type[AdapterConfig]] = {
 }
 
 
+def refuse_no_config(config: Any) -> None:
+    """ValueError unless it is a config of one of these adapters."""
+    if not isinstance(config, AdapterConfig):
+        what = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"
+        names = ", ".join(f"{c.__name__}(..)" for c in CONFIGS.values())
+        raise ValueError(f"config is {what}, expected one of {names}")
+
+
 def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
     """The config that `AdapterConfig.to_dict` wrote. ValueError names an unknown kind or field."""
     values = dict(values)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylora.adapters import Adapter, AdapterConfig, own_storages
+from tinylora.adapters import Adapter, AdapterConfig, own_storages, refuse_no_config
 from tinylora.adapters.sharded import in_pieces
 from tinylora.nn.kept import Kept, Operands
 from tinylora.ops import adapted_linear
@@ -95,6 +95,7 @@ class Linear(nn.Linear):
         from tinylora.nn.four_bit import is_four_bit
         from tinylora.nn.model import attach, wrapped
 
+        refuse_no_config(config)
         if type(linear) is not nn.Linear and not is_four_bit(linear):
             raise ValueError(
                 f"linear is a {type(linear).__name__}, expected a torch.nn.Linear or a bitsandbytes.nn.Linear4bit"

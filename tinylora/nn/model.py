@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tinylora.adapters import AdapterConfig, Shared
+from tinylora.adapters import AdapterConfig, Shared, refuse_no_config
 from tinylora.adapters.factor_cache import digest
 from tinylora.adapters.sharded import in_pieces, is_dtensor, of_zero3, shape_of
 from tinylora.nn.four_bit import FourBitLinear, dense_weight, is_four_bit, keep_as_loaded
@@ -73,10 +73,12 @@ def apply(
     the training forward's; what else of the model depends on the batch stays so (attention, the head). Siblings
     then compute alone. False leaves layers that another adapter is on as they are.
 
-    ValueError: nothing to adapt, a rank above a layer's size, a name in use or with a dot, weights not loaded yet,
-    modules_to_save that are not there or hold an adapter, a model that is merged, within `adapter_ids` or `disabled`,
-    compiled, adapted by PEFT or sharded already (tensor parallelism goes, with adapters whose core alone trains).
+    ValueError: no config, nothing to adapt, a rank above a layer's size, a name in use or with a dot, weights not
+    loaded yet, modules_to_save that are not there or hold an adapter, a model that is merged, within `adapter_ids` or
+    `disabled`, compiled, adapted by PEFT or sharded already (tensor parallelism goes, with adapters whose core alone
+    trains).
     """
+    refuse_no_config(config)
     targets = find_targets(model, config.target_modules)
     left = several_in_one(model) if config.target_modules is None else []
     if left:
@@ -392,8 +394,8 @@ def _trains(model: nn.Module, name: str) -> list[nn.Parameter]:
     return list(trained_numbers(model, name).values())
 
 
-def activate(model: nn.Module, name: str | None) -> None:
-    """Make an adapter the one that runs and trains; None is the base model.
+def activate(model: nn.Module, name: str | None) -> nn.Module:
+    """Make an adapter the one that runs and trains; None is the base model. Returns the model.
 
     What ran before does not train any more: where two take turns within one loss, activate the one that trains again
     before its backward. A persistent manager of transformers' generate_batch keeps keys and values of before: destroy
@@ -410,6 +412,7 @@ def activate(model: nn.Module, name: str | None) -> None:
         layer.active = name if name in layer.adapters else None
     for module in saved_modules(model).values():
         module.active = name if name in module.copies else None
+    return model
 
 
 # Of each model within `disabled`: who disabled it, how many of these contexts are open, what was active before.

@@ -19,7 +19,11 @@ def autocasts(device: str) -> bool:
 
 def check(x, weight, down, core, up, bias, adapter_ids, basis) -> None:
     """ValueError, naming the operand, what came and what was expected, unless everything fits together."""
-    if not fits(x, weight, down, core, up, bias, adapter_ids, basis):
+    try:
+        good = fits(x, weight, down, core, up, bias, adapter_ids, basis)
+    except (AttributeError, TypeError):  # something that is no tensor
+        good = False
+    if not good:
         explain(x, weight, down, core, up, bias, adapter_ids, basis)
 
 
@@ -53,6 +57,11 @@ def fits(x, weight, down, core, up, bias, adapter_ids, basis) -> bool:
 
 def explain(x, weight, down, core, up, bias, adapter_ids, basis) -> None:
     """The whole check: the first thing that does not fit is a ValueError."""
+    operands = {"x": x, "weight": weight, "down": down, "up": up}
+    operands |= {"core": core, "bias": bias, "adapter_ids": adapter_ids, "basis": basis}
+    for name, t in operands.items():
+        if not hasattr(t, "dtype") and (t is not None or name in ("x", "weight", "down", "up")):
+            raise ValueError(f"{name} is a {type(t).__name__}, expected a tensor")
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected two dimensions (N, K)")
     N, K = weight.shape
