@@ -145,7 +145,7 @@ def scenarios(tiny, out):
         """The user's own: docs/grpo.py, which sends the frozen factors from rank 0 at every forward (DDP's default)."""
         path = Path(__file__).parents[1] / "docs" / "grpo.py"
         data = str(tiny / "data" / "train.jsonl")
-        sys.argv = [str(path), str(tiny / "chat"), data, str(out / "script"), "2"]
+        sys.argv = [str(path), str(tiny / "chat"), data, str(out / "script"), "--steps", "2"]
         return {"numbers": [flat(tinylora.adapter_parameters(runpy.run_path(str(path))["model"]))]}
 
     yield "script", script
