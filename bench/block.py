@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import providers as who
@@ -19,7 +20,7 @@ from bench.providers import Factors
 
 NAMES = tuple(name for group in shapes.SIBLINGS for name in group)
 INPUTS = ("x of q, k, v", "x of o", "x of gate, up", "x of down")
-PROVIDERS = (who.BARE, who.PEFT, who.PEFT_SAME_DTYPE, who.ADDMM, who.COMPILED_ADDMM, who.ALONE, who.OURS)
+PROVIDERS = (who.BARE, who.FUSED, who.PEFT, who.PEFT_SAME_DTYPE, who.ADDMM, who.COMPILED_ADDMM, who.ALONE, who.OURS)
 FOUR_BIT_PROVIDERS = (who.BARE, who.OURS)  # PEFT's TinyLoRA does not take them, and siblings run alone
 
 
@@ -139,6 +140,8 @@ class Case:
             raise ValueError(f"provider is {name!r}, expected one of {', '.join(FOUR_BIT_PROVIDERS)} on four bits")
         if name in (who.ADDMM, who.COMPILED_ADDMM):
             return _addmm(name, self)
+        if name == who.FUSED:
+            return _fused(self)
         make = {who.BARE: _bare, who.PEFT: _peft, who.PEFT_SAME_DTYPE: _peft, who.ALONE: _ours, who.OURS: _ours}
         return Provider(name, [make[name](name, self, self.block(i)) for i in range(self.buffers)])
 
@@ -164,6 +167,25 @@ def _linear_4bit(K: int, N: int, bias: bool, dtype: torch.dtype) -> nn.Linear:
 
 def _bare(name, case, block):
     return block, []
+
+
+def _fused(case: Case) -> Provider:
+    """Siblings' weights below each other: four products, and the seven outputs as views of theirs."""
+
+    def copy(i):
+        wide = []
+        for group in shapes.SIBLINGS:
+            bias = [case.biases[name] for name in group]
+            weight = torch.cat([case.weights[i][name] for name in group])
+            wide.append((weight, None if bias[0] is None else torch.cat(bias), [case.shape[name][0] for name in group]))
+
+        def forward(*xs):
+            found = zip(xs, wide, strict=True)
+            return tuple(y for x, (W, b, Ns) in found for y in F.linear(x, W, b).split(Ns, -1))
+
+        return forward, []
+
+    return Provider(who.FUSED, [copy(i) for i in range(case.buffers)])
 
 
 def _peft(name, case, block):
@@ -291,7 +313,7 @@ class Gate:
     def admit(self, provider: Provider) -> None:
         """Raise WrongResult unless every copy's numbers are as good as PyTorch's own."""
         for i, (_, trains) in enumerate(provider.copies):
-            if provider.name != who.BARE and len(trains) != len(NAMES):
+            if provider.name not in (who.BARE, who.FUSED) and len(trains) != len(NAMES):
                 raise WrongResult(f"{len(trains)} of {len(NAMES)} adapters train")
             ys = provider.forward(i, self.xs)
             quiet = {f"y of {name}": y[0, self.rows] for name, y in zip(NAMES, ys, strict=True)}

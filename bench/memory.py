@@ -16,7 +16,8 @@ from bench.linear import BOTH, DTYPES, R, U
 from bench.rows import Results, Row
 
 KEPT = "kept"
-PROVIDERS = tuple(name for name in block.PROVIDERS if name != who.COMPILED_ADDMM)  # which keeps what its code does
+# The compiled one keeps what its code does, the fused one what the bare one does.
+PROVIDERS = tuple(name for name in block.PROVIDERS if name not in (who.COMPILED_ADDMM, who.FUSED))
 
 
 def kept(provider: block.Provider, xs: list[Tensor], weights: set[int]) -> int:

@@ -20,7 +20,8 @@ BARE, PEFT, PEFT_SAME_DTYPE, PLAIN, COMPILED, OURS = NAMES = (
 
 INVARIANT = f"{OURS}, batch_invariant"  # the same layer with rows that do not depend on each other; on request alone
 # Where a whole block of layers is measured (`bench layer`), also:
-ADDMM, COMPILED_ADDMM, ALONE = (
+FUSED, ADDMM, COMPILED_ADDMM, ALONE = (
+    "bare, fused",  # q, k and v as one bare layer, gate and up as another: what siblings are to be held to
     "addmm",  # a careful user's own autograd function: one in-place addmm in each direction
     "compiled addmm",  # torch.compile of it
     "ours, no siblings",  # tinylora.apply(..., siblings=False): every layer by itself
