@@ -265,7 +265,7 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0), planned: bool = T
                 (scratch, "kept_by_stream", lambda device: True),
                 (scratch, "_to_keep", lambda make: make()),
                 (planning, "KNOWN", planned and planning.KNOWN),
-                (operator, "_computes", computes),
+                (operator, "computing", computes),
                 (Kept, "pays", staticmethod(lambda x: True)),
             ):
                 stack.enter_context(mock.patch.object(owner, name, stub))

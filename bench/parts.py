@@ -119,7 +119,7 @@ def _matmul(M, N, K, transposed, buffers, device) -> Cell:
 
     xs, ws, up, rows = _operands(M, N, K, transposed, buffers, device)
     ys = [torch.empty(M, N, dtype=torch.bfloat16, device=device) for _ in xs]
-    capability = fused._capability(device)
+    capability = fused.kernel_capability(device)
     chip, thin = tiles.card(capability), tiles.thin_tile(M, K, R, torch.bfloat16, capability)
     descriptors = fits_descriptors(xs[0], ws[0])
     tile = tiles.gemm_tile(M, N, chip, descriptors and chip.bulk_copies, thin.width, descriptors)
@@ -148,7 +148,7 @@ def _thin(M, N, K, transposed, buffers, device) -> Cell:
     xs += [xs[0].clone() for _ in range(1, buffers)]
     down, core, rows = _normal(R, K, scale=K**-0.5, device=device, seed=2), Core(), some_rows(M, device)
     up = down.T.contiguous().T  # the backward's: t = dY U with U [K, r] in memory
-    tile = tiles.thin_tile(M, K, R, torch.bfloat16, fused._capability(device))
+    tile = tiles.thin_tile(M, K, R, torch.bfloat16, fused.kernel_capability(device))
 
     def pass_over(factor):
         return lambda i: thin(xs[i], factor, core, tile, "ieee", want_s=True)[0]

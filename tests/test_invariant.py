@@ -236,10 +236,10 @@ def test_where_it_cannot_be_had_is_an_error(monkeypatch):
         is_cpu, device = False, "cuda:0"
 
     monkeypatch.setattr("tinylora.ops.linear.route_of", lambda *_: (dispatch.TORCH, "an operand is torch.float64"))
-    from tinylora.ops.linear import _computes
+    from tinylora.ops.linear import computing
 
     with pytest.raises(ValueError, match=r"batch_invariant is True on cuda:0, but no kernel takes.*torch.float64"):
-        _computes(OnGpu(), None, None, None, None, True)
+        computing(OnGpu(), None, None, None, None, True)
 
 
 @pytest.mark.parametrize("core", ["mixed-rows"])

@@ -27,7 +27,7 @@ MIXED_INSIDE = 512
 MIXED_RANK = 32
 
 
-def _capability(device: torch.device) -> tuple[int, int] | None:
+def kernel_capability(device: torch.device) -> tuple[int, int] | None:
     """The card's, or None in the interpreter, whose tensors are a CPU's: others need not read the environment."""
     return None if device.type == "cpu" and interpreting() else capability_of(device)
 
@@ -204,7 +204,7 @@ def _way(
             return (x if isinstance(x, Tensor) else x[0]).new_empty(shape), z
 
         return Way(nothing)
-    precision, capability = _precision(), _capability(device)
+    precision, capability = _precision(), kernel_capability(device)
     copies = isinstance(x, Tensor) and xs[0].data_ptr() != x.data_ptr()
     if pin:
         # A view of x that bulk copies refuse must not take another path than its rows do elsewhere.
@@ -370,7 +370,7 @@ def add_low_rank(
     if way is None:
 
         def make() -> tuple[Plan, Plan]:
-            thin, expand = tiles.added(*x.shape, len(down), x.dtype, _capability(x.device))
+            thin, expand = tiles.added(*x.shape, len(down), x.dtype, kernel_capability(x.device))
             reduce = plan_thin(x, down, core, thin, _precision(), want_s=True)
             return reduce, plan_gemm(None, None, y, thin.width, up, None, expand, _precision())
 
@@ -568,7 +568,7 @@ def _thin_alone(dy: Operand, up: Tensor, theirs: Core) -> Tensor:
     key = ("thin", kinds, _kind(up), _kind_of_core(theirs), torch.get_float32_matmul_precision())
     way = ways.get(key)
     if way is None:
-        tile = tiles.thin_tile(first.shape[0], *up.shape, first.dtype, _capability(first.device))
+        tile = tiles.thin_tile(first.shape[0], *up.shape, first.dtype, kernel_capability(first.device))
         way = _remembered(key, first.device, lambda: plan_thin(dy, up.T, theirs, tile, _precision(), want_s=False))
     return way.run(dy, up, theirs)[0]
 
@@ -590,7 +590,7 @@ def _core_way(t: Tensor, z: Tensor, ours: Core, dtype: torch.dtype) -> Plan:
     way = ways.get(key)
     if way is None:
         adapters = values.shape[0] if ids is not None else 1
-        tile = tiles.core_gradient_tile(*t.shape, adapters, dtype, _capability(t.device))
+        tile = tiles.core_gradient_tile(*t.shape, adapters, dtype, kernel_capability(t.device))
         way = _remembered(key, t.device, lambda: plan_core_gradient(t, z, values.float(), ours, tile))
     return way
 
@@ -600,7 +600,7 @@ def _factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor) -> None:
     key = ("factor", _kind_of_core(core), _kind(x), _kind(out), torch.get_float32_matmul_precision())
     way = ways.get(key)
     if way is None:
-        tile = tiles.factor_gradient_tile(*x.shape, z.shape[1], x.dtype, _capability(x.device))
+        tile = tiles.factor_gradient_tile(*x.shape, z.shape[1], x.dtype, kernel_capability(x.device))
         way = _remembered(key, x.device, lambda: plan_factor_gradient(z, core, x, out, tile, _precision()))
     way(z, core, x, out)
 

@@ -1,6 +1,6 @@
 """`adapted_linear`: the one operator that every adapter runs through. Checks, autograd, tracing, autocast.
 
-Eager calls on plain tensors go straight to the module that computes (`_computes`): the dispatcher's
+Eager calls on plain tensors go straight to the module that computes (`computing`): the dispatcher's
 wrapper around a Python custom op costs tens of microseconds, as much as a small linear layer. Whatever looks
 at the call from outside (torch.compile, torch.export, dispatch modes, tensor subclasses, autocast) meets
 the custom op `tinylora::adapted_linear`, with the same two functions as its body.
@@ -68,13 +68,13 @@ def unchecked(x, weight, down, core, up, bias, adapter_ids, basis, batch_invaria
     ids = None if adapter_ids is None else adapter_ids.reshape(-1)
     if type(weight) is FourBit:
         return _on_four_bits(x, weight, down, core, up, bias, ids, basis, batch_invariant)
-    if _seen_from_outside(x, weight, down, core, up):
+    if seen_from_outside(x, weight, down, core, up):
         if by_torch_alone():
             return _by_formula(x, weight, down, core, up, bias, ids, basis)
         x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         y, _ = torch.ops.tinylora.adapted_linear(x2d, weight, down, core, up, bias, ids, basis, batch_invariant)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-    module = _computes(x, weight, down, core, up, batch_invariant)
+    module = computing(x, weight, down, core, up, batch_invariant)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (core is not None and core.requires_grad)
@@ -111,9 +111,9 @@ def _by_formula(x, weight, down, core, up, bias, ids, basis) -> Tensor:
 
 
 def _on_four_bits(x, weight: FourBit, down, core, up, bias, ids, basis, batch_invariant) -> Tensor:
-    if _seen_from_outside(x, x, down, core, up):  # which then sees W, and autograd keeps it
+    if seen_from_outside(x, x, down, core, up):  # which then sees W, and autograd keeps it
         return unchecked(x, weight.dense(x.dtype), down, core, up, bias, ids, basis, batch_invariant)
-    module = Around(_computes(x, x, down, core, up, batch_invariant), weight, batch_invariant)
+    module = Around(computing(x, x, down, core, up, batch_invariant), weight, batch_invariant)
     operands = x, None, down, core, up, bias, ids, basis
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands[:6]):
         return _AdaptedLinear.apply(*operands, module)
@@ -146,7 +146,7 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
-def _seen_from_outside(x, weight, down, core, up) -> bool:
+def seen_from_outside(x, weight, down, core, up) -> bool:
     """Whether something other than plain eager torch must see one operator here."""
     return (
         not plain(x)
@@ -157,7 +157,7 @@ def _seen_from_outside(x, weight, down, core, up) -> bool:
     )
 
 
-def _computes(x, weight, down, core, up, batch_invariant):
+def computing(x, weight, down, core, up, batch_invariant):
     """The module that computes these operands: `fused`, or where no kernel covers them `eager` or `invariant`."""
     if x.is_cpu and not interpreting():
         return invariant if batch_invariant else eager
@@ -183,13 +183,13 @@ def _run(module, x, weight, down, core, up, bias, adapter_ids, basis, want_z):
     return module.forward(x, weight, down, core, up, bias, adapter_ids, basis, want_z=False)
 
 
-def _forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant, want_z=True):
-    module = _computes(x, weight, down, core, up, batch_invariant)
+def by_operator(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant, want_z=True):
+    module = computing(x, weight, down, core, up, batch_invariant)
     return _run(module, x, weight, down, core, up, bias, adapter_ids, basis, want_z)
 
 
 def _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need, batch_invariant):
-    module = _computes(dy, weight, down, core, up, batch_invariant)
+    module = computing(dy, weight, down, core, up, batch_invariant)
     return module.backward(dy, x, z, weight, down, core, up, adapter_ids, basis, need)
 
 
@@ -242,7 +242,7 @@ def _op(
     basis: Tensor | None,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    y, z = _forward(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant)
+    y, z = by_operator(x, weight, down, core, up, bias, adapter_ids, basis, batch_invariant)
     return y, z.contiguous()  # of one layout, whichever path made it: graphs know it beforehand
 
 

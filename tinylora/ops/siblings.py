@@ -47,7 +47,7 @@ def adapted_linears(
     cores = [core] if core is None or isinstance(core, Tensor) else core
     sizes = [w.shape[0] for w in weights] if sizes is None else sizes
     ids = None if adapter_ids is None else adapter_ids.reshape(-1)
-    if kept is None and linear._seen_from_outside(x, weights[0], down, cores[0], up):
+    if kept is None and linear.seen_from_outside(x, weights[0], down, cores[0], up):
         x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         core = _one_core(cores, basis)
         y, _ = torch.ops.tinylora.adapted_linears(x2d, list(weights), down, core, up, list(biases), ids, basis)
@@ -120,7 +120,7 @@ WIDE_ON_CPU = 1 << 22
 
 def on_torch(x, weights, down, core, up) -> bool:
     """Whether torch's calls compute these operands, not kernels."""
-    return linear._computes(x, weights[0], down, core, up, False) is eager
+    return linear.computing(x, weights[0], down, core, up, False) is eager
 
 
 def _forward(x, weights, down, core, up, biases, adapter_ids, basis, want_z=True) -> tuple[Tensor, Tensor | None]:
@@ -135,14 +135,14 @@ def _forward(x, weights, down, core, up, biases, adapter_ids, basis, want_z=True
         ys = []
         for i, (own, u) in enumerate(zip(weights, up.split([w.shape[0] for w in weights]), strict=True)):
             own_bias = biases[i] if biases else None
-            y, z = linear._forward(x, own, down, core, u, own_bias, adapter_ids, basis, False, want_z)
+            y, z = linear.by_operator(x, own, down, core, u, own_bias, adapter_ids, basis, False, want_z)
             ys.append(y)
         return torch.cat(ys, -1), z
     bias = None
     if biases:
         bias = biases[0] if len(biases) == 1 else joined(biases)
         bias = torch.cat(list(biases)) if bias is None else bias
-    return linear._forward(x, weight, down, core, up, bias, adapter_ids, basis, False, want_z)
+    return linear.by_operator(x, weight, down, core, up, bias, adapter_ids, basis, False, want_z)
 
 
 def _backward(dys, z, weights, down, core, up, adapter_ids, basis, need_x, need_core):
