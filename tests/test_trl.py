@@ -224,10 +224,15 @@ def test_what_trl_would_do_wrong_is_refused(tiny, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             plain(tiny, tmp_path, Trainer, **more)
-    with pytest.raises(ValueError, match=r"modules_to_save has model\.norm, expected none with use_vllm"):
+    with pytest.raises(ValueError, match=r"modules_to_save has model\.norm, expected none with vLLM"):
         plain(tiny, tmp_path, Trainer, use_vllm=True, config=tinylora.TinyLoraConfig(modules_to_save=["model.norm"]))
-    with pytest.raises(ValueError, match="was not loaded from a folder"):
+    with pytest.raises(ValueError, match="name_or_path is '', expected the folder"):
         plain(tiny, tmp_path, Trainer, model=tinylora.apply(qwen2(), tinylora.TinyLoraConfig()), use_vllm=True)
+    changed, _ = load_model(tiny / "model", "float32")
+    with torch.no_grad():
+        changed.model.layers[1].mlp.down_proj.weight += 0.01
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight is not what .* vLLM loads the base"):
+        plain(tiny, tmp_path, Trainer, model=tinylora.apply(changed, tinylora.TinyLoraConfig()), use_vllm=True)
     with pytest.raises(ImportError, match=r'use_vllm needs vllm: pip install -e "\.\[vllm\]"'):
         plain(tiny, tmp_path, Trainer, use_vllm=True)
     for config in (

@@ -36,11 +36,17 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def make(tiny, out, config=None, peft_config=None, **more):
+def copied(tiny, out):
+    return shutil.copytree(tiny / "model", out / "other")
+
+
+def make(tiny, out, config=None, peft_config=None, folder=None, change=0.0, **more):
     import trl
     from datasets import Dataset
 
-    model, tokenizer = load_model(tiny / "model", "bfloat16")
+    model, tokenizer = load_model(folder or tiny / "model", "bfloat16")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight += change
     if peft_config is None:
         tinylora.apply(model, config or tinylora.TinyLoraConfig(u=2, n_tie=4))
     args = {"output_dir": str(out), "use_cpu": True, "report_to": [], "max_steps": 3, "num_generations": 4,
@@ -100,6 +106,26 @@ def test_samples_are_of_the_adapted_model(colocated):
             assert differences(colocated, adapted=False).mean() > 10 * ours.mean()
 
 
+def test_whatever_changes_between_samples_is_sampled_from(colocated):
+    """TRL asks once a step: a loaded checkpoint, another adapter and none at all come in between."""
+    model = colocated.model
+    set_numbers(model, 20)
+    assert differences(colocated).mean() < 0.03
+    tinylora.apply(model, tinylora.TinyLoraConfig(u=1, n_tie=2, seed=1), "other")
+    with torch.no_grad():
+        for v in tinylora.adapter_parameters(model, "other"):
+            v.fill_(-15)
+    try:
+        assert differences(colocated).mean() < 0.03
+        with tinylora.disabled(model):
+            assert differences(colocated).mean() < 0.01
+        tinylora.activate(model, "default")
+        assert differences(colocated).mean() < 0.03 < 1 < differences(colocated, adapted=False).mean()
+    finally:
+        tinylora.remove(model, "other")
+    assert colocated.vllm_generation.llm.llm_engine.model_config.dtype == torch.bfloat16
+
+
 def test_v_trains(colocated):
     """Every step samples with the numbers of the one before, and not with those it began with."""
     set_numbers(colocated.model, 5)
@@ -112,8 +138,10 @@ def test_v_trains(colocated):
         for v, first in zip(numbers, start, strict=True):
             v.copy_(first)
         colocated.vllm_generation.sync_weights()
+        known = colocated.vllm_generation._known
         for v, last in zip(numbers, trained, strict=True):
             v.copy_(last)
+    colocated.vllm_generation._known = known[0], [v.detach().clone() for v in numbers]  # as if it had been told
     stale = differences(colocated).mean()
     assert len(steps) == 3 and max(steps) < stale / 4, (steps, stale)
     assert not list(Path(colocated.args.output_dir).iterdir())
@@ -156,6 +184,13 @@ def vllm_samples_from(model, save, colocated, tmp_path):
     assert ours.mean() < base.mean() / 20, (ours.mean(), base.mean())
 
 
+def test_a_longer_text_than_the_model_takes(tiny):
+    model, _ = load_model(tiny / "model", "bfloat16")
+    message = f"are {LENGTH + 1} tokens, expected at most {LENGTH} with vLLM"
+    with pytest.raises(ValueError, match=message), vllm.engine(model, LENGTH + 1):
+        pass
+
+
 def test_a_rank_that_vllm_has_not(tiny, tmp_path):
     with pytest.raises(ValueError, match="rank 600, expected at most 512"):
         make(tiny, tmp_path, tinylora.VeraConfig(r=600))
@@ -195,6 +230,8 @@ def test_a_server_samples_from_the_adapted_model(tiny, tmp_path):
         theirs.vllm_generation.sync_weights()
         ours = differences(theirs).mean()
         assert ours < 0.03 and differences(theirs, adapted=False).mean() > 10 * ours
+        with pytest.warns(UserWarning, match=r"the vLLM server has .*model, and the model was loaded from .*other"):
+            make(tiny, tmp_path / "out", folder=copied(tiny, tmp_path), max_steps=1, **where)
         again = make(tiny, tmp_path / "out", max_steps=1, **where)  # a run after a run, on the same server
         assert differences(again).mean() < 0.01
         with pytest.raises(RuntimeError, match=r"did not load the adapter[\s\S]*--enable-lora --max-lora-rank 16"):
@@ -264,7 +301,7 @@ def test_a_model_that_peft_adapted_is_a_lora_for_vllm(kind, size, colocated, tin
     """Unmerged as well: TRL would merge it into the weights, and send these."""
     model = peft.get_peft_model(load_model(tiny / "model", "bfloat16")[0], CONFIGS[kind]())
     set_numbers(model, size)
-    vllm_samples_from(model, vllm._writer(model), colocated, tmp_path)
+    vllm_samples_from(model, vllm._adapter(model).save, colocated, tmp_path)
 
 
 def test_what_is_no_lora_goes_trls_way_and_says_so(tiny, tmp_path, monkeypatch):
@@ -273,7 +310,11 @@ def test_what_is_no_lora_goes_trls_way_and_says_so(tiny, tmp_path, monkeypatch):
 
     taken = []  # an engine for each takes its time
     monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda rollouts: taken.append(rollouts))
-    for config, more in ((CONFIGS["LoRA"](use_dora=True), {}), (CONFIGS["LoRA"](), {"vllm_enable_sleep_mode": True})):
-        with pytest.warns(UserWarning, match=r"vLLM samples from merged weights.*(use_dora|vllm_enable_sleep_mode)"):
-            make(tiny, tmp_path, peft_config=config, **more)
-    assert len(taken) == 2 and not any(rollouts._save for rollouts in taken)
+    for reason, changes, more in (
+        ("use_dora", {"use_dora": True}, {}),
+        ("vllm_enable_sleep_mode", {}, {"vllm_enable_sleep_mode": True}),
+        ("layers.0.mlp.up_proj.weight is not what", {}, {"change": 0.1}),
+    ):
+        with pytest.warns(UserWarning, match=f"vLLM samples from merged weights.*{reason}"):
+            make(tiny, tmp_path, peft_config=CONFIGS["LoRA"](**changes), **more)
+    assert len(taken) == 3 and not any(rollouts._adapter for rollouts in taken)

@@ -69,6 +69,14 @@ class Shard:
             file.readinto(data)
         return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)
 
+    def beginning(self, name: str, count: int) -> Tensor:
+        """The first numbers of a tensor, [count] or as many as there are."""
+        dtype, _, start, end = self.places[name]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            data = bytearray(file.read(min(end - start, count * DTYPES[dtype].itemsize)))
+        return torch.frombuffer(data, dtype=DTYPES[dtype])
+
 
 class ModelFolder:
     """The weights of a model folder, by name."""

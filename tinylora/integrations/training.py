@@ -345,6 +345,10 @@ def arguments(command: str, settings: dict[str, Any], out: str | os.PathLike):
         defaults["pad_to_multiple_of"] = 128
     if command == "grpo":
         own["reward_weights"] = [float(name == settings["reward"]) for name in gsm8k.SCORERS]
+    if settings[command].get("use_vllm"):
+        for other in ("cache_implementation", "use_transformers_continuous_batching"):
+            if settings[command].get(other):
+                raise ValueError(f"{command}.{other} is {settings[command][other]!r}, expected none where vLLM samples")
     for name in settings[command].keys() & own.keys():
         what = f"the recipe's {INSTEAD[name]}" if INSTEAD[name] else "none: it is the run's own"
         raise ValueError(f"{command}.{name} is in the recipe, expected {what}")

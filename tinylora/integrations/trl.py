@@ -73,7 +73,7 @@ def adapter_trainer(trainer: type) -> type:
                     raise ValueError(
                         f"{trainer.__name__} would load its reference by name, not quantised: expected a ref_model"
                     )
-            rollouts = vllm.unmerged(trainer) if getattr(config, "use_vllm", False) else contextlib.nullcontext()
+            rollouts = vllm.unmerged(trainer, ours) if getattr(config, "use_vllm", False) else contextlib.nullcontext()
             if beta:
                 config.beta = 0.0  # while it builds, for with another one it loads the base model a second time
             try:

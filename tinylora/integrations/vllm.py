@@ -27,11 +27,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tinylora.adapters.sharded import in_pieces, is_dtensor
 from tinylora.integrations import folders, peft_files, processes
 from tinylora.integrations.optional import needed
-from tinylora.nn.model import adapter_names, saved_modules, trained_adapter
+from tinylora.nn.model import adapted_layers, adapter_names, named_numbers, saved_modules, trained_adapter
 
 SERVE = (
     "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank {rank} "
@@ -50,40 +51,126 @@ def refuse(model: nn.Module, config=None) -> None:
             "vllm_enable_sleep_mode is True, expected False: TRL throws vLLM's weights away and sends them again, "
             "which an engine that has a LoRA beside them does not take"
         )
-    if colocated and not getattr(model, "name_or_path", ""):
+    name = getattr(model, "name_or_path", "")
+    if colocated and (not name or (name.startswith(("/", ".")) and not Path(name).is_dir())):
         raise ValueError(
-            "the model was not loaded from a folder (name_or_path is empty), expected one: vLLM loads the base from it"
+            f"the model's name_or_path is {name!r}, expected the folder it was loaded from: vLLM loads the base there"
         )
     kept = sorted(saved_modules(model))
     if kept:
-        raise ValueError(f"modules_to_save has {', '.join(kept)}, expected none with use_vllm: a LoRA in vLLM has none")
+        raise ValueError(f"modules_to_save has {', '.join(kept)}, expected none with vLLM: a LoRA there has none")
+    refuse_another_base(model)
+
+
+COMPARED = 4096  # numbers of each weight
+
+
+def refuse_another_base(model: nn.Module) -> None:
+    """ValueError if the base is not the one in its folder, which vLLM loads: fine-tuned in memory, merged, resized.
+
+    By the beginning of each weight that the folder's safetensors have under the name that it has in the model.
+    """
+    name = getattr(model, "name_or_path", "")
+    try:
+        stored = folders.ModelFolder(_folder_of(name))
+    except ValueError:  # other formats than safetensors
+        return
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for path, weight in base.named_parameters():
+        path = path.replace(".base_layer.", ".")  # PEFT's
+        shard = stored.shard_of.get(path)
+        if shard is None or not weight.is_floating_point() or is_dtensor(weight):
+            continue
+        dtype, shape, *_ = shard.places[path]
+        same = shape == tuple(weight.shape)
+        if same and dtype in folders.DTYPES:
+            own = weight.detach().flatten()[:COMPARED].cpu()
+            same = torch.equal(shard.beginning(path, COMPARED).to(own.dtype), own)
+        if not same:
+            raise ValueError(
+                f"{path} is not what {name} has, from where vLLM loads the base (trained in memory, merged or "
+                "resized?): expected the same, so save the model, and load it from there"
+            )
+
+
+def _folder_of(name: str) -> str:
+    """A folder as it is; of a name on the Hub where its files lie."""
+    from transformers.utils import cached_file
+
+    if not name or Path(name).is_dir():
+        return name
+    try:
+        return str(Path(cached_file(name, "config.json", local_files_only=True)).parent)
+    except OSError:
+        return name
 
 
 @contextlib.contextmanager
-def unmerged(trainer: type) -> Iterator[None]:
+def unmerged(trainer: type, ours: bool) -> Iterator[None]:
     """Within it a trainer of TRL's that is built samples by vLLM with the adapter, ours or one of PEFT's, as a LoRA."""
     needed("vllm", "vllm", "use_vllm")
     place = "VLLMGeneration"  # what a trainer samples with, by its name in the trainer's own module
-    modules = {sys.modules[t.__module__] for t in trainer.__mro__ if hasattr(sys.modules[t.__module__], place)}
+    modules = {sys.modules.get(t.__module__) for t in trainer.__mro__}
+    modules = {module for module in modules if hasattr(module, place)}
+    if ours and not modules:
+        raise ValueError(
+            f"use_vllm is True, expected False for {trainer.__name__}: it sends vLLM the base's weights by itself"
+        )
     with contextlib.ExitStack() as replaced:
         for module in modules:
             replaced.enter_context(_replaced(module, place, _rollouts(getattr(module, place))))
         yield
 
 
-def _writer(model: nn.Module) -> Callable[[Path], Any] | None:
-    """What writes the model's adapter as a plain LoRA into a folder that is not there yet; None for a bare model."""
+class _Ours:
+    """The adapter of ours that samples, as a plain LoRA."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def name(self) -> str | None:
+        """The adapter that is active now, None for the base."""
+        layers = adapted_layers(self.model).values()
+        return trained_adapter(self.model) if any(layer.active for layer in layers) else None
+
+    def numbers(self) -> list[Tensor]:
+        name = self.name()
+        return list(named_numbers(self.model, name).values()) if name else []
+
+    def save(self, folder: Path) -> None:
+        peft_files.save(self.model, folder, self.name(), format="lora")
+
+
+class _Pefts:
+    """The same of a model that PEFT adapted. ValueError for what is no plain LoRA beside the base of the folder."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def name(self) -> str | None:
+        layers = [m for m in self.model.modules() if hasattr(m, "_disable_adapters")]
+        if all(m._disable_adapters for m in layers):
+            return None
+        names = {name for m in layers for name in m.active_adapters}
+        if len(names) != 1:
+            raise ValueError(f"the active adapters are {sorted(names)}, expected one")
+        return names.pop()
+
+    def numbers(self) -> list[Tensor]:
+        return [p for p in self.model.parameters() if p.requires_grad] if self.name() else []
+
+    def save(self, folder: Path) -> None:
+        name = self.name()
+        with tempfile.TemporaryDirectory(dir=folder.parent) as theirs:
+            self.model.save_pretrained(theirs, selected_adapters=[name], save_embedding_layers=False)
+            saved = Path(theirs) / (name if name != "default" else "")
+            folders.peft_as_lora(saved, folder, self.model.name_or_path)
+
+
+def _adapter(model: nn.Module) -> _Ours | _Pefts | None:
     if adapter_names(model):
-        return functools.partial(peft_files.save, model, name=trained_adapter(model), format="lora")
-    return functools.partial(_save_of_peft, model) if hasattr(model, "peft_config") else None
-
-
-def _save_of_peft(model: nn.Module, folder: Path) -> None:
-    name = model.active_adapter
-    with tempfile.TemporaryDirectory(dir=folder.parent) as theirs:
-        model.save_pretrained(theirs, selected_adapters=[name], save_embedding_layers=False)
-        saved = Path(theirs) / (name if name != "default" else "")
-        folders.peft_as_lora(saved, folder, model.name_or_path)
+        return _Ours(model)
+    return _Pefts(model) if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else None
 
 
 def _rollouts(generation: type) -> type:
@@ -100,51 +187,85 @@ def _rollouts(generation: type) -> type:
         """TRL's VLLMGeneration, which hands over the adapter and not the weights."""
 
         def _init_vllm(self):
-            self._save = _writer(self.model)
-            if self._save is None:
+            self._adapter = _adapter(self.model)
+            if self._adapter is None:
                 super()._init_vllm()
                 return
             self._folder, self._count = Path(tempfile.mkdtemp(prefix="tinylora-vllm-")), 0
             self._folder.chmod(0o755)  # a server may be another user's
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             try:
-                self._rank = _legal_rank(_rank(self._write()))
-                if self.mode == "colocate" and self.enable_sleep_mode:
-                    raise ValueError("vllm_enable_sleep_mode is True")
+                self._rank = self._first()
             except ValueError as reason:
-                if adapter_names(self.model):
+                if isinstance(self._adapter, _Ours):
                     raise
                 warnings.warn(f"vLLM samples from merged weights, TRL's way with PEFT's models: {reason}", stacklevel=2)
-                self._save = None
+                self._adapter = None
                 super()._init_vllm()
                 return
-            llm = functools.partial(theirs.LLM, enable_lora=True, max_lora_rank=self._rank, max_loras=1)
+            autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+            how = {"enable_lora": True, "max_lora_rank": self._rank, "max_loras": 1}
+            llm = functools.partial(theirs.LLM, dtype=autocast or self.model.dtype, **how)  # as training computes
             with _replaced(theirs, "LLM", llm), _replaced(theirs, "VLLMClient", Client):
                 super()._init_vllm()
+            if self.mode == "server" and self.accelerator.is_main_process:
+                self._base = self.vllm_client.model
+                self._served: list[str] = []
+                self._know_the_base()
+                weakref.finalize(self, _unload, self.vllm_client.base_url, self._served)
             self.sync_weights()  # what vLLM does not take is said before the first step
+
+        def _first(self) -> int:
+            """The rank that vLLM makes room for. ValueError for what goes TRL's way, or nowhere."""
+            if self.mode == "colocate" and self.enable_sleep_mode:
+                raise ValueError("vllm_enable_sleep_mode is True")
+            if self._dist.is_fsdp or any(in_pieces(p) for p in self.model.parameters()):
+                raise ValueError("the model is in pieces (FSDP, ZeRO-3)")
+            if isinstance(self._adapter, _Pefts):
+                refuse_another_base(self.model)
+            return _legal_rank(_rank(self._write()))
 
         def _write(self) -> Path:
             """The adapter as it is now, in a folder of its own; the one before the last is not read any more."""
             self._count += 1
             shutil.rmtree(self._folder / str(self._count - 2), ignore_errors=True)
             folder = self._folder / str(self._count)
-            self._save(folder)
+            self._adapter.save(folder)
+            if self.mode == "server":
+                folder.chmod(0o755)
+                for path in folder.iterdir():
+                    path.chmod(0o644)
             return folder
 
+        def _now(self) -> tuple[str | None, list[Tensor]]:
+            return self._adapter.name(), [t.detach().clone() for t in self._adapter.numbers()]
+
+        def generate(self, *args, **kwargs):
+            """TRL asks for what has changed once a step; a loaded checkpoint or another adapter is none."""
+            if self._adapter is not None and (self.mode == "colocate" or self.accelerator.is_main_process):
+                (name, numbers), (former, known) = self._now(), self._known
+                if name != former or len(numbers) != len(known) or not all(map(torch.equal, numbers, known)):
+                    self.sync_weights()
+            return super().generate(*args, **kwargs)
+
         def sync_weights(self):
-            if self._save is None:
+            if self._adapter is None:
                 super().sync_weights()
                 return
             if self.mode == "server" and not self.accelerator.is_main_process:
                 return
-            folder = self._write()
-            # vLLM tells adapters apart by name and number, also in its cache of prefixes, and a server outlives runs
-            request = LoRARequest(f"{self._folder.name}-{self._count}", self._count, str(folder))
+            self._known = self._now()
+            request = None
+            if self._known[0] is not None:
+                folder = self._write()
+                # vLLM tells adapters apart by name and number, also in its cache of prefixes; a server outlives runs
+                request = LoRARequest(f"{self._folder.name}-{self._count}", self._count, str(folder))
             if self.mode == "server":
                 self._serve(request)
                 return
-            self.llm.llm_engine.add_lora(request)
-            for way in ("generate", "chat"):
+            if request:
+                self.llm.llm_engine.add_lora(request)
+            for way in ("generate", "chat", "beam_search"):
                 sample = getattr(type(self.llm), way)
                 setattr(self.llm, way, functools.partial(sample, self.llm, lora_request=request))
             self.llm.reset_prefix_cache()
@@ -155,8 +276,17 @@ def _rollouts(generation: type) -> type:
                 self.accelerator.wait_for_everyone()
                 self.llm.llm_engine.engine_core.shutdown()
 
+        def _know_the_base(self) -> None:
+            served = self.vllm_client._get(f"{self.vllm_client.base_url}/v1/models")["data"][0].get("root") or ""
+            own = getattr(self.model, "name_or_path", "")
+            if own and served and Path(own).name != Path(served).name:
+                warnings.warn(f"the vLLM server has {served}, and the model was loaded from {own}", stacklevel=2)
+
         def _serve(self, request) -> None:
-            client, former = self.vllm_client, getattr(self, "_served", None)
+            client = self.vllm_client
+            if request is None:
+                client.model = self._base
+                return
             what = {"lora_name": request.lora_name, "lora_path": request.lora_path}
             # by TRL's session a refusal would be tried five times, and its reason lost
             answer = requests.post(f"{client.base_url}/v1/load_lora_adapter", json=what)
@@ -166,12 +296,21 @@ def _rollouts(generation: type) -> type:
                     f"{answer.text.strip()[:500]}), expected one that reads {request.lora_path}, started with\n"
                     f"{SERVE.format(rank=self._rank)}"
                 )
-            client.model = self._served = request.lora_name
-            if former:
-                requests.post(f"{client.base_url}/v1/unload_lora_adapter", json={"lora_name": former})
+            client.model = request.lora_name
+            _unload(client.base_url, self._served)
+            self._served.append(request.lora_name)
 
     Rollouts.__name__ = Rollouts.__qualname__ = generation.__name__
     return Rollouts
+
+
+def _unload(base_url: str, names: list[str]) -> None:
+    """Take adapters off a server, which may be gone."""
+    import requests
+
+    while names:
+        with contextlib.suppress(requests.exceptions.RequestException):
+            requests.post(f"{base_url}/v1/unload_lora_adapter", json={"lora_name": names.pop()}, timeout=10)
 
 
 @contextlib.contextmanager
@@ -188,12 +327,18 @@ def engine(model: nn.Module, length: int) -> Iterator[Callable[[Sequence[Sequenc
     from vllm.lora.request import LoRARequest
 
     refuse(model)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and length > room:
+        raise ValueError(
+            f"the longest prompt and max_completion_length are {length} tokens, expected at most {room} with vLLM: the "
+            "model's max_position_embeddings"
+        )
     with tempfile.TemporaryDirectory(prefix="tinylora-vllm-") as folder:
         how: dict[str, Any] = {}
         request = None
         if adapter_names(model):
             written = Path(folder) / "1"
-            _writer(model)(written)
+            _Ours(model).save(written)
             how = {"enable_lora": True, "max_lora_rank": _legal_rank(_rank(written)), "max_loras": 1}
             request = LoRARequest("adapter", 1, str(written))
         model.to("cpu")
@@ -204,6 +349,9 @@ def engine(model: nn.Module, length: int) -> Iterator[Callable[[Sequence[Sequenc
             model=model.name_or_path, dtype=model.dtype, max_model_len=length, seed=0,
             distributed_executor_backend="external_launcher", **how,
         )  # fmt: skip
+
+        if request:
+            llm.llm_engine.add_lora(request)  # what vLLM does not take is said before it begins
 
         def answer(prompts, parameters):
             found = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, lora_request=request)
@@ -224,7 +372,7 @@ def _legal_rank(rank: int) -> int:
 
     legal = sorted(typing.get_args(MaxLoRARanks))
     if rank > legal[-1]:
-        raise ValueError(f"the adapter is of rank {rank}, expected at most {legal[-1]} with use_vllm, vLLM's largest")
+        raise ValueError(f"the adapter is of rank {rank}, expected at most {legal[-1]}, vLLM's largest")
     return next(r for r in legal if r >= rank)
 
 
