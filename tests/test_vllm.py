@@ -216,20 +216,16 @@ def served(folder, log, *more):
 
 def test_a_server_samples_from_the_adapted_model(tiny, tmp_path):
     with served(tiny / "model", tmp_path / "log", "--enable-lora", "--max-lora-rank", "8") as where:
-        trainer = make(tiny, tmp_path / "out", max_steps=2, **where)
+        trainer = make(tiny, tmp_path / "out", max_steps=2, learning_rate=0.1, **where)
         trainer.train()
         steps = [e["sampling/sampling_logp_difference/mean"] for e in trainer.state.log_history if "loss" in e]
         assert len(steps) == 2 and max(steps) < 0.03, steps
-        set_numbers(trainer.model, 20)
-        trainer.vllm_generation.sync_weights()
-        ours = differences(trainer).mean()
-        assert ours < 0.03 and differences(trainer, adapted=False).mean() > 10 * ours
         theirs = make(tiny, tmp_path / "out", peft_config=CONFIGS["TinyLoRA"](), max_steps=2, **where)
         theirs.train()
-        set_numbers(theirs.model, 5)
-        theirs.vllm_generation.sync_weights()
-        ours = differences(theirs).mean()
-        assert ours < 0.03 and differences(theirs, adapted=False).mean() > 10 * ours
+        for adapted, size in ((trainer, 20), (theirs, 5)):
+            set_numbers(adapted.model, size)
+            found, base = differences(adapted).mean(), differences(adapted, adapted=False).mean()
+            assert found < base / 10, (found, base)  # in bf16, of tokens that nobody seeds
         with pytest.warns(UserWarning, match=r"the vLLM server has .*model, and the model was loaded from .*other"):
             make(tiny, tmp_path / "out", folder=copied(tiny, tmp_path), max_steps=1, **where)
         again = make(tiny, tmp_path / "out", max_steps=1, **where)  # a run after a run, on the same server
