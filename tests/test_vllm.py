@@ -40,11 +40,11 @@ def copied(tiny, out):
     return shutil.copytree(tiny / "model", out / "other")
 
 
-def make(tiny, out, config=None, peft_config=None, folder=None, change=0.0, **more):
+def make(tiny, out, config=None, peft_config=None, folder=None, change=0.0, dtype="bfloat16", **more):
     import trl
     from datasets import Dataset
 
-    model, tokenizer = load_model(folder or tiny / "model", "bfloat16")
+    model, tokenizer = load_model(folder or tiny / "model", dtype)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight += change
     if peft_config is None:
@@ -314,3 +314,33 @@ def test_what_is_no_lora_goes_trls_way_and_says_so(tiny, tmp_path, monkeypatch):
         with pytest.warns(UserWarning, match=f"vLLM samples from merged weights.*{reason}"):
             make(tiny, tmp_path, peft_config=CONFIGS["LoRA"](**changes), **more)
     assert len(taken) == 3 and not any(rollouts._adapter for rollouts in taken)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "expected"),
+    [("float32", False, torch.float32), ("float32", True, torch.bfloat16), ("float16", False, torch.float16)],
+)
+def test_the_engine_computes_in_the_dtype_of_training(dtype, autocast, expected, tiny, tmp_path, monkeypatch):
+    """By itself vLLM lowers fp32 to 16 bits."""
+    from trl.generation import vllm_generation
+
+    def asked(rollouts):
+        assert vllm_generation.LLM.keywords == {
+            "dtype": expected, "enable_lora": True, "max_lora_rank": 8, "max_loras": 1
+        }  # fmt: skip
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(vllm_generation.VLLMGeneration, "_init_vllm", asked)
+    with pytest.raises(ZeroDivisionError):
+        make(tiny, tmp_path, dtype=dtype, bf16=autocast)
+
+
+def test_several_active_adapters_of_pefts_are_no_lora(tiny):
+    model = peft.get_peft_model(load_model(tiny / "model", "bfloat16")[0], CONFIGS["LoRA"]())
+    model.add_adapter("two", CONFIGS["LoRA"]())
+    assert vllm._adapter(model).name() == "default"
+    with model.disable_adapter():
+        assert vllm._adapter(model).name() is None
+    model.base_model.set_adapter(["default", "two"])
+    with pytest.raises(ValueError, match=r"the active adapters are \['default', 'two'\], expected one"):
+        vllm._adapter(model).name()
