@@ -170,7 +170,7 @@ def lost(results: Results, device: torch.device, dtype: str = "bf16", r: int = 2
     with no_cache():
         model, (v,) = _adapt(who.OURS, load(DTYPES[dtype], device), r, u)
     drawn = torch.randn(v.shape, generator=torch.Generator().manual_seed(0)).to(v)
-    for size in (0.001, 0.01, 0.1):
+    for size in (0.0001, 0.001, 0.01, 0.1):
         with torch.no_grad():
             v.copy_(size * drawn)
             rounded, whole = 0.0, 0.0

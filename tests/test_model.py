@@ -213,7 +213,7 @@ def test_apply_that_fails_leaves_the_model_as_it_was():
         (TinyLoraConfig(target_modules="nothing"), "default", "target_modules 'nothing': nothing to adapt"),
         (TinyLoraConfig(), "a.b", "name is 'a.b', expected one without dots"),
         ({"r": 2}, "default", "config is a dict, expected one of TinyLoraConfig(..), "),
-        (LoraXSConfig, "default", "config is the class LoraXSConfig, expected one of "),
+        (LoraXSConfig, "default", "config is the class tinylora.adapters.lora_xs.LoraXSConfig, expected one of "),
         (LoraXSConfig(r=40), "default", "r is 40, expected 1 to 32: model.layers.0.self_attn.k_proj is (32, 64)"),
     ]
     for config, name, message in cases:

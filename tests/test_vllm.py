@@ -234,22 +234,17 @@ def test_a_server_samples_from_the_adapted_model(tiny, tmp_path):
             make(tiny, tmp_path / "out", tinylora.LoraXSConfig(r=9), **where)
 
 
+def alone():
+    """The environment without what an engine in this process left there."""
+    launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    places = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    return {k: v for k, v in os.environ.items() if k not in launched} | {"PYTHONPATH": places}
+
+
 def run(*command, several=0):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(several)]
-    launched = {
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    }  # as this process, which has an engine
-    own = {k: v for k, v in os.environ.items() if k not in launched} | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    }
-    done = subprocess.run(
-        [*(start if several else [sys.executable]), "-m", "tinylora", *map(str, command)],
-        capture_output=True, text=True, timeout=300, env=own,
-    )  # fmt: skip
+    start = [*(start if several else [sys.executable]), "-m", "tinylora", *map(str, command)]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=300, env=alone())
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout[-2000:] + done.stderr[-5000:]
 
 
@@ -335,12 +330,58 @@ def test_the_engine_computes_in_the_dtype_of_training(dtype, autocast, expected,
         make(tiny, tmp_path, dtype=dtype, bf16=autocast)
 
 
-def test_several_active_adapters_of_pefts_are_no_lora(tiny):
+def test_several_active_adapters_of_pefts_are_no_lora(tiny, tmp_path):
     model = peft.get_peft_model(load_model(tiny / "model", "bfloat16")[0], CONFIGS["LoRA"]())
     model.add_adapter("two", CONFIGS["LoRA"]())
     assert vllm._adapter(model).name() == "default"
     with model.disable_adapter():
         assert vllm._adapter(model).name() is None
+    with pytest.raises(ValueError, match=r"a layer's scaling is 4\.5, expected the one of alpha 6 and r 4"):
+        next(m for m in model.modules() if hasattr(m, "set_scale")).set_scale("default", 3)
+        vllm._adapter(model).save(tmp_path / "lora")
     model.base_model.set_adapter(["default", "two"])
     with pytest.raises(ValueError, match=r"the active adapters are \['default', 'two'\], expected one"):
         vllm._adapter(model).name()
+
+
+ENGINE = """
+import os, sys
+import peft, torch
+from peft_models import CONFIGS
+import tinylora
+from tinylora.generation import until_end
+from tinylora.integrations import vllm
+from tinylora.integrations.transformers import load_model
+from vllm import SamplingParams
+
+folder, greedy = sys.argv[1], SamplingParams(temperature=0, max_tokens=8, detokenize=False)
+ours = tinylora.apply(load_model(folder, "float32")[0], tinylora.TinyLoraConfig(u=2, n_tie=4))
+theirs = peft.get_peft_model(load_model(folder, "float32")[0], CONFIGS["LoRA"]())
+for model in (ours, theirs):
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.normal_(0, 5 if model is ours else 0.2, generator=torch.Generator().manual_seed(4))
+prompts, end = [[5, 6, 7, 8], [9, 10, 11, 12]], {1}
+
+def wanted(model):
+    tokens = model.generate(input_ids=torch.tensor(prompts), max_new_tokens=8, do_sample=False)[:, 4:].tolist()
+    return [until_end(row, end) for row in tokens]
+
+def asked(model):
+    with vllm.engine(model, 16) as answer:
+        return [until_end(row, end) for row in answer(prompts, greedy)]
+
+base = wanted(load_model(folder, "float32")[0])
+with tinylora.disabled(ours):
+    assert asked(ours) == wanted(ours) == base
+assert asked(theirs) == wanted(theirs) != base
+assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()
+"""
+
+
+def test_the_engine_answers_as_whatever_is_active(tiny):
+    """PEFT's models as well, and nothing of a launcher stays behind."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENGINE, str(tiny / "model")], capture_output=True, text=True, env=alone()
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]

@@ -26,7 +26,9 @@ CONFIGS: dict[str, type[AdapterConfig]] = {
 def refuse_no_config(config: Any) -> None:
     """ValueError unless it is a config of one of these adapters."""
     if not isinstance(config, AdapterConfig):
-        what = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"
+        kind = config if isinstance(config, type) else type(config)
+        name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        what = f"the class {name}" if config is kind else f"a {name}"
         names = ", ".join(f"{c.__name__}(..)" for c in CONFIGS.values())
         raise ValueError(f"config is {what}, expected one of {names}")
 

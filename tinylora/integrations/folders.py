@@ -69,9 +69,10 @@ class Shard:
             file.readinto(data)
         return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)
 
-    def beginning(self, name: str, count: int) -> Tensor:
-        """The first numbers of a tensor, [count] or as many as there are."""
+    def numbers(self, name: str, at: int, count: int) -> Tensor:
+        """Numbers of a tensor from the at-th on, [count] or as many as there are."""
         dtype, _, start, end = self.places[name]
+        start += at * DTYPES[dtype].itemsize
         with self.path.open("rb") as file:
             file.seek(start)
             data = bytearray(file.read(min(end - start, count * DTYPES[dtype].itemsize)))

@@ -34,13 +34,20 @@ def start() -> None:
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
 
 
-def named() -> None:
+@contextlib.contextmanager
+def launched() -> Iterator[None]:
     """The launcher's variables, for who reads them (vLLM), also where there is no launcher and one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        for name, value in (alone | {"MASTER_PORT": str(free.getsockname()[1])}).items():
-            os.environ.setdefault(name, value)
+        alone |= {"MASTER_PORT": str(free.getsockname()[1])}
+    missing = {name: value for name, value in alone.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
 
 
 def wait() -> None:

@@ -15,6 +15,7 @@ them first. In vLLM the factors have the base's dtype, which rounds the update i
 import contextlib
 import functools
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -62,35 +63,48 @@ def refuse(model: nn.Module, config=None) -> None:
     refuse_another_base(model)
 
 
-COMPARED = 4096  # numbers of each weight
+COMPARED = 2048  # numbers at the beginning, in the middle and at the end of each weight
 
 
 def refuse_another_base(model: nn.Module) -> None:
     """ValueError if the base is not the one in its folder, which vLLM loads: fine-tuned in memory, merged, resized.
 
-    By the beginning of each weight that the folder's safetensors have under the name that it has in the model.
+    By some numbers of each weight that the folder's safetensors have under the name that it has in the model: a
+    mixture's experts, which transformers puts together, are not looked at.
     """
     name = getattr(model, "name_or_path", "")
+    if not name:
+        return
     try:
         stored = folders.ModelFolder(_folder_of(name))
     except ValueError:  # other formats than safetensors
         return
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for path, weight in base.named_parameters():
-        path = path.replace(".base_layer.", ".")  # PEFT's
+        path = path.replace(".base_layer.", ".").replace("_orig_mod.", "")  # PEFT's, torch.compile's
+        if path not in stored.shard_of:  # as older checkpoints have it
+            path = path.removeprefix(f"{getattr(base, 'base_model_prefix', '')}.")
         shard = stored.shard_of.get(path)
-        if shard is None or not weight.is_floating_point() or is_dtensor(weight):
+        quantised = not weight.is_floating_point() or hasattr(weight, "quant_state")
+        if shard is None or quantised or is_dtensor(weight):
             continue
         dtype, shape, *_ = shard.places[path]
-        same = shape == tuple(weight.shape)
-        if same and dtype in folders.DTYPES:
-            own = weight.detach().flatten()[:COMPARED].cpu()
-            same = torch.equal(shard.beginning(path, COMPARED).to(own.dtype), own)
-        if not same:
+        if shape != tuple(weight.shape) or (dtype in folders.DTYPES and not _same_numbers(weight, shard, path)):
             raise ValueError(
-                f"{path} is not what {name} has, from where vLLM loads the base (trained in memory, merged or "
-                "resized?): expected the same, so save the model, and load it from there"
+                f"{path} is not what {name} has, from where vLLM loads the base (trained in memory, merged, resized, "
+                "of another revision?): expected the same, so save the model, and load it from there"
             )
+
+
+def _same_numbers(weight: Tensor, shard: folders.Shard, path: str) -> bool:
+    """Whether these are the file's numbers, in the weight's dtype or rounded to 16 bits on the way."""
+    flat = weight.detach().reshape(-1)
+    for at in {0, len(flat) // 2, max(0, len(flat) - COMPARED)}:
+        own, theirs = flat[at : at + COMPARED].cpu(), shard.numbers(path, at, COMPARED)
+        rounded = (dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(own.to(dtype).to(own), own))
+        if not any(torch.equal(theirs.to(dtype).to(own), own) for dtype in (own.dtype, *rounded)):
+            return False
+    return True
 
 
 def _folder_of(name: str) -> str:
@@ -149,6 +163,8 @@ class _Pefts:
 
     def name(self) -> str | None:
         layers = [m for m in self.model.modules() if hasattr(m, "_disable_adapters")]
+        if not layers:
+            raise ValueError("the adapter has no layers of its own (prompts, prefixes?)")
         if all(m._disable_adapters for m in layers):
             return None
         names = {name for m in layers for name in m.active_adapters}
@@ -161,6 +177,11 @@ class _Pefts:
 
     def save(self, folder: Path) -> None:
         name = self.name()
+        for m in self.model.modules():
+            if hasattr(m, "lora_alpha") and name in m.scaling:
+                alpha, r, scale = m.lora_alpha[name], m.r[name], float(m.scaling[name])
+                if not any(math.isclose(scale, s) for s in (alpha / r, alpha / r**0.5, alpha)):  # AdaLoRA's is alpha
+                    raise ValueError(f"a layer's scaling is {scale}, expected the one of alpha {alpha} and r {r}")
         with tempfile.TemporaryDirectory(dir=folder.parent) as theirs:
             self.model.save_pretrained(theirs, selected_adapters=[name], save_embedding_layers=False)
             saved = Path(theirs) / (name if name != "default" else "")
@@ -237,13 +258,10 @@ def _rollouts(generation: type) -> type:
                     path.chmod(0o644)
             return folder
 
-        def _now(self) -> tuple[str | None, list[Tensor]]:
-            return self._adapter.name(), [t.detach().clone() for t in self._adapter.numbers()]
-
         def generate(self, *args, **kwargs):
             """TRL asks for what has changed once a step; a loaded checkpoint or another adapter is none."""
             if self._adapter is not None and (self.mode == "colocate" or self.accelerator.is_main_process):
-                (name, numbers), (former, known) = self._now(), self._known
+                name, numbers, (former, known) = self._adapter.name(), self._adapter.numbers(), self._known
                 if name != former or len(numbers) != len(known) or not all(map(torch.equal, numbers, known)):
                     self.sync_weights()
             return super().generate(*args, **kwargs)
@@ -254,15 +272,19 @@ def _rollouts(generation: type) -> type:
                 return
             if self.mode == "server" and not self.accelerator.is_main_process:
                 return
-            self._known = self._now()
-            request = None
-            if self._known[0] is not None:
+            self._known = "", []  # whatever fails below, the next sample tries again
+            name, request = self._adapter.name(), None
+            if name is not None:
                 folder = self._write()
                 # vLLM tells adapters apart by name and number, also in its cache of prefixes; a server outlives runs
                 request = LoRARequest(f"{self._folder.name}-{self._count}", self._count, str(folder))
             if self.mode == "server":
                 self._serve(request)
-                return
+            else:
+                self._load(request)
+            self._known = name, [t.detach().clone() for t in self._adapter.numbers()]
+
+        def _load(self, request) -> None:
             if request:
                 self.llm.llm_engine.add_lora(request)
             for way in ("generate", "chat", "beam_search"):
@@ -333,18 +355,18 @@ def engine(model: nn.Module, length: int) -> Iterator[Callable[[Sequence[Sequenc
             f"the longest prompt and max_completion_length are {length} tokens, expected at most {room} with vLLM: the "
             "model's max_position_embeddings"
         )
-    with tempfile.TemporaryDirectory(prefix="tinylora-vllm-") as folder:
+    adapter = _adapter(model)
+    with tempfile.TemporaryDirectory(prefix="tinylora-vllm-") as folder, processes.launched():
         how: dict[str, Any] = {}
         request = None
-        if adapter_names(model):
+        if adapter and adapter.name() is not None:
             written = Path(folder) / "1"
-            _Ours(model).save(written)
+            adapter.save(written)
             how = {"enable_lora": True, "max_lora_rank": _legal_rank(_rank(written)), "max_loras": 1}
             request = LoRARequest("adapter", 1, str(written))
         model.to("cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        processes.named()
         llm = LLM(
             model=model.name_or_path, dtype=model.dtype, max_model_len=length, seed=0,
             distributed_executor_backend="external_launcher", **how,
@@ -357,8 +379,10 @@ def engine(model: nn.Module, length: int) -> Iterator[Callable[[Sequence[Sequenc
             found = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, lora_request=request)
             return [list(each.outputs[0].token_ids) for each in found]
 
-        yield answer
-        llm.llm_engine.engine_core.shutdown()
+        try:
+            yield answer
+        finally:
+            llm.llm_engine.engine_core.shutdown()
 
 
 def _rank(folder: Path) -> int:

@@ -60,7 +60,7 @@ def explain(x, weight, down, core, up, bias, adapter_ids, basis) -> None:
     operands = {"x": x, "weight": weight, "down": down, "up": up}
     operands |= {"core": core, "bias": bias, "adapter_ids": adapter_ids, "basis": basis}
     for name, t in operands.items():
-        if not hasattr(t, "dtype") and (t is not None or name in ("x", "weight", "down", "up")):
+        if not (hasattr(t, "dtype") and hasattr(t, "dim")) and (t is not None or name in ("x", "weight", "down", "up")):
             raise ValueError(f"{name} is a {type(t).__name__}, expected a tensor")
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected two dimensions (N, K)")
