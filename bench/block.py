@@ -21,6 +21,7 @@ from bench.providers import Factors
 NAMES = tuple(name for group in shapes.SIBLINGS for name in group)
 INPUTS = ("x of q, k, v", "x of o", "x of gate, up", "x of down")
 PROVIDERS = (who.BARE, who.FUSED, who.PEFT, who.PEFT_SAME_DTYPE, who.ADDMM, who.COMPILED_ADDMM, who.ALONE, who.OURS)
+WITHOUT = (who.BARE, who.FUSED)  # an adapter
 FOUR_BIT_PROVIDERS = (who.BARE, who.OURS)  # PEFT's TinyLoRA does not take them, and siblings run alone
 
 
@@ -313,7 +314,7 @@ class Gate:
     def admit(self, provider: Provider) -> None:
         """Raise WrongResult unless every copy's numbers are as good as PyTorch's own."""
         for i, (_, trains) in enumerate(provider.copies):
-            if provider.name not in (who.BARE, who.FUSED) and len(trains) != len(NAMES):
+            if provider.name not in WITHOUT and len(trains) != len(NAMES):
                 raise WrongResult(f"{len(trains)} of {len(NAMES)} adapters train")
             ys = provider.forward(i, self.xs)
             quiet = {f"y of {name}": y[0, self.rows] for name, y in zip(NAMES, ys, strict=True)}

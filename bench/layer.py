@@ -146,7 +146,7 @@ def _cell(plan, case, weights64, present, cell, modes, budget, ceilings, results
                 row = _row(plan, cell, name, pass_, mode)
                 row.p50_ms, row.p20_ms, row.p80_ms, row.rounds = t.p50, t.p20, t.p80, t.rounds
                 row.ratio_to_bare = t.over(times[who.BARE]) if who.BARE in times else None
-                rank = 0 if name == who.BARE else plan.r
+                rank = 0 if name in block.WITHOUT else plan.r
                 row.bound_ms = 1e3 * roofline.bound(work, M, rank, computed, size, ceilings, pass_, of_weight)
                 directions = 2 if pass_ == BOTH else 1
                 row.tflops = directions * sum(g.operations(M, 0) for g in work) / t.p50 / 1e9

@@ -12,9 +12,10 @@ import psutil
 import pytest
 import torch
 from filelock import FileLock
+from tiny_runs import curve, log
 from two_ranks import ES, GROUP, GRPO, SFT, answers, settings
 
-from tinylora.integrations import evolving, run_folder, training
+from tinylora.integrations import evolving, training
 from tinylora.integrations.trl import last_checkpoint
 from tinylora.nn.checkpoint import read
 
@@ -50,15 +51,6 @@ def two(tiny, tmp_path_factory):
 
 def of_both(two, name):
     return [json.loads((two / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
-
-
-def log(out):
-    return run_folder.read_log(Path(out) / "log.jsonl")
-
-
-def curve(out):
-    """A run's log without what depends on the clock."""
-    return [{k: v for k, v in e.items() if "time" not in k and "per_second" not in k} for e in log(out)]
 
 
 def numbers(folder):

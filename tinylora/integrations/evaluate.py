@@ -55,14 +55,13 @@ def complete(
     return completions
 
 
-def _complete_by_vllm(answer, model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """`complete`, where `answer` is of `vllm.engine`."""
+def _complete_by_vllm(answer, model: nn.Module, tokenizer, ids: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+    """`complete` of the prompts with these ids, where `answer` is of `vllm.engine`."""
     from vllm import SamplingParams
 
     ends = ends_of_text(model, tokenizer)
     greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens, stop_token_ids=sorted(ends), detokenize=False)
-    found = answer([prompt_ids(tokenizer, text) for text in prompts], greedy)
-    return [tokenizer.decode(until_end(tokens, ends), skip_special_tokens=True) for tokens in found]
+    return [tokenizer.decode(until_end(found, ends), skip_special_tokens=True) for found in answer(ids, greedy)]
 
 
 def evaluate(
@@ -90,9 +89,9 @@ def evaluate(
     texts = [""] * len(prompts)
     with contextlib.ExitStack() as until_gathered:
         if by_vllm:
-            longest = max(len(prompt_ids(tokenizer, text)) for text in prompts)
-            answer = until_gathered.enter_context(vllm.engine(model, longest + max_completion_length))
-            mine = _complete_by_vllm(answer, model, tokenizer, prompts[rank::count], max_completion_length)
+            ids = [prompt_ids(tokenizer, text) for text in prompts]
+            answer = until_gathered.enter_context(vllm.engine(model, max(map(len, ids)) + max_completion_length))
+            mine = _complete_by_vllm(answer, model, tokenizer, ids[rank::count], max_completion_length)
         else:
             settings = {"max_new_tokens": max_completion_length, "batch_size": batch_size, "cache": cache}
             mine = complete(model, tokenizer, prompts[rank::count], **settings)

@@ -62,20 +62,17 @@ class Shard:
         }
 
     def tensor(self, name: str) -> Tensor:
-        dtype, shape, start, end = self.places[name]
-        data = bytearray(end - start)
+        return self.numbers(name).view(self.places[name][1])
+
+    def numbers(self, name: str, at: int = 0, count: int | None = None) -> Tensor:
+        """Numbers of a tensor from the at-th on, [count] or as many as there are."""
+        dtype, _, start, end = self.places[name]
+        size = DTYPES[dtype].itemsize
+        start += at * size
+        data = bytearray(end - start if count is None else min(end - start, count * size))
         with self.path.open("rb") as file:
             file.seek(start)
             file.readinto(data)
-        return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)
-
-    def numbers(self, name: str, at: int, count: int) -> Tensor:
-        """Numbers of a tensor from the at-th on, [count] or as many as there are."""
-        dtype, _, start, end = self.places[name]
-        start += at * DTYPES[dtype].itemsize
-        with self.path.open("rb") as file:
-            file.seek(start)
-            data = bytearray(file.read(min(end - start, count * DTYPES[dtype].itemsize)))
         return torch.frombuffer(data, dtype=DTYPES[dtype])
 
 

@@ -216,7 +216,7 @@ def _rollouts(generation: type) -> type:
             self._folder.chmod(0o755)  # a server may be another user's
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             try:
-                self._rank = self._first()
+                self._room = self._first()
             except ValueError as reason:
                 if isinstance(self._adapter, _Ours):
                     raise
@@ -225,8 +225,8 @@ def _rollouts(generation: type) -> type:
                 super()._init_vllm()
                 return
             autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-            how = {"enable_lora": True, "max_lora_rank": self._rank, "max_loras": 1}
-            llm = functools.partial(theirs.LLM, dtype=autocast or self.model.dtype, **how)  # as training computes
+            dtype = autocast or self.model.dtype  # as training computes
+            llm = functools.partial(theirs.LLM, dtype=dtype, **self._room)
             with _replaced(theirs, "LLM", llm), _replaced(theirs, "VLLMClient", Client):
                 super()._init_vllm()
             if self.mode == "server" and self.accelerator.is_main_process:
@@ -236,15 +236,15 @@ def _rollouts(generation: type) -> type:
                 weakref.finalize(self, _unload, self.vllm_client.base_url, self._served)
             self.sync_weights()  # what vLLM does not take is said before the first step
 
-        def _first(self) -> int:
-            """The rank that vLLM makes room for. ValueError for what goes TRL's way, or nowhere."""
+        def _first(self) -> dict[str, Any]:
+            """The room that vLLM makes for the adapter. ValueError for what goes TRL's way, or nowhere."""
             if self.mode == "colocate" and self.enable_sleep_mode:
                 raise ValueError("vllm_enable_sleep_mode is True")
             if self._dist.is_fsdp or any(in_pieces(p) for p in self.model.parameters()):
                 raise ValueError("the model is in pieces (FSDP, ZeRO-3)")
             if isinstance(self._adapter, _Pefts):
                 refuse_another_base(self.model)
-            return _legal_rank(_rank(self._write()))
+            return _room(self._write())
 
         def _write(self) -> Path:
             """The adapter as it is now, in a folder of its own; the one before the last is not read any more."""
@@ -316,7 +316,7 @@ def _rollouts(generation: type) -> type:
                 raise RuntimeError(
                     f"the vLLM server at {client.base_url} did not load the adapter ({answer.status_code}: "
                     f"{answer.text.strip()[:500]}), expected one that reads {request.lora_path}, started with\n"
-                    f"{SERVE.format(rank=self._rank)}"
+                    f"{SERVE.format(rank=self._room['max_lora_rank'])}"
                 )
             client.model = request.lora_name
             _unload(client.base_url, self._served)
@@ -362,7 +362,7 @@ def engine(model: nn.Module, length: int) -> Iterator[Callable[[Sequence[Sequenc
         if adapter and adapter.name() is not None:
             written = Path(folder) / "1"
             adapter.save(written)
-            how = {"enable_lora": True, "max_lora_rank": _legal_rank(_rank(written)), "max_loras": 1}
+            how = _room(written)
             request = LoRARequest("adapter", 1, str(written))
         model.to("cpu")
         if torch.cuda.is_available():
@@ -372,32 +372,26 @@ def engine(model: nn.Module, length: int) -> Iterator[Callable[[Sequence[Sequenc
             distributed_executor_backend="external_launcher", **how,
         )  # fmt: skip
 
-        if request:
-            llm.llm_engine.add_lora(request)  # what vLLM does not take is said before it begins
-
         def answer(prompts, parameters):
             found = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, lora_request=request)
             return [list(each.outputs[0].token_ids) for each in found]
 
         try:
+            if request:
+                llm.llm_engine.add_lora(request)  # what vLLM does not take is said before it begins
             yield answer
         finally:
             llm.llm_engine.engine_core.shutdown()
 
 
-def _rank(folder: Path) -> int:
-    config = json.loads((folder / peft_files.CONFIG).read_text())
-    return max([config["r"], *config.get("rank_pattern", {}).values()])
-
-
-def _legal_rank(rank: int) -> int:
-    """The least max_lora_rank of vLLM's that holds this rank: it takes a few numbers only."""
+def _room(folder: Path) -> dict[str, Any]:
+    """What an engine is told to hold the LoRA in this folder: of ranks vLLM takes a few, so the least that does."""
     from vllm.config.lora import MaxLoRARanks
 
-    legal = sorted(typing.get_args(MaxLoRARanks))
+    rank, legal = json.loads((folder / peft_files.CONFIG).read_text())["r"], sorted(typing.get_args(MaxLoRARanks))
     if rank > legal[-1]:
         raise ValueError(f"the adapter is of rank {rank}, expected at most {legal[-1]}, vLLM's largest")
-    return next(r for r in legal if r >= rank)
+    return {"enable_lora": True, "max_lora_rank": next(r for r in legal if r >= rank), "max_loras": 1}
 
 
 @contextlib.contextmanager
