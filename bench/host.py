@@ -214,7 +214,7 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0), planned: bool = T
     from tinylora.kernels import launch as planning
     from tinylora.kernels import scratch
     from tinylora.nn.kept import Kept
-    from tinylora.ops import dispatch, fused
+    from tinylora.ops import dispatch, fused, ways
     from tinylora.ops import linear as operator
 
     launched: list[str] = []
@@ -259,9 +259,10 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0), planned: bool = T
         with contextlib.ExitStack() as stack:
             for owner, name, stub in (
                 (JITFunction, "_do_compile", compiled),
-                (fused, "capability_of", lambda device: capability),
+                (ways, "capability_of", lambda device: capability),
                 (fused, "interpreting", lambda: False),
-                (fused, "_remembers", lambda device: True),
+                (ways, "interpreting", lambda: False),
+                (ways, "remembers", lambda device: True),
                 (scratch, "kept_by_stream", lambda device: True),
                 (scratch, "_to_keep", lambda make: make()),
                 (planning, "KNOWN", planned and planning.KNOWN),
@@ -269,7 +270,7 @@ def launches_stubbed_out(capability: tuple[int, int] = (9, 0), planned: bool = T
                 (Kept, "pays", staticmethod(lambda x: True)),
             ):
                 stack.enter_context(mock.patch.object(owner, name, stub))
-            for kept in (fused.ways, scratch._planes, scratch._counters, scratch._views):
+            for kept in (ways.known, scratch._planes, scratch._counters, scratch._views):
                 stack.enter_context(mock.patch.dict(kept, clear=True))
             yield launched
     finally:

@@ -115,11 +115,11 @@ def _operands(M, N, K, transposed, buffers, device):
 def _matmul(M, N, K, transposed, buffers, device) -> Cell:
     from tinylora.kernels import tiles
     from tinylora.kernels.gemm import fits_descriptors, gemm
-    from tinylora.ops import fused
+    from tinylora.ops.ways import kernel_capability
 
     xs, ws, up, rows = _operands(M, N, K, transposed, buffers, device)
     ys = [torch.empty(M, N, dtype=torch.bfloat16, device=device) for _ in xs]
-    capability = fused.kernel_capability(device)
+    capability = kernel_capability(device)
     chip, thin = tiles.card(capability), tiles.thin_tile(M, K, R, torch.bfloat16, capability)
     descriptors = fits_descriptors(xs[0], ws[0])
     tile = tiles.gemm_tile(M, N, chip, descriptors and chip.bulk_copies, thin.width, descriptors)
@@ -142,13 +142,13 @@ def _thin(M, N, K, transposed, buffers, device) -> Cell:
     from tinylora.kernels import tiles
     from tinylora.kernels.core import Core
     from tinylora.kernels.thin import thin
-    from tinylora.ops import fused
+    from tinylora.ops.ways import kernel_capability
 
     xs = [_normal(M, K, device=device)]
     xs += [xs[0].clone() for _ in range(1, buffers)]
     down, core, rows = _normal(R, K, scale=K**-0.5, device=device, seed=2), Core(), some_rows(M, device)
     up = down.T.contiguous().T  # the backward's: t = dY U with U [K, r] in memory
-    tile = tiles.thin_tile(M, K, R, torch.bfloat16, fused.kernel_capability(device))
+    tile = tiles.thin_tile(M, K, R, torch.bfloat16, kernel_capability(device))
 
     def pass_over(factor):
         return lambda i: thin(xs[i], factor, core, tile, "ieee", want_s=True)[0]

@@ -151,11 +151,11 @@ class Operands:
     def run(self, choice) -> Tensor:
         from tinylora.kernels import tiles
         from tinylora.kernels.core import Core
-        from tinylora.ops import fused
+        from tinylora.ops.matmul import linear
 
         x = self.x[0] if len(self.x) == 1 else self.x
         want_z = len(self.x[0]) > tiles.DECODE_ROWS  # few rows are rollouts', which keep none
-        return fused._linear(x, self.w, self.down, Core(self.core), self.up, None, choice, want_z=want_z)[0]
+        return linear(x, self.w, self.down, Core(self.core), self.up, None, choice, want_z=want_z)[0]
 
     def wrong(self, choice) -> str:
         """Why this candidate gets no time, or nothing."""

@@ -27,7 +27,7 @@ import tinylora.kernels.decode
 import tinylora.kernels.gemm
 import tinylora.kernels.gradients
 import tinylora.kernels.thin
-from tinylora.ops import fused
+from tinylora.ops import fused, ways
 
 INTERPRETED_AT_IMPORT = isinstance(tinylora.kernels.thin.thin_kernel, InterpretedFunction)
 
@@ -168,7 +168,7 @@ def compiler(capability: tuple[int, int], only_count: bool = False):
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(_Driver(capability))
     try:
-        with patch.object(JITFunction, "run", run), patch.object(fused, "capability_of", lambda device: capability):
+        with patch.object(JITFunction, "run", run), patch.object(ways, "capability_of", lambda device: capability):
             yield launches
     finally:
         triton.runtime.driver._active = before

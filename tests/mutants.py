@@ -2,8 +2,8 @@
 
     python3 tests/mutants.py [--jobs 2] [--only WORD] [--out FILE]
 
-Every mutant is one replacement in a copy of the checkout; `tests/test_kernels.py` (for the last two files
-`tests/test_invariant.py`, too) runs there and must fail. The
+Every mutant is one replacement in a copy of the checkout; `tests/test_kernels.py` (for the files in
+tinylora/ops `tests/test_invariant.py`, too) runs there and must fail. The
 last result stands in docs/LOG.md. A mutant that lives names a mask or a term that no test can see.
 """
 
@@ -33,7 +33,7 @@ class Mutant:
 
 M = Mutant
 BLOCKS, GEMM, THIN, DECODE, GRADIENTS = (f"kernels/{n}.py" for n in ("blocks", "gemm", "thin", "decode", "gradients"))
-FUSED, INVARIANT = "tinylora/ops/fused.py", "tinylora/ops/invariant.py"
+FUSED, MATMUL, INVARIANT = (f"tinylora/ops/{name}.py" for name in ("fused", "matmul", "invariant"))
 
 # The tests that see most mutants of a file: they run first, to save time.
 FIRST = {
@@ -64,11 +64,13 @@ FIRST = {
         "nothing_is_written_before_the_launch_before_is_waited_for",
     ),
     GRADIENTS: ("gradients_one_by_one", "strides_and_what_lies_beside_the_operands"),
-    FUSED: ("gradients_one_by_one", "the_library_s_y_has_the_dimensions_of_x"),
+    FUSED: ("gradients_one_by_one",),
+    MATMUL: ("gradients_one_by_one", "the_library_s_y_has_the_dimensions_of_x"),
     INVARIANT: (),
 }
 # What follows if those see nothing.
-ALL = {FUSED: ("tests/test_kernels.py", "tests/test_invariant.py"), INVARIANT: ("tests/test_invariant.py",)}
+BOTH = "tests/test_kernels.py", "tests/test_invariant.py"
+ALL = {FUSED: BOTH, MATMUL: BOTH, INVARIANT: BOTH[1:]}
 
 MUTANTS = [
     # blocks.py
@@ -248,19 +250,20 @@ MUTANTS = [
     M(GRADIENTS, "inside = (c[:, None] < C) & (ranks[None, :] < R)", "inside = ranks[None, :] < R",
       "dD, dU: store, columns"),
     # fused.py
-    M(FUSED, "use_z is not None and reduce is None", "use_z is not None and reduce",
+    M(MATMUL, "use_z is not None and self.thin is None", "use_z is not None and self.thin",
       "dC beside decode, which has no thin pass"),
     M(FUSED, "theirs = Core(values, own_basis, adapter_ids, transposed=True)", "theirs = ours", "backward: Cᵀ"),
     M(FUSED, "factor_gradient(t, theirs, x", "factor_gradient(t, ours, x", "dD: q = t C"),
     M(FUSED, "factor_gradient(z, ours, dy", "factor_gradient(z, theirs, dy", "dU: s = z Cᵀ"),
     M(FUSED, "or 0 in strides", "", "a broadcast gradient",
       cannot="pointers take a stride of 0, and `fits_descriptors` refuses it: the copy is for speed"),
-    M(FUSED, "y.resize_(shape) if copies else y", "y", "the library's Y in x's dimensions"),
+    M(MATMUL, "y.resize_(self.shape) if self.copies else y", "y", "the library's Y in x's dimensions"),
     M(FUSED, "z, s = reduce.run(x, down, core, True)\n    finish", "z, s = reduce.run(x, down, core, True)\n    z",
       "the pass over a Y that is there"),
-    M(FUSED, "tiles.pinned(N, K, r", "tiles.choose(M, N, K, r", "batch invariant: one choice for every M"),
+    M(MATMUL, "tiles.pinned(N, K, self.r", "tiles.choose(self.M, N, K, self.r",
+      "batch invariant: one choice for every M"),
     M(FUSED, "down, None, choice, pin, use_z", "down, None, choice, False, use_z", "batch invariant: dX, too"),
-    M(FUSED, "xs[0].stride() != (K, 1) or xs[0].data_ptr() % 16", "False", "batch invariant: rows with strides",
+    M(MATMUL, "first.stride() != (K, 1) or first.data_ptr() % 16", "False", "batch invariant: rows with strides",
       cannot="the interpreter rounds alike by pointers and by bulk copies"),
     # invariant.py
     M(INVARIANT, "padded(x[rows], ROWS, inner)", "padded(x[rows], count, inner)", "blocks: always as many rows"),

@@ -121,7 +121,7 @@ def assert_as_good_as_torch(name, ours, exact, torch_own, factor=2.0):
 
 
 class BoundByTorch:
-    """What `fused.Bound` promises, without a launch: the operands' memory as it lay then, read anew at every call."""
+    """What `bound.Bound` promises, without a launch: the operands' memory as it lay then, read anew at every call."""
 
     def __init__(self, calls: list, weight, down, core, up, bias, basis):
         self.calls, self.known = calls, set()

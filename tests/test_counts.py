@@ -13,7 +13,7 @@ from lanes import INTERPRETED_AT_IMPORT, compiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinylora.kernels import scratch
-from tinylora.ops import fused
+from tinylora.ops import fused, matmul
 
 pytestmark = pytest.mark.skipif(INTERPRETED_AT_IMPORT, reason="TRITON_INTERPRET is set: launches cannot be counted")
 
@@ -249,7 +249,7 @@ def launches_in_order(M, monkeypatch) -> list[str]:
 @pytest.mark.parametrize("one_loop_only", [False, True])
 def test_a_matmul_that_starts_early_follows_the_thin_pass(one_loop_only, monkeypatch):
     """It reads X and W while the launch before it may run: nothing that writes them may stand between."""
-    monkeypatch.setattr(fused, "_one_loop_only", lambda capability: one_loop_only)
+    monkeypatch.setattr(matmul, "_one_loop_only", lambda capability: one_loop_only)
     order = launches_in_order(8192, monkeypatch)
     assert order.count("gemm_kernel pdl") == 2
     for before, name in itertools.pairwise(order):

@@ -203,7 +203,7 @@ def test_in_the_kernels_a_split_of_k_that_follows_m_is_seen(interpreted, monkeyp
 
     from tinylora.ops import fused
 
-    linear = fused._linear
+    linear = fused.linear
 
     def by_rows(x, *operands, **options):
         monkeypatch.setattr(tiles, "pinned", lambda *sizes: cut(pinned(*sizes), 1 + x.shape[0] // 60))
@@ -213,7 +213,7 @@ def test_in_the_kernels_a_split_of_k_that_follows_m_is_seen(interpreted, monkeyp
         return replace(choice, thin=replace(choice.thin, split=slices))
 
     pinned = tiles.pinned
-    monkeypatch.setattr(fused, "_linear", by_rows)
+    monkeypatch.setattr(fused, "linear", by_rows)
     with pytest.raises(AssertionError, match="differ"):
         assert_rows_are_independent(Problem(130, 40, 104, 2), (0,), (50,))
 

@@ -23,7 +23,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from bench import host
 from bench import providers as who
 from tinylora.kernels import launch, scratch, tiles
-from tinylora.ops import fused
+from tinylora.ops import fused, ways
+from tinylora.ops.bound import Bound
 
 pytestmark = pytest.mark.skipif(INTERPRETED_AT_IMPORT, reason="TRITON_INTERPRET is set: Triton's launcher does not run")
 
@@ -225,7 +226,7 @@ def step(given, calls, fresh=False, **options):
 
     def run(function, *arguments, names=given, **more):
         if fresh:
-            fused.ways.clear()
+            ways.known.clear()
         start = len(calls)
         results = function(*arguments, **more, **options)
         found.extend(handed(calls[start:], names))
@@ -258,7 +259,7 @@ def test_a_planned_launch_is_what_triton_would_have_made(options):
     """Every kind in one process, three times each, against a launch that remembers nothing."""
     with recorded() as calls:
         fresh = [step(operands(kind), calls, fresh=True, **options) for kind in KINDS]
-        fused.ways.clear()
+        ways.known.clear()
         for kind in KINDS:
             step(operands(kind), calls, **options)
         for kind, want in zip(KINDS, fresh, strict=True):
@@ -329,7 +330,7 @@ BOUND = {
 def bindable(M=1, **changes):
     """Operands by name, and what binds them."""
     given = made(M, **changes)
-    return given, fused.Bound(*(given[n] for n in ("weight", "down", "core", "up", "bias", "basis")))
+    return given, Bound(*(given[n] for n in ("weight", "down", "core", "up", "bias", "basis")))
 
 
 @pytest.mark.parametrize("parts", [1, 2], ids=["one layer", "siblings"])
@@ -464,10 +465,10 @@ def test_an_operand_on_another_device_is_another_kind(name):
     with recorded():
         given = made(5, core="mixed-rows")
         fused.forward(*(given[n] for n in NAMES))
-        before = len(fused.ways)
+        before = len(ways.known)
         with patch.object(fused.eager, "check_ids", lambda *_: None):  # it reads them on a CPU
             fused.forward(*((given | {name: given[name].to("meta")})[n] for n in NAMES))
-        assert len(fused.ways) == before + 1
+        assert len(ways.known) == before + 1
 
 
 # --- when Triton's launcher must be asked -------------------------------------------------------------------
@@ -512,7 +513,7 @@ def test_who_looks_at_launches_sees_them(looking):
         with looking():
             assert planned() == 0
         if looking is not None:
-            fused.ways.clear()
+            ways.known.clear()
         assert planned() == 1  # the second
         assert planned() == 2
         with looking():
@@ -578,14 +579,14 @@ def test_a_plan_keeps_no_operand_alive():
 )
 def test_a_way_serves_other_operands_of_its_kind(problem, poison_empty):
     """Numbers and gradients through the interpreter, by ways that were found for other tensors."""
-    with interpreter(), patch.object(fused, "_remembers", lambda device: True), patch.dict(fused.ways, clear=True):
+    with interpreter(), patch.object(ways, "remembers", lambda device: True), patch.dict(ways.known, clear=True):
         hold(problem)
-        found = len(fused.ways)
+        found = len(ways.known)
         hold(problem)
-        assert found == len(fused.ways) > 1
+        assert found == len(ways.known) > 1
         if problem.M < 100:
             hold(problem, layout=surround)
-            assert len(fused.ways) > found
+            assert len(ways.known) > found
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")

@@ -233,7 +233,7 @@ def test_what_a_layer_keeps_between_calls_is_used_only_while_it_stands(change, g
 
     pytest.importorskip("triton")
     calls: list[str] = []
-    monkeypatch.setattr("tinylora.ops.fused.Bound", lambda *operands: BoundByTorch(calls, *operands))
+    monkeypatch.setattr("tinylora.ops.bound.Bound", lambda *operands: BoundByTorch(calls, *operands))
     monkeypatch.setattr(Kept, "pays", staticmethod(lambda x: True))
     torch.manual_seed(0)
     _, layer = layer_with_a_trained_adapter()
@@ -279,7 +279,7 @@ def test_what_a_layer_keeps_between_calls_is_used_only_while_it_stands(change, g
 def test_a_weight_moved_between_forward_and_backward_is_not_read_where_it_lay(monkeypatch):
     pytest.importorskip("triton")
     calls: list[str] = []
-    monkeypatch.setattr("tinylora.ops.fused.Bound", lambda *operands: BoundByTorch(calls, *operands))
+    monkeypatch.setattr("tinylora.ops.bound.Bound", lambda *operands: BoundByTorch(calls, *operands))
     monkeypatch.setattr(Kept, "pays", staticmethod(lambda x: True))
     _, layer = layer_with_a_trained_adapter()
     x = torch.randn(5, 32, requires_grad=True)
@@ -307,7 +307,7 @@ def test_who_moves_the_weights_at_every_call_is_not_followed_for_ever(monkeypatc
 def test_what_a_layer_keeps_is_left_alone_where_somebody_looks_on(monkeypatch):
     pytest.importorskip("triton")
     calls: list[str] = []
-    monkeypatch.setattr("tinylora.ops.fused.Bound", lambda *operands: BoundByTorch(calls, *operands))
+    monkeypatch.setattr("tinylora.ops.bound.Bound", lambda *operands: BoundByTorch(calls, *operands))
     monkeypatch.setattr(Kept, "pays", staticmethod(lambda x: True))
     _, layer = layer_with_a_trained_adapter()
     x = torch.randn(5, 32)

@@ -203,7 +203,7 @@ def test_what_a_group_keeps_between_calls_is_used_only_while_it_stands(config, g
     monkeypatch.setattr("tinylora.nn.siblings.on_torch", lambda *operands: False)
     pytest.importorskip("triton")
     bound: list[str] = []
-    monkeypatch.setattr("tinylora.ops.fused.Bound", lambda *operands: BoundByTorch(bound, *operands))
+    monkeypatch.setattr("tinylora.ops.bound.Bound", lambda *operands: BoundByTorch(bound, *operands))
     monkeypatch.setattr(Kept, "pays", staticmethod(lambda x: True))
     quick: list[bool] = []
 

@@ -13,7 +13,8 @@ did to them.
     VeRA             A[:, :K]  diag(lambda_d)          diag(lambda_b) B
     AdaLoRA          A         diag(E) scaling / rank  B
 
-What is diagonal is handed over as its [r] numbers; in eager torch on a CPU it is a part of up, or a factor (`ops.cpu`).
+What is diagonal is handed over as its [r] numbers; in eager torch on a CPU it is a part of up, or a factor
+(integrations/peft_on_cpu.py).
 
 Every layer gives the dtype that PEFT's own gives, and rounds once where PEFT's rounds the base, the correction and
 their sum. Under autocast, x, the base's weight and its bias are cast as F.linear's would be; the factors stay as they
@@ -31,9 +32,9 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from tinylora.integrations.optional import installed, needed
+from tinylora.integrations.peft_on_cpu import linear_on_cpu
 from tinylora.nn.four_bit import is_four_bit, packed_weight
 from tinylora.ops.checks import CAST, autocasts, fits
-from tinylora.ops.cpu import linear_on_cpu
 from tinylora.ops.dispatch import interpreting
 from tinylora.ops.four_bit import FourBit
 from tinylora.ops.linear import unchecked, without_autocast

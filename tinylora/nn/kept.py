@@ -115,7 +115,7 @@ class Kept:
 
     def learn(self, x: Tensor, want_z: bool) -> None:
         if self.bound is None and self.pays(x):
-            from tinylora.ops.fused import Bound
+            from tinylora.ops.bound import Bound
 
             o = self.operands
             self.bound = Bound(o.weight, o.down, o.core, o.up, o.bias, o.basis)

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from problems import NAMES, Problem, assert_as_good_as_torch, grads
 
-from tinylora.ops import cpu, reference
+from tinylora.integrations import peft_on_cpu
+from tinylora.ops import reference
 
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
@@ -45,12 +46,12 @@ def threads(request):
 def way(request, monkeypatch):
     """Both ways to the same gradients: torch's own from all of dW', and the nodes'."""
     for bound in ("BOTH", "ONE"):
-        monkeypatch.setattr(cpu, bound, 1 << 40 if request.param == "whole" else 0)
+        monkeypatch.setattr(peft_on_cpu, bound, 1 << 40 if request.param == "whole" else 0)
     return request.param
 
 
 def ours(x, weight, down, core, up, bias, ids=None, basis=None, scale=1.0):
-    return cpu.linear_on_cpu(x, weight.detach(), bias, down, core, up, scale, basis)
+    return peft_on_cpu.linear_on_cpu(x, weight.detach(), bias, down, core, up, scale, basis)
 
 
 def node(y):
@@ -68,7 +69,7 @@ def test_numbers(problem, scale, threads, way, poison_empty):
     operands, _, _ = problem.operands()
     x, weight, *_ = operands
     leaves = [None if t is None else t.clone().requires_grad_() for t in operands]
-    small = problem in FOLDED or (problem.dtype in (bf16, f16) and weight.numel() <= cpu.SMALL)
+    small = problem in FOLDED or (problem.dtype in (bf16, f16) and weight.numel() <= peft_on_cpu.SMALL)
     if (way == "whole" and small) or problem.M == 0:
         assert node(ours(*leaves)) is None
     else:
@@ -134,8 +135,8 @@ ONE_SIDE = [
 @pytest.mark.parametrize("problem", ONE_SIDE, ids=lambda p: p.id)
 def test_gradients_where_one_side_trains(problem, trains, way, threads, poison_empty, monkeypatch):
     """TinyLoRA's v, VeRA's diagonals and so on, in a node of few thin products, in 16 bits as well."""
-    monkeypatch.setattr(cpu, "BOTH", 1 << 40)
-    monkeypatch.setattr(cpu, "ONE", 1 << 40 if way == "whole" else 0)
+    monkeypatch.setattr(peft_on_cpu, "BOTH", 1 << 40)
+    monkeypatch.setattr(peft_on_cpu, "ONE", 1 << 40 if way == "whole" else 0)
     core = {"core": "dense", "v": "mixed", "many v": "mixed"}.get(trains, "none")
     operands, _, basis = problem.with_(core=core, u=40 if trains == "many v" else 5).operands()
     g = torch.Generator().manual_seed(1)
@@ -162,7 +163,7 @@ def test_gradients_where_one_side_trains(problem, trains, way, threads, poison_e
 
     def on_cpu(x, weight, bias, down, core, up, b, d, basis):
         three = x.unflatten(0, (1, -1)) if problem.M % 2 == 0 else x
-        y = cpu.linear_on_cpu(three, weight, bias, down, core, up, 0.75, basis, (b, d) if ends else None)
+        y = peft_on_cpu.linear_on_cpu(three, weight, bias, down, core, up, 0.75, basis, (b, d) if ends else None)
         assert y.shape == (*three.shape[:-1], problem.N)
         return y.view(-1, problem.N) if three is not x else y
 
@@ -193,7 +194,7 @@ def test_a_core_beside_diagonals(M, dtype):
     (x, weight, down, core, up, bias), _, _ = Problem(M, 200, 300, 8, dtype, factors=f32).operands()
     b, d = torch.randn(200), torch.randn(8)
     with torch.no_grad():
-        y = cpu.linear_on_cpu(x, weight, bias, down, core, up, diagonals=(b, d))
+        y = peft_on_cpu.linear_on_cpu(x, weight, bias, down, core, up, diagonals=(b, d))
     scaled = b[:, None] * up * d
     want = reference.adapted_linear(*(t.double() for t in (x, weight, down, core, scaled, bias)))
     torchs = reference.adapted_linear(*(t.to(dtype) for t in (x, weight, down, core, scaled, bias)))
@@ -223,7 +224,7 @@ def test_few_bf16_rows_of_a_small_layer_are_rounded_as_many_are(grad):
         x, weight = (torch.randn(n, 128, generator=g).to(bf16) for n in (32, 128))
         bias, down, up = torch.randn(128, generator=g).to(bf16), torch.randn(2, 128), torch.zeros(128, 2)
         with torch.set_grad_enabled(grad):
-            y = cpu.linear_on_cpu(x, weight, bias, down, None, up.requires_grad_(grad))
+            y = peft_on_cpu.linear_on_cpu(x, weight, bias, down, None, up.requires_grad_(grad))
             want = F.linear(x, weight, bias)
         differ, total = differ + (y != want).sum().item(), total + y.numel()
         torch.testing.assert_close(y, want, rtol=2**-7, atol=1e-3)
@@ -249,7 +250,7 @@ def test_strides_and_dimensions():
 
 @pytest.mark.parametrize("problem", [FOLDED[3], UNFOLDED[1]], ids=lambda p: p.id)
 def test_a_node_refuses_the_gradient_of_a_gradient_and_autocast_changes_nothing_in_its_backward(problem, monkeypatch):
-    monkeypatch.setattr(cpu, "ONE", 0)
+    monkeypatch.setattr(peft_on_cpu, "ONE", 0)
     operands, _, _ = problem.operands()
     x = operands[0].requires_grad_()
     up = operands[4].requires_grad_()

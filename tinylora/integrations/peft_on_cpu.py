@@ -1,4 +1,4 @@
-"""The operator with one core, for layers so small that calls and passes are its price: what PEFT's run on a CPU.
+"""PEFT's layers on a CPU: the operator with one core, for layers so small that calls and passes are its price.
 
     Y = X Wᵀ + bias + scale · ((X Dᵀ) Cᵀ) Uᵀ
 
