@@ -28,7 +28,7 @@ NO_PLOT = "no plot: matplotlib is not installed (pip install matplotlib)"
 
 def now() -> str:
     """As it stands in every file of results."""
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def new_figure(width: float, height: float):

@@ -108,12 +108,16 @@ def packed(weight, nested=True, kind="nf4", block=64):
 
 
 def assert_as_good_as_torch(name, ours, exact, torch_own, factor=2.0):
-    """Our error against the exact answer may be at most `factor` times PyTorch's own in the same dtype."""
+    """Our error against the exact answer may be at most `factor` times PyTorch's own in the same dtype.
+
+    torch_own: several results, where the largest error counts: of a few numbers that are long sums, one is luck.
+    """
     if exact.numel() == 0:
         assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
         return
     ours_err = (ours.double() - exact).abs().max().item()
-    torch_err = (torch_own.double() - exact).abs().max().item()
+    several = torch_own if isinstance(torch_own, list) else [torch_own]
+    torch_err = max((one.double() - exact).abs().max().item() for one in several)
     floor = torch.finfo(ours.dtype).eps * exact.abs().max().item()
     assert ours_err <= factor * torch_err + floor, (
         f"{name}: error {ours_err:.3e}, PyTorch's own {torch_err:.3e}, allowed {factor}x + {floor:.1e}"

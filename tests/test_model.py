@@ -231,6 +231,13 @@ def test_apply_that_fails_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match=r"no torch.nn.Linear at all, only Conv1d"):
         tinylora.apply(nn.Sequential(nn.Conv1d(3, 3, 1)), TinyLoraConfig())
 
+    class QLinear(nn.Linear):  # quanto's, beside a head that is none
+        pass
+
+    quantised = nn.Sequential(nn.ModuleList([QLinear(8, 8)]), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"the linear layers in its blocks are QLinear"):
+        tinylora.apply(quantised, TinyLoraConfig())
+
 
 @pytest.mark.parametrize("config", [TinyLoraConfig(u=5), tinylora.LoraConfig(r=3)], ids=lambda c: c.kind)
 def test_transforms_of_torch_func_and_a_trace(config):
@@ -521,7 +528,7 @@ def test_layers_take_nested_tensors_as_torchs_do():
 
 
 @pytest.mark.parametrize("config", [tinylora.TinyLoraConfig(n_tie=5), tinylora.LoraConfig(modules_to_save=["lm_head"])])
-def test_an_adapter_is_removed(config):
+def test_an_adapter_is_removed(config, tmp_path):
     model = tinylora.apply(tinylora.apply(qwen2(), config, "a"), config, "b")
     plain = qwen2()
     with torch.no_grad():
@@ -530,6 +537,9 @@ def test_an_adapter_is_removed(config):
                 p.normal_(std=0.3, generator=torch.Generator().manual_seed(i + 10 * (name == "b")))
     tinylora.activate(model, "a")
     a = model(tokens()).logits
+    tinylora.save(model, tmp_path / "a", "a")
+    with pytest.raises(ValueError, match="auto_model"):  # what SentenceTransformer.save_pretrained does
+        model.tinylora.save(str(tmp_path))
     tinylora.activate(model, "b")
     assert tinylora.remove(model, "b") is model and tinylora.adapter_names(model) == ["a"]
     torch.testing.assert_close(model(tokens()).logits, plain(tokens()).logits)
@@ -548,6 +558,9 @@ def test_an_adapter_is_removed(config):
     for name in ("a", "b"):
         tinylora.remove(tinylora.unmerge(model), name)
     assert tinylora.adapter_names(model) == []
+    assert [n for n, _ in model.named_children()] == [n for n, _ in plain.named_children()]
+    tinylora.load(model, tmp_path / "a")
+    torch.testing.assert_close(model(tokens()).logits, a, rtol=0, atol=0)
 
 
 def test_torchs_counter_sees_the_operators():

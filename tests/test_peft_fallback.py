@@ -4,6 +4,7 @@ import copy
 import gc
 import sys
 import threading
+from types import MethodType
 
 import peft
 import pytest
@@ -103,6 +104,38 @@ def test_hooks_on_the_base_layer(kind):
     layer.base_layer.register_forward_hook(lambda module, args, y: y + 1)
     x = torch.randn(5, 64)
     same_as_unpatched(lambda: layer(x), kind, "has hooks")
+
+
+@pytest.mark.parametrize("origin", ["torch", "another"])
+def test_what_ms_swift_puts_on_lora_s_layers_is_no_hook(origin):
+    """swift.tuners.peft.hot_patch_peft_module replaces the forward of every lora_A and lora_B, by name as here."""
+
+    def keep_device_forward(self, x):
+        return self.forward_origin(x.to(self.weight.device))
+
+    keep_device_forward.__module__ = "swift.tuners.peft"
+    layer, x = layer_of(adapted("LoRA", layers=1)), torch.randn(5, 64)
+    for part in (layer.lora_A["default"], layer.lora_B["default"]):
+        part.forward_origin = part.forward if origin == "torch" else lambda x, part=part: 2 * nn.Linear.forward(part, x)
+        part.forward = MethodType(keep_device_forward, part)
+    if origin == "another":
+        return same_as_unpatched(lambda: layer(x), "LoRA", "has hooks")
+    want = layer(x)
+    tinylora.patch_peft()
+    torch.testing.assert_close(layer(x), want)
+    only_fast("LoRA", 1)
+
+
+def test_a_peft_without_one_of_the_methods(monkeypatch):
+    """0.18, which LLaMA-Factory pins, has no TinyLoRA."""
+    from tinylora.integrations import peft
+
+    _, *how = peft._COVERED["TinyLoRA"]
+    monkeypatch.setitem(peft._COVERED, "TinyLoRA", ("peft.tuners.of_tomorrow.layer", *how))
+    tinylora.patch_peft()
+    layer_of(adapted("LoRA", layers=1))(torch.randn(5, 64))
+    only_fast("LoRA", 1)
+    assert not any("tomorrow" in name for name in peft.covered())
 
 
 @kinds

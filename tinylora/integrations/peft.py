@@ -25,6 +25,8 @@ on this path.
 import functools
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -122,8 +124,8 @@ def _lora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         or b["_forward_pre_hooks"]
         or b["_backward_hooks"]
         or b["_backward_pre_hooks"]
-        or "forward" in a
-        or "forward" in b
+        or ("forward" in a and not _only_moves_x(a))
+        or ("forward" in b and not _only_moves_x(b))
     ):
         return "lora_A or lora_B is not a plain torch.nn.Linear, or has hooks"
     scale = layer["scaling"][name]
@@ -223,6 +225,16 @@ def _adalora(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
 _ABSENT = "the active adapter is not in this layer"
 _DROPS = "dropout acts"
 _COMPUTED = "a parameter of the adapter is computed from others (a parametrization)"
+
+
+def _only_moves_x(own: dict) -> bool:
+    """Whether a lora_A's or lora_B's own forward is ms-swift's: torch.nn.Linear's, of x on the weight's device."""
+    theirs, torchs = (getattr(own.get(name), "__func__", None) for name in ("forward", "forward_origin"))
+    return (
+        torchs is nn.Linear.forward
+        and getattr(theirs, "__module__", "") == "swift.tuners.peft"
+        and theirs.__name__ == "keep_device_forward"
+    )
 
 
 def _drops(dropout: nn.Module) -> bool:
@@ -459,6 +471,13 @@ def _classes() -> dict[str, tuple[type, Callable, bool]]:
 
 
 def _here() -> dict[str, tuple]:
-    """_COVERED, without the layers of four bits where bitsandbytes is not installed: PEFT's modules import it."""
-    there = installed("bitsandbytes")
-    return {kind: how for kind, how in _COVERED.items() if there or not how[0].endswith(".bnb")}
+    """_COVERED, without what the installed PEFT has not (0.18 has no TinyLoRA), and without the layers of four bits
+    where bitsandbytes is not installed: PEFT's modules import it."""
+    four_bits, peft = installed("bitsandbytes"), find_spec("peft")
+    above = [Path(folder).parent for folder in peft.submodule_search_locations] if peft else []
+
+    def there(module: str) -> bool:
+        file = Path(*module.split(".")).with_suffix(".py")
+        return (four_bits or not module.endswith(".bnb")) and any((folder / file).exists() for folder in above)
+
+    return {kind: how for kind, how in _COVERED.items() if there(how[0])}

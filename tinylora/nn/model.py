@@ -47,6 +47,13 @@ class Store(nn.ModuleDict):
     def forward(self, x):
         return x
 
+    def save(self, *args, **kwargs):
+        """sentence-transformers has every child of its model write itself into a folder."""
+        raise ValueError(
+            "the adapter is on the SentenceTransformer itself, whose folders have no place for it: tinylora.save keeps "
+            "it; to write the whole model, put it on model[0].auto_model, and tinylora.merge that first"
+        )
+
 
 def apply(
     model: nn.Module,
@@ -451,6 +458,8 @@ def remove(model: nn.Module, name: str) -> nn.Module:
     store = model.get_submodule(STORE)
     del store[name]
     (group if store._siblings else ungroup)(model)
+    if not len(store):  # whoever walks the model's children meets none that the base has not
+        delattr(model, STORE)
     return model
 
 

@@ -114,7 +114,11 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str | None) -> dict[
         )
         alone = type(model) is nn.Linear or is_four_bit(model)
         what = "a layer by itself: tinylora.Linear.from_linear" if alone else _what_there_is(model, layers)
-        if targets is None and layers and not alone:
+        others = of_other_classes(model) if targets is None and not alone else {}
+        if others:
+            kind = type(next(iter(others.values()))).__name__
+            what = f"the linear layers in its blocks are {kind}, whose forward is its own: expected torch.nn.Linear"
+        elif targets is None and layers and not alone:
             what = f"none of its linear layers lies in a block (a ModuleList): name some, {sorted(layers)[:3]}"
         raise ValueError(f"{type(model).__name__} with {asked}: nothing to adapt, {what}")
     return found
