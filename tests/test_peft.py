@@ -1,6 +1,7 @@
 """PEFT, live: patched layers against PEFT's own in numbers and gradients, every way out, and what users do."""
 
 import copy
+import statistics
 import sys
 
 import peft
@@ -18,33 +19,36 @@ pytestmark = pytest.mark.usefixtures("unpatched_afterwards")
 @kinds
 @dtypes
 def test_numbers_and_gradients(kind, dtype):
-    """Output and gradients as close to the exact ones, in fp64, as twice PEFT's own error."""
-    model, ids = adapted(kind, dtype), tokens()
+    """Output and gradients as close to the exact ones, in fp64, as twice PEFT's own error, in the middle of five texts:
+    which of two equally good sums is nearer is luck, and another processor's other luck."""
+    model = adapted(kind, dtype)
     exact = copy.deepcopy(model).double()
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = {m: [p for p in m.parameters() if p.requires_grad] for m in (model, exact)}
 
-    def run(model):
+    def run(model, ids):
         logits = model(input_ids=ids).logits
-        trained = [p for p in model.parameters() if p.requires_grad]
-        return [logits.detach(), *torch.autograd.grad(logits.double().square().mean(), trained)]
+        return [logits.detach(), *torch.autograd.grad(logits.double().square().mean(), trained[model])]
 
-    want, theirs = run(exact), run(model)
+    texts = tokens(batch=10).split(2)
+    want, theirs = [run(exact, ids) for ids in texts], [run(model, ids) for ids in texts]
     tinylora.patch_peft()
-    ours = run(model)
-    only_fast(kind, 14)
+    ours = [run(model, ids) for ids in texts]
+    only_fast(kind, 14 * len(texts))
     with torch.no_grad():
-        inferred = model(input_ids=ids).logits
-    assert len(parameters) == len(ours) - 1
-    for a, b in zip(ours, theirs, strict=True):
+        inferred = [[model(input_ids=ids).logits] for ids in texts]
+    for a, b in zip(ours[0], theirs[0], strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
 
-    def error(found):  # the largest of all tensors', each relative to its largest number
-        pairs = zip(found, want, strict=False)
-        return max(((t.double() - w).abs().max() / w.abs().max()).item() for t, w in pairs)
+    def error(found, these=slice(None)):  # the largest of all tensors', each relative to its largest number
+        def of_text(found, want):
+            pairs = zip(found[these], want[these], strict=False)
+            return max(((t.double() - w).abs().max() / w.abs().max()).item() for t, w in pairs)
 
-    floor = torch.finfo(dtype).eps
-    assert error([inferred]) <= 2 * error(theirs[:1]) + floor
-    assert error(ours[:1]) <= 2 * error(theirs[:1]) + floor
+        return statistics.median(map(of_text, found, want))
+
+    floor, output = torch.finfo(dtype).eps, slice(1)
+    assert error(inferred, output) <= 2 * error(theirs, output) + floor
+    assert error(ours, output) <= 2 * error(theirs, output) + floor
     assert error(ours) <= 2 * error(theirs) + floor
 
 

@@ -137,7 +137,8 @@ class _Launches:
     def __init__(self, x, w, down, core: Core, up, bias, choice: tiles.Choice | None, pin: bool):
         xs = [x.reshape(-1, x.shape[-1])] if isinstance(x, Tensor) else list(x)
         first = xs[0]
-        (self.M, self.K), (N, K), self.r = first.shape, w.shape, len(down)
+        self.M, (N, K), self.r = len(first), w.shape, len(down)
+        self.K = K
         self.shape = (*x.shape[:-1], N) if isinstance(x, Tensor) else (self.M, N)  # Y's
         self.device, capability, fp32 = first.device, kernel_capability(first.device), precision()
         # x lies so that no view of it is in rows: its rows are copied in every call.
