@@ -19,8 +19,8 @@ from torch import Tensor
 # Below this many elements of a bf16 Y a product in fp32 takes half or less of the time of a bf16 matmul, whose
 # preparation alone takes 15 to 25 microseconds; above it, it takes up to several times as long. How a row is rounded
 # must not depend on how many rows there are, or rollouts would differ from training: `add_product` rounds s and Y where
-# the bf16 matmul does, and gives its bits (in all but 15 of ten million numbers). Up to TINY products torch has no such
-# preparation to make.
+# the bf16 matmul does, and gives its bits (in all but 15 to 60 of ten million). Up to TINY products torch has no
+# such preparation to make.
 SMALL, TINY = 1 << 15, 1 << 12
 
 # Elements of one upcast block: 1 MiB in fp32, which fits the L2 cache of every server CPU of the last years.
