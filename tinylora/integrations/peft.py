@@ -154,7 +154,7 @@ def _vera(layer, name, x, weight, bias, on_cpu) -> Tensor | str:
         return _ABSENT
     if b is None:
         return _COMPUTED
-    if layer["quantization_backend"] is not None and type(weight) is not FourBit:
+    if layer.get("quantization_backend") is not None and type(weight) is not FourBit:
         return "a quantised base layer"
     dropout = modules["vera_dropout"].__dict__["_modules"][name]
     if type(dropout) is not nn.Identity and _drops(dropout):
