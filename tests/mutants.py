@@ -249,7 +249,7 @@ MUTANTS = [
     M(GRADIENTS, "inside = (c[:, None] < C) & (ranks[None, :] < R)", "inside = c[:, None] < C", "dD, dU: store, ranks"),
     M(GRADIENTS, "inside = (c[:, None] < C) & (ranks[None, :] < R)", "inside = ranks[None, :] < R",
       "dD, dU: store, columns"),
-    # fused.py
+    # fused.py, matmul.py
     M(MATMUL, "use_z is not None and self.thin is None", "use_z is not None and self.thin",
       "dC beside decode, which has no thin pass"),
     M(FUSED, "theirs = Core(values, own_basis, adapter_ids, transposed=True)", "theirs = ours", "backward: Cᵀ"),
@@ -267,7 +267,8 @@ MUTANTS = [
       cannot="the interpreter rounds alike by pointers and by bulk copies"),
     # invariant.py
     M(INVARIANT, "padded(x[rows], ROWS, inner)", "padded(x[rows], count, inner)", "blocks: always as many rows"),
-    M(INVARIANT, "if not lies_aligned(w):", "if False:", "blocks: rows that start anywhere are copied"),
+    M(INVARIANT, "if not (lies_aligned(w) and lies_aligned(down)):", "if False:",
+      "blocks: rows that start anywhere are copied"),
     M(INVARIANT, "core[..., i, :] if transposed else core[..., i]", "core[..., i]", "core: transposed"),
     M(INVARIANT, "core[..., i, :] if transposed else core[..., i]", "core[..., i, :]", "core: not transposed"),
     M(INVARIANT, "z[:, i : i + 1]", "z[:, :1]", "core: which rank"),

@@ -5,6 +5,7 @@ import gc
 import sys
 import threading
 from types import MethodType
+from unittest.mock import patch
 
 import peft
 import pytest
@@ -106,19 +107,20 @@ def test_hooks_on_the_base_layer(kind):
     same_as_unpatched(lambda: layer(x), kind, "has hooks")
 
 
-@pytest.mark.parametrize("origin", ["torch", "another"])
-def test_what_ms_swift_puts_on_lora_s_layers_is_no_hook(origin):
+@pytest.mark.parametrize("whose", ["swift's", "somebody's", "swift's of another"])
+def test_what_ms_swift_puts_on_lora_s_layers_is_no_hook(whose):
     """swift.tuners.peft.hot_patch_peft_module replaces the forward of every lora_A and lora_B, by name as here."""
 
     def keep_device_forward(self, x):
         return self.forward_origin(x.to(self.weight.device))
 
-    keep_device_forward.__module__ = "swift.tuners.peft"
+    keep_device_forward.__module__ = "swift.tuners.peft" if "swift" in whose else "somebody"
     layer, x = layer_of(adapted("LoRA", layers=1)), torch.randn(5, 64)
     for part in (layer.lora_A["default"], layer.lora_B["default"]):
-        part.forward_origin = part.forward if origin == "torch" else lambda x, part=part: 2 * nn.Linear.forward(part, x)
+        doubled = lambda x, part=part: 2 * nn.Linear.forward(part, x)  # noqa: E731
+        part.forward_origin = doubled if "another" in whose else part.forward
         part.forward = MethodType(keep_device_forward, part)
-    if origin == "another":
+    if whose != "swift's":
         return same_as_unpatched(lambda: layer(x), "LoRA", "has hooks")
     want = layer(x)
     tinylora.patch_peft()
@@ -136,6 +138,21 @@ def test_a_peft_without_one_of_the_methods(monkeypatch):
     layer_of(adapted("LoRA", layers=1))(torch.randn(5, 64))
     only_fast("LoRA", 1)
     assert not any("tomorrow" in name for name in peft.covered())
+
+
+def test_an_older_peft():
+    """0.18's VeRA does not say how its base is quantised; before it patch_peft knows no layer."""
+    layer, x = layer_of(adapted("VeRA", layers=1)), torch.randn(5, 64)
+    del layer.__dict__["quantization_backend"]
+    tinylora.patch_peft()
+    layer(x)
+    only_fast("VeRA", 1)
+    tinylora.unpatch_peft()
+    with (
+        patch.object(peft, "__version__", "0.17.1"),
+        pytest.raises(ImportError, match=r"peft is 0.17.1, expected 0.18"),
+    ):
+        tinylora.patch_peft()
 
 
 @kinds

@@ -163,6 +163,9 @@ def test_siblings_false_holds_for_adapters_from_files(tmp_path):
     tinylora.save(alone, tmp_path)
     assert not groups(tinylora.load(alone, tmp_path, "second"))
     assert groups(tinylora.load(qwen2(), tmp_path))
+    for name in ("default", "second"):
+        tinylora.remove(alone, name)
+    assert not groups(tinylora.load(alone, tmp_path))
     assert groups(tinylora.apply(alone, TinyLoraConfig(seed=5), "third"))
 
 

@@ -25,8 +25,8 @@ on this path.
 import functools
 from collections.abc import Callable
 from importlib import import_module
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -252,6 +252,7 @@ _COVERED: dict[str, tuple[str, str, Callable, bool]] = {
     "AdaLoRA, 4 bits": ("peft.tuners.adalora.bnb", "SVDLinear4bit", _adalora, True),
 }
 
+OLDEST = 0, 18  # PEFT's, in which its layers hold what is read here
 FAST = "fast"
 _counts: dict[str, dict[str, int]] = {kind: {FAST: 0} for kind in _COVERED}
 _originals: dict[type, tuple[Callable, Callable]] = {}  # class -> (PEFT's forward, ours)
@@ -418,7 +419,7 @@ def patch_peft() -> None:
     covered (merged, disabled, several active adapters, mixed batches, dropout in training, DoRA and other variants,
     base layers that are hooked, or quantised otherwise than to bitsandbytes' four bits, those in eval() on a CPU or in
     a compiled graph, convolutions, embeddings, ...) runs PEFT's own forward; `counts()` says how often.
-    Models compiled before keep the graphs they have. ImportError without peft.
+    Models compiled before keep the graphs they have. ImportError without peft, or with one before 0.18.
     """
     for kind, (cls, *how) in _classes().items():
         if cls not in _originals:
@@ -465,7 +466,11 @@ def covered() -> list[str]:
 
 
 def _classes() -> dict[str, tuple[type, Callable, bool]]:
-    needed("peft", "peft", "patch_peft")
+    version = needed("peft", "peft", "patch_peft").__version__
+    from packaging.version import Version  # which PEFT needs itself
+
+    if Version(version).release < OLDEST:
+        raise ImportError(f"peft is {version}, expected {'.'.join(map(str, OLDEST))} or newer for patch_peft")
     found = {kind: (getattr(import_module(m), name, None), *how) for kind, (m, name, *how) in _here().items()}
     return {kind: how for kind, how in found.items() if how[0] is not None}
 
@@ -473,11 +478,16 @@ def _classes() -> dict[str, tuple[type, Callable, bool]]:
 def _here() -> dict[str, tuple]:
     """_COVERED, without what the installed PEFT has not (0.18 has no TinyLoRA), and without the layers of four bits
     where bitsandbytes is not installed: PEFT's modules import it."""
-    four_bits, peft = installed("bitsandbytes"), find_spec("peft")
-    above = [Path(folder).parent for folder in peft.submodule_search_locations] if peft else []
+    four_bits = installed("bitsandbytes")
+    return {k: how for k, how in _COVERED.items() if (four_bits or not how[0].endswith(".bnb")) and _is_there(how[0])}
 
-    def there(module: str) -> bool:
-        file = Path(*module.split(".")).with_suffix(".py")
-        return (four_bits or not module.endswith(".bnb")) and any((folder / file).exists() for folder in above)
 
-    return {kind: how for kind, how in _COVERED.items() if there(how[0])}
+def _is_there(module: str) -> bool:
+    """Whether it could be imported, without importing the packages around it."""
+    package, *inner = module.split(".")
+    spec = find_spec(package) if installed(package) else None
+    for i in range(len(inner)):
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        spec = PathFinder.find_spec(".".join([package, *inner[: i + 1]]), spec.submodule_search_locations)
+    return spec is not None

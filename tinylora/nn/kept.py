@@ -43,7 +43,7 @@ class Kept:
         self.owners, self.keys, self.tensors = zip(*places, strict=True)
         self.addresses = [t.data_ptr() for t in self.tensors]
         self.frozen = [t for t in self.tensors if not any(t is core for core in operands.cores)]
-        self.bound = None  # of ops.fused, which imports Triton
+        self.bound = None  # of ops.bound, which imports Triton
 
     @staticmethod
     def pays(x: Tensor) -> bool:

@@ -34,15 +34,12 @@ from tinylora.nn.tensor_parallel import ParallelLinear, own_slices, refuse_paral
 
 READERS = 8  # threads
 STORE = "tinylora"  # the root's child that owns what trains: state_dict shows tinylora.<name>.v_0
+# The root's, and stays when its last adapter goes: what `apply` was told last holds for adapters from files, too.
+SIBLINGS = "_tinylora_siblings"
 
 
 class Store(nn.ModuleDict):
-    """The root's adapters by name. A root that runs its children one after another (Sequential) passes through it.
-
-    _siblings: what `apply` was told last, which holds for adapters that come from files, too.
-    """
-
-    _siblings = True
+    """The root's adapters by name. A root that runs its children one after another (Sequential) passes through it."""
 
     def forward(self, x):
         return x
@@ -173,7 +170,7 @@ def attach(
     store = root.get_submodule(STORE)
     store[name] = shared.to(device)
     if siblings is not None:
-        store._siblings = siblings
+        setattr(root, SIBLINGS, siblings)
     for p in root.parameters():
         p.requires_grad_(False)
     places: dict[nn.Module, list[str]] = {}  # one layer may hang under several parents
@@ -194,7 +191,7 @@ def attach(
             root.set_submodule(path, module)
         module.add(name)
     activate(root, name)
-    (group if store._siblings else ungroup)(root)
+    (group if getattr(root, SIBLINGS, True) else ungroup)(root)
     _call_the_layers(root)
     keep_as_loaded(root)
     return shared
@@ -457,7 +454,7 @@ def remove(model: nn.Module, name: str) -> nn.Module:
         owner.remove(name)
     store = model.get_submodule(STORE)
     del store[name]
-    (group if store._siblings else ungroup)(model)
+    (group if getattr(model, SIBLINGS, True) else ungroup)(model)
     if not len(store):  # whoever walks the model's children meets none that the base has not
         delattr(model, STORE)
     return model
