@@ -73,7 +73,7 @@ def same_as_one_process(config, stage, born, out):
     loaded = tinylora.load(qwen2(), out)
     with torch.no_grad():
         y, want, before = (m(input_ids=batches[0]).logits for m in (loaded, own, start))
-    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=5e-5)  # two steps moved it by 1e-3 and more
     assert (want - before).abs().max() > 1e-3
 
 
