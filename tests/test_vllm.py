@@ -101,7 +101,7 @@ def test_samples_are_of_the_adapted_model(colocated):
         set_numbers(colocated.model, size)
         colocated.vllm_generation.sync_weights()
         ours = differences(colocated)
-        assert ours.mean() < 0.01 and ours.max() < 0.2, (size, ours.mean(), ours.max())
+        assert ours.mean() < 0.03 and ours.max() < 0.2, (size, ours.mean(), ours.max())
         if size:
             assert differences(colocated, adapted=False).mean() > 10 * ours.mean()
 
