@@ -19,7 +19,7 @@ help:
 	@echo "make test-oldest  the kernels under the oldest Triton that is supported"
 	@echo "make gpu          tests, measurements and tables on a GPU, in stages, with python3 as it is; goes on where it ended"
 	@echo "make gpu-test     the tests that need a GPU, with python3 as it is: nothing is installed"
-	@echo "make clean        remove .venv and what builds leave behind"
+	@echo "make clean        remove .venv, its like and what builds leave behind; what was measured stays"
 
 # torch first and pinned: an open range takes gigabytes of CUDA packages on a machine without a GPU.
 $(VENV)/installed: pyproject.toml setup.py
@@ -91,4 +91,4 @@ gpu-test:
 	$(PYTHON) -m pytest -m gpu tests
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-deepspeed $(VENV)-vllm build dist *.egg-info bench/out
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-deepspeed $(VENV)-vllm build dist *.egg-info

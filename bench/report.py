@@ -335,8 +335,8 @@ def summary(rows: list[Row]) -> str:
         if on_gpu:  # the block says more, of all its layers
             break
         together[f"one linear layer, ≥ {BAR_ROWS} rows", dtype, pass_].append(cell)
-    for (size, adapter, pass_, _), cell in _by(rows, "peft", lambda r: (r.model, r.layer, r.pass_, r.dtype)):
-        together[patched, f"{size}: {pass_}", adapter].append(cell)
+    for (size, adapter, pass_, r, _), cell in _by(rows, "peft", lambda r: (r.model, r.layer, r.pass_, r.r, r.dtype)):
+        together[patched, f"{size}: {pass_}", f"{adapter}, r = {r}"].append(cell)
     for (what, line, column), found in together.items():
         grid(what).add(line, column, found, peft.PATCHED if what == patched else who.OURS)
     for key, cell in _by(rows, "model", lambda r: (r.model, r.pass_, r.dtype)):

@@ -474,6 +474,11 @@ def test_what_cannot_be_written(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="expected one adapter"):
         tinylora.load(qwen2(), tmp_path)
+    tinylora.save(model, tmp_path / "theirs", format="lora")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "theirs").iterdir()}
+    with pytest.raises(ValueError, match=r"holds adapter_config.json, an adapter in PEFT's format"):
+        tinylora.save(model, tmp_path / "theirs")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "theirs").iterdir()} == before
 
 
 def test_names_in_use(tmp_path):

@@ -309,7 +309,7 @@ def test_samples_that_serve_several_steps_are_resumed(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["grpo", "sft", "es"])
-@pytest.mark.parametrize("name", ["checkpoint-3", "checkpoint-best", "log.jsonl", "adapter", "README.md"])
+@pytest.mark.parametrize("name", ["checkpoint-3", "checkpoint-best", "log.jsonl", "adapter"])
 def test_a_folder_of_somebody_elses(name, command, tiny, tmp_path, capsys):
     (tmp_path / name).mkdir()
     arguments = [str(a) for a in ("--out", tmp_path, "--model", tiny / "model", "--data", tiny / "data", "--steps", 1)]

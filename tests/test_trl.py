@@ -48,6 +48,7 @@ def test_rollouts_are_unmerged_and_checkpoints_hold_the_adapter_alone(dtype, tin
         "adapter.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"
     }  # fmt: skip
     assert files["adapter.safetensors"] < 2000
+    assert not (tmp_path / "README.md").exists()  # TRL's card would load a whole model
     trainer.save_model(tmp_path / "saved")
     assert [p.name for p in (tmp_path / "saved").iterdir()] == ["adapter.safetensors"]
 

@@ -86,8 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser(
         "merge",
         help="write the base model with an adapter in its weights",
-        description="Write the base model with an adapter in its weights: summed in fp32, rounded once, shard by shard "
-        "in less memory than one weight takes.",
+        description="Write the base model with an adapter in its weights: summed in fp32, rounded once, 32 MB of a "
+        "weight at a time (some 200 MB of memory). An adapter without its frozen factors has them decomposed anew, for "
+        "which one weight at a time is read whole.",
     )
     merge.add_argument("--base", required=True, help="the base model's folder: config.json and safetensors")
     merge.add_argument("--adapter", required=True, help="a folder that tinylora.save or PEFT's save_pretrained wrote")

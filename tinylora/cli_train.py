@@ -53,6 +53,7 @@ _OF = {
     },
 }
 _OF["es"] = {
+    "steps": (int, "steps", "generations"),
     "lr": (float, "es.learning_rate", "length of a step, in the units of v"),
     "sigma": (float, "es.sigma", "how far from v the perturbed adapters are"),
     "population": (int, "es.population", "perturbed adapters in a generation, an even number"),
@@ -99,7 +100,12 @@ def _add_training(kinds, command: str, about: str) -> None:
     known = ", ".join(recipes.names())
     parser.add_argument("--recipe", help=f"{known}, or a JSON file of your own (default: {recipes.DEFAULT})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT, with its own settings")
-    parser.add_argument("--adapter", dest="adapter.kind", choices=CONFIGS, help="default: the recipe's")
+    parser.add_argument(
+        "--adapter",
+        dest="adapter.kind",
+        choices=[kind for kind, config in CONFIGS.items() if command != "es" or config.adapter_class.core_alone_trains],
+        help="default: the recipe's; another kind has its own defaults",
+    )
     values = recipes.load(recipes.DEFAULT)
     for flag, (kind, name, what) in _flags(command).items():
         if kind is bool:  # of the machine and not of the recipe
@@ -155,8 +161,9 @@ def _add_eval(commands) -> None:
         "eval",
         help="what a model scores on GSM8K, with an adapter or without: pass@1, strict and lenient",
         description="pass@1 on GSM8K by both scorers, with 95 % confidence intervals (Wilson): one greedy completion "
-        "a problem. strict counts the right number behind ####, as the prompt asks for; lenient counts it anywhere. "
-        "Several GPUs: torchrun --standalone --nproc-per-node 8 -m tinylora eval ...; the processes share problems.",
+        "a problem. strict counts the right number behind ####, as the prompt asks for; without one lenient "
+        "takes the text's last. Several GPUs: torchrun --standalone --nproc-per-node 8 -m tinylora eval ...; the "
+        "processes share problems.",
     )
     parser.add_argument("--model", help=f"a model folder, or a name on the Hub ({values['model']})")
     parser.add_argument("--adapter", help="a folder that tinylora.save, a run or PEFT's save_pretrained wrote")

@@ -149,7 +149,8 @@ class AdaLoraConfig(AdapterConfig):
     beta1, beta2:  of the importance's and its uncertainty's moving averages
     orthogonality: γ; 0.1, 0.3 or 0.5 in the paper
 
-    Nothing is to be called: an optimiser's step does it, Trainer's included. ValueError on anything else.
+    Nothing is to be called: an optimiser's step does it, Trainer's included. ValueError on other values; in a step,
+    where λ is sharded (FSDP2) or stepped elsewhere (DeepSpeed), or where several optimizers take turns.
     """
 
     kind: ClassVar[str] = "adalora"

@@ -35,9 +35,10 @@ def adapter_ids(model: nn.Module, ids: Tensor | Sequence[int], name: str = "defa
     One thread or task at a time: the one that runs the model (a streamer's thread enters the context itself). What is
     checkpointed with reentry must run its backward within.
 
-    ValueError: no stack, ids out of range, a merged model, dropout while training, experts or layers that take tokens
-    first, another thread or task within one or running the model, a merge or another adapter activated within; in the
-    forward, a layer that sees packed or flattened rows, which do not say whose they are; in generate(), a number of
+    ValueError: no stack, an adapter that is not active, ids out of range, a merged model, dropout while training,
+    experts or layers that take tokens first, another thread or task within one or running the model; in the forward, a
+    layer that sees packed or flattened rows, which do not say whose they are, or a second batch behind the first
+    (guidance); `merge` and `activate` within; in generate(), a number of
     prompts that is no multiple of the ids', audios that end at different times; in generate_batch(), another number of
     prompts than ids, a persistent manager, tensor parallelism, or a config that asks for asynchronous batching, CUDA
     graphs or compilation.

@@ -204,7 +204,8 @@ def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.Pat
     """Write the base model with the adapter in its weights, W + U C D, as a model folder of its own.
 
     The sum is fp32 (fp64 of an fp64 base) and is rounded once to the weight's dtype; file by file and block by block,
-    so that memory holds the adapter and 32 MB of a weight. The folder's other files are copied, and the folders of chat
+    so that memory holds the adapter and a few times 32 MB of a weight; for frozen factors that the file has not, one
+    weight at a time is read whole and decomposed. The folder's other files are copied, and the folders of chat
     templates and of sentence-transformers' modules, but not an adapter or weights in other formats, which would be the
     base's. Returns `out`.
     ValueError if `out` exists, for quantised or tied weights that would change, and as `tinylora.load`.

@@ -417,8 +417,9 @@ def patch_peft() -> None:
 
     Existing models and those made later; nothing else in PEFT changes. Calling it again is harmless. What is not
     covered (merged, disabled, several active adapters, mixed batches, dropout in training, DoRA and other variants,
-    base layers that are hooked, or quantised otherwise than to bitsandbytes' four bits, those in eval() on a CPU or in
-    a compiled graph, convolutions, embeddings, ...) runs PEFT's own forward; `counts()` says how often.
+    VeRA of a rank above an eighth of the layer's smaller side, which PEFT's 256 is below 2048, base layers that are
+    hooked, or quantised otherwise than to bitsandbytes' four bits, those in eval() on a CPU or in a compiled graph,
+    convolutions, embeddings, ...) runs PEFT's own forward; `counts()` says how often.
     Models compiled before keep the graphs they have. ImportError without peft, or with one before 0.18.
     """
     for kind, (cls, *how) in _classes().items():

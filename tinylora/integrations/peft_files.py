@@ -98,6 +98,9 @@ def save(
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
     if format == "tinylora":
+        theirs, _ = _pair(Path(folder))
+        if theirs.is_file():
+            raise ValueError(f"{folder} holds {theirs.name}, an adapter in PEFT's format: expected another folder")
         return checkpoint.save(model, folder, name, factors=factors)
     if factors:
         raise ValueError(f"factors is True, expected False with format={format!r}, whose files hold what PEFT's hold")
@@ -141,8 +144,9 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> 
     before).
 
     ValueError, with the model left as it was: no file, one that is truncated or changed, another format version,
-    another base model, an adapter of that name with another config; settings of PEFT without a counterpart here
-    (DoRA and other variants, trained biases, save_projection=False, ...). Layers of a LoRA that rank_pattern or
+    another base model, an adapter of that name with another config or other frozen factors, or any of that name where
+    the folder is PEFT's; a merged model; within `adapter_ids` or `disabled`; settings of PEFT without a counterpart
+    here (DoRA and other variants, trained biases, save_projection=False, ...). Layers of a LoRA that rank_pattern or
     alpha_pattern scale differently have the quotient in their up.
     """
     if not is_peft_folder(folder):

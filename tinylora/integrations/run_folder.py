@@ -122,7 +122,7 @@ def refuse_used(out: Path) -> None:
     """ValueError for a folder with a run, or with somebody's files that a run would remove or write over."""
     if (out / RUN).exists():
         raise ValueError(f"{out} holds a run already ({RUN}), expected another folder, or --resume to go on with it")
-    for name in ("checkpoint-*", LOG, ADAPTER, "README.md"):  # the last is TRL's
+    for name in ("checkpoint-*", LOG, ADAPTER):
         for found in out.glob(name):
             raise ValueError(f"{out} holds {found.name} and no {RUN}, expected another folder")
 

@@ -3,6 +3,7 @@
 `adapter_trainer(GRPOTrainer)` is GRPOTrainer with these differences, none of which touches its algorithm:
 
     checkpoints   hold the adapter alone, where TRL would write the whole model, and a run goes on from them
+    model card    none: TRL's shows how to load a whole model, which the folder does not hold
     reference     with beta > 0 it is the same model with the adapter off; TRL would load the base a second time
     static cache  (cache_implementation) compiled by transformers, on a GPU into CUDA graphs, which TRL forbids
     hooks         with gradient checkpointing every generation would leave another hook on the embedding for good
@@ -108,6 +109,10 @@ def adapter_trainer(trainer: type) -> type:
                 return super()._save(output_dir, state_dict)
             if self.args.should_save:
                 save_adapter(self.model, output_dir or self.args.output_dir)
+
+        def create_model_card(self, *args, **kwargs):
+            if not adapter_names(self.model):
+                super().create_model_card(*args, **kwargs)
 
         def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
             if not adapter_names(self.model):

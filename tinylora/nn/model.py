@@ -75,12 +75,16 @@ def apply(
     same results up to rounding. torch.compiler.nested_compile_region takes no weights of one storage: False there.
     batch_invariant: sets `Linear.batch_invariant` on every adapted layer, for rollouts whose log-probabilities must be
     the training forward's; what else of the model depends on the batch stays so (attention, the head). Siblings
-    then compute alone. False leaves layers that another adapter is on as they are.
+    then compute alone, decoding takes about twice as long, and a forward with dropout that acts is a ValueError. False
+    leaves layers that another adapter is on as they are.
 
-    ValueError: no config, nothing to adapt, a rank above a layer's size, a name in use or with a dot, weights not
-    loaded yet, modules_to_save that are not there or hold an adapter, a model that is merged, within `adapter_ids` or
-    `disabled`, compiled, adapted by PEFT or sharded already (tensor parallelism goes, with adapters whose core alone
-    trains).
+    Layers of other classes (8 bits, a parametrization) beside plain ones are left out with a warning.
+
+    ValueError: no config, nothing to adapt, TinyLoRA's or LoRA-XS's rank above a layer's size, a name in use, with a
+    dot, or that torch's modules have, weights not loaded yet or quantised otherwise than to bitsandbytes' four bits,
+    layers whose forward somebody replaced (accelerate's device_map and offloading), modules_to_save that are not there
+    or hold an adapter, a model that is merged, within `adapter_ids` or `disabled`, compiled, adapted by PEFT or sharded
+    already (tensor parallelism goes, with adapters whose core alone trains and without batch_invariant).
     """
     refuse_no_config(config)
     targets = find_targets(model, config.target_modules)

@@ -54,6 +54,7 @@ def adapted_linear(
     Raises ValueError, naming the operand, on shapes, dtypes, devices or ids that do not fit, and where
     batch_invariant cannot be had: on a GPU, for operands that no kernel takes. Ids are checked against A on a CPU
     only: a look at values on a GPU would stall it; there the kernels make a row whose id is out of range NaN.
+    RuntimeError in a backward that is itself differentiated (create_graph=True).
 
     The operator is the common form of LoRA (arXiv 2106.09685), LoRA-XS (2405.17604) and TinyLoRA
     (2602.04118, section 4): each is a choice of (down, core, up).

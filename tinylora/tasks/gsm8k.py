@@ -101,7 +101,7 @@ def strict(completion: str, final: str) -> bool:
 
 
 def lenient(completion: str, final: str) -> bool:
-    """Whether the answer is `final` wherever it stands. What `strict` counts, this counts."""
+    """Whether the number behind the last "####", or without one the last number of the text, is `final`."""
     return lenient_answer(completion) == _canonical(final)
 
 
