@@ -216,7 +216,6 @@ def test_the_command_trains_logs_and_a_killed_run_goes_on(gsm8k, tmp_path, capsy
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--adapter", "lora", "--r", 2), "is of LoraConfig, expected TinyLoraConfig or LoraXSConfig"),
         (("--prompts", 13), "es.prompts is 13, expected 1 to 12"),
         (("--population", 3), "population is 3, expected an even number"),
         (("--population", 0), "es.population is 0, expected an integer of at least 1"),
@@ -230,11 +229,15 @@ def test_the_command_trains_logs_and_a_killed_run_goes_on(gsm8k, tmp_path, capsy
 )
 def test_the_command_says_what_does_not_fit(gsm8k, tmp_path, capsys, more, message):
     arguments = flags(gsm8k, tmp_path / "out", *more)
-    if "lora" in more:  # which has no such settings
-        arguments = [a for i, a in enumerate(arguments) if not {"--u", "--n-tie"} & {a, arguments[i - 1]}]
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_takes_what_can_evolve(gsm8k, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(flags(gsm8k, tmp_path, "--adapter", "lora"))
+    assert "invalid choice: 'lora' (choose from" in capsys.readouterr().err
 
 
 def test_a_step_leaves_the_model_s_stack_and_settings():

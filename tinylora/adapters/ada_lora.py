@@ -89,13 +89,13 @@ class AdaLoraShared(Shared):
         _watch(self)
 
     def before_step(self, stepping: frozenset[int], loss_scale: float) -> None:
-        if any(a.lam.requires_grad and stepped_elsewhere(a.lam) for a in self.layers.values()):
+        if any(a.lam.requires_grad and stepped_elsewhere(a.lam) for a in list(self.layers.values())):
             raise ValueError("AdaLoRA acts when an optimizer steps λ, and DeepSpeed steps copies: expected DDP")
-        for adapter in self.layers.values():
+        for adapter in list(self.layers.values()):
             if is_dtensor(adapter.lam) and id(adapter.lam) in stepping:
                 raise ValueError("AdaLoRA ranks the triplets of whole layers, expected no sharding (FSDP2): DDP works")
         self._refuse_several(stepping)
-        for adapter in self.layers.values():
+        for adapter in list(self.layers.values()):
             if adapter.lam.requires_grad:
                 adapter.add_orthogonality(self.config.orthogonality * loss_scale, stepping)
 
@@ -104,7 +104,7 @@ class AdaLoraShared(Shared):
         budget be shared out among a few layers at a time. Another optimizer from some step on is none of that, nor one
         with more layers, or fewer.
         """
-        own = frozenset(id(a.lam) for a in self.layers.values() if id(a.lam) in stepping)
+        own = frozenset(id(a.lam) for a in list(self.layers.values()) if id(a.lam) in stepping)
         if own and own not in self._stepped[-1:]:
             if own in self._stepped and not (own < self._stepped[-1] or own > self._stepped[-1]):
                 raise ValueError(
@@ -116,7 +116,7 @@ class AdaLoraShared(Shared):
     @torch.no_grad()
     def after_step(self, stepping: frozenset[int]) -> None:
         """Score, and on the schedule keep the budget's most important λ of the whole model and zero the rest."""
-        adapters = [a for a in self.layers.values() if id(a.lam) in stepping and a.lam.requires_grad]
+        adapters = [a for a in list(self.layers.values()) if id(a.lam) in stepping and a.lam.requires_grad]
         if not adapters:
             return
         config = self.config
@@ -204,15 +204,20 @@ class AdaLoraConfig(AdapterConfig):
 
 
 # One pair of hooks for the process, on every optimiser's step; the allocators are found by the parameters they watch.
-_watched: weakref.WeakSet[AdaLoraShared] = weakref.WeakSet()
+# References, not a WeakSet: going through one fails where another thread adds to it.
+_watched: set[weakref.ref[AdaLoraShared]] = set()
 _hooks: list = []
 
 
 def _watch(shared: AdaLoraShared) -> None:
-    _watched.add(shared)
+    _watched.add(weakref.ref(shared, _watched.discard))
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before))
         _hooks.append(register_optimizer_step_post_hook(_after))
+
+
+def _watching() -> list[AdaLoraShared]:
+    return [shared for ref in tuple(_watched) if (shared := ref()) is not None]
 
 
 class _Step(NamedTuple):
@@ -270,7 +275,7 @@ def _called_from(outer: tuple[int, CodeType], call: FrameType) -> bool:
 def _penalise(optimizer: torch.optim.Optimizer, stepping: frozenset[int]) -> None:
     if not _skips(optimizer):
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under GradScaler undoes it in its step
-        for shared in list(_watched):
+        for shared in _watching():
             shared.before_step(stepping, 1.0 if scale is None else scale.item())
 
 
@@ -280,7 +285,7 @@ def _after(optimizer: torch.optim.Optimizer, *_) -> None:
         step = steps.pop()
         if step.call == (id(call), call.f_code):
             if not step.within and not _skips(optimizer):
-                for shared in list(_watched):
+                for shared in _watching():
                     shared.after_step(step.stepping)
             return
 

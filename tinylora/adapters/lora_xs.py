@@ -93,13 +93,21 @@ class LoraXSConfig(AdapterConfig):
         return svd_factors(site, weight, weight_digest, self.r, self.sigma)
 
 
+class TinyLoraShared(Shared):
+    """It knows every layer's group: each layer finding out by itself would take the square of their number."""
+
+    def __init__(self, config: "TinyLoraConfig", sites: Sequence[Site], fingerprint: str):
+        super().__init__(config, sites, fingerprint)
+        self.groups = dict(zip((site.name for site in sites), config.group_of(sites), strict=True))
+
+
 class TinyLora(Adapter):
     core_alone_trains = True
     fp32_buffers = ("P",)
 
     def __init__(self, site: Site, frozen: Mapping[str, Tensor], shared: Shared):
         super().__init__(site, frozen, shared)
-        self.group = shared.config.group_of(shared.sites)[shared.sites.index(site)]
+        self.group = shared.groups[site.name]
 
     @property
     def v(self) -> Tensor:
@@ -137,6 +145,7 @@ class TinyLoraConfig(AdapterConfig):
 
     kind: ClassVar[str] = "tinylora"
     adapter_class: ClassVar[type[Adapter]] = TinyLora
+    shared_class: ClassVar[type[Shared]] = TinyLoraShared
     r: int = 2
     u: int = 1
     n_tie: int = 1

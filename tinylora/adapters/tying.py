@@ -23,6 +23,7 @@ def tie_groups(sites: Sequence[Site], n_tie: int, tying: str) -> list[int]:
         seen[site.type] += 1
     numbers: dict[tuple[str, int], int] = {}
     types = list(seen)
-    for key in sorted(set(place), key=lambda k: (types.index(k[0]), k[1])):
+    order = {kind: i for i, kind in enumerate(types)}
+    for key in sorted(set(place), key=lambda k: (order[k[0]], k[1])):
         numbers[key] = len(numbers)
     return [numbers[key] for key in place]

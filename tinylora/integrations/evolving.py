@@ -104,6 +104,9 @@ def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
         run_folder.write_run(out, "es", settings, seen)
     if writes:
         run_folder.cut_log(out / LOG, start)
+        for number, old in run_folder.checkpoints(out):
+            if number > start:  # damaged, and counted as the newest they would have the new ones removed
+                shutil.rmtree(old)
     an_epoch = len(problems) // es["prompts"]
     steps = settings.get("steps") or math.ceil(es["num_train_epochs"] * an_epoch)
     whence = f", resumed from checkpoint-{start}" if start else ", from the beginning" if resume else ""
@@ -147,13 +150,17 @@ def _problems_of(number: int, an_epoch: int, problems: Sequence, count: int, see
 
 
 def _last_checkpoint(model, out: Path) -> int:
-    """Load the newest checkpoint that is whole; 0 if there is none. One that is not is named on stderr."""
+    """Load the newest checkpoint that is whole; 0 if there is none. One that is not is named on stderr.
+
+    ValueError if that one was made for another base.
+    """
     for number, path in run_folder.checkpoints(out):
         try:
-            checkpoint.load(model, path)
+            checkpoint.read(path / checkpoint.FILE)
         except ValueError as error:
             if processes.rank() == 0:
                 print(f"{path} is not whole and is passed over: {error}", file=sys.stderr)
-        else:
+        else:  # what is whole and does not fit (another base) ends the run: from the beginning it would be another
+            checkpoint.load(model, path)
             return number
     return 0

@@ -7,9 +7,23 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import wraps
+from weakref import WeakKeyDictionary
 
 from torch import nn
+
+
+def _once_a_class(find: Callable) -> Callable:
+    """`find`, remembered for as long as the class lives: one made in a function may hold whole models."""
+    found: WeakKeyDictionary[type, object] = WeakKeyDictionary()
+
+    @wraps(find)
+    def remembered(parent: type[nn.Module]):
+        if parent not in found:
+            found[parent] = find(parent)
+        return found[parent]
+
+    return remembered
 
 
 def _source(method: Callable) -> tuple[ast.AST, str] | None:
@@ -31,7 +45,7 @@ def _source(method: Callable) -> tuple[ast.AST, str] | None:
 _NO_NUMBERS = {"dtype", "device", "shape", "size", "dim", "is_meta", "requires_grad"}
 
 
-@cache
+@_once_a_class
 def only_read(parent: type[nn.Module]) -> frozenset[str]:
     """Names of the children whose weight this class's methods read, and which none of them calls or hands on."""
     read, otherwise = set(), set()
@@ -58,7 +72,7 @@ def only_read(parent: type[nn.Module]) -> frozenset[str]:
 # --- which receive one tensor ------------------------------------------------------------------------------
 
 
-@cache
+@_once_a_class
 def called_together(parent: type[nn.Module]) -> list[list[str]]:
     """Names of the children that the forward of this class calls with one variable, side by side; [] if unknown."""
     source = _source(inspect.unwrap(parent.forward))

@@ -6,6 +6,7 @@ and later calls ask one question: does every tensor still stand where it stood? 
 or put elsewhere, is seen by that; values are read anew.
 """
 
+import weakref
 from operator import is_
 from typing import NamedTuple
 
@@ -39,7 +40,9 @@ class Kept:
     __slots__ = ("addresses", "bound", "frozen", "keys", "layers", "name", "operands", "owners", "tensors")
 
     def __init__(self, name: str, layers: list[tuple[nn.Module, Adapter]], places: list[tuple], operands: Operands):
-        self.name, self.layers, self.operands = name, layers, operands
+        # A layer keeps this: held strongly, it would wait for the garbage collector with its weight.
+        self.layers = [(weakref.ref(layer), adapter) for layer, adapter in layers]
+        self.name, self.operands = name, operands
         self.owners, self.keys, self.tensors = zip(*places, strict=True)
         self.addresses = [t.data_ptr() for t in self.tensors]
         self.frozen = [t for t in self.tensors if not any(t is core for core in operands.cores)]
@@ -73,9 +76,11 @@ class Kept:
     def stands(self) -> bool:
         """Whether every operand is the tensor that it was, at its address, and every layer computes as it did."""
         name = self.name
-        for layer, adapter in self.layers:
+        for own, adapter in self.layers:
+            layer = own()
             if (
-                layer.active != name
+                layer is None
+                or layer.active != name
                 or layer.merged is not None
                 or layer.batch_invariant
                 or layer._modules["adapters"]._modules.get(name) is not adapter

@@ -47,6 +47,7 @@ class Linear(nn.Linear):
     """
 
     batch_invariant: bool = False
+    _siblings: weakref.ref | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -56,10 +57,21 @@ class Linear(nn.Linear):
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
         self.merged: str | None = None
-        self.siblings = None  # the group it computes in (nn/siblings.py), while its parent runs
+        self.siblings = None
         self._unmerged_weight: Tensor | None = None
         self._kept: dict[str, Kept | None] = {}  # by adapter
         self._moved = 0  # how often what was kept no longer stood
+
+    @property
+    def siblings(self):
+        """The group it computes in (nn/siblings.py), or None. It is the parent's: a model that is dropped must not wait
+        for the garbage collector with all its weights, as it would in a circle.
+        """
+        return None if self._siblings is None else self._siblings()
+
+    @siblings.setter
+    def siblings(self, group) -> None:
+        self._siblings = None if group is None else weakref.ref(group)
 
     def _replicate_for_data_parallel(self):
         raise ValueError(
@@ -124,7 +136,8 @@ class Linear(nn.Linear):
             return F.linear(x, weight, bias)
         if x.is_nested:
             return self._on_nested(x)
-        siblings = self.siblings
+        group = self._siblings  # in place of the property, whose call every layer would pay
+        siblings = None if group is None else group()
         if siblings is not None and siblings.running:
             y = siblings.output(self, x)
             if y is not None:
@@ -252,7 +265,7 @@ class Linear(nn.Linear):
         own_storages(destination, prefix, self._parameters)
 
     def __getstate__(self):
-        return {**self.__dict__, "siblings": None, "_kept": {}}  # a copied parent gives its copies a group of their own
+        return {**self.__dict__, "_siblings": None, "_kept": {}}  # a copied parent gives its copies their own
 
     def extra_repr(self) -> str:
         state = f", active={self.active}" if self.active else ""

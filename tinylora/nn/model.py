@@ -341,11 +341,15 @@ def _what_to_do(model: nn.Module) -> str:
     return "expected the model that was compiled" if hasattr(model, "_orig_mod") else "tinylora.apply first"
 
 
-def named_numbers(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+def named_numbers(
+    model: nn.Module, name: str = "default", owners: tuple[dict, dict] | None = None
+) -> dict[str, Tensor]:
     """Everything of an adapter that is not made anew on a load, by a name that is the same on every copy of the model.
 
     What trains (nn.Parameter), and state such as AdaLoRA's step count: "v_0", "<layer>.core", "saved.<module>.weight".
+    owners: (adapted_layers, saved_modules) of the model, for who asks about many adapters
     """
+    layers, saved = owners or (adapted_layers(model), saved_modules(model))
 
     def owned(module: nn.Module, prefix: str) -> dict[str, Tensor]:
         # First: under FSDP2 it shards what a forward left whole, and the parameters are then others.
@@ -355,9 +359,10 @@ def named_numbers(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         return {f"{prefix}{n}": t for n, t in tensors.items()}
 
     found = owned(shared_of(model, name), "")
-    for path, layer in layers_with(model, name).items():
-        found |= owned(layer.adapters[name], f"{path}." if path else "")
-    for path, module in saved_modules(model).items():
+    for path, layer in layers.items():
+        if name in layer.adapters:
+            found |= owned(layer.adapters[name], f"{path}." if path else "")
+    for path, module in saved.items():
         if name in module.copies:
             found |= owned(module.copies[name], f"saved.{path}.")
     return found
@@ -413,12 +418,14 @@ def activate(model: nn.Module, name: str | None) -> nn.Module:
         shared_of(model, name)
     refuse_merged(model)
     refuse_within(model)
+    layers, saved = adapted_layers(model), saved_modules(model)
     for other in adapter_names(model):
-        for p in _trains(model, other):
-            p.requires_grad_(other == name)
-    for layer in adapted_layers(model).values():
+        for p in named_numbers(model, other, (layers, saved)).values():
+            if isinstance(p, nn.Parameter):
+                p.requires_grad_(other == name)
+    for layer in layers.values():
         layer.active = name if name in layer.adapters else None
-    for module in saved_modules(model).values():
+    for module in saved.values():
         module.active = name if name in module.copies else None
     return model
 
