@@ -88,7 +88,7 @@ gpu:
 	$(PYTHON) -m bench gpu
 
 gpu-test:
-	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m pytest -m gpu tests/test_gpu.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-deepspeed $(VENV)-vllm build dist *.egg-info

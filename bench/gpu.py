@@ -78,6 +78,11 @@ FEW = ("--model", "Qwen2.5-0.5B", "--batch", "2", "--adapters", "2", "--new", "2
 STAGES = (
     Stage("numbers", "the kernels against fp64, compiled, past 2^31 elements", tests="numbers or compile or offsets"),
     Stage("repeat", "the same bits on every run, CUDA graphs, streams", tests="repeatable or graph or streams"),
+    Stage(
+        "layers",
+        "layers that keep their operands, four bits, static caches",
+        tests="keeps_its_operands or four_bits or static_cache or leading",
+    ),
     Stage("sanitizer", "compute-sanitizer, where it is installed", tests="sanitizer"),
     Stage(
         "parts",

@@ -80,7 +80,9 @@ def counters(n: int, device: torch.device) -> Tensor:
         if n > len(buffer):
             raise RuntimeError(f"a captured launch wants {n} counters, expected at most {len(buffer)}: fewer adapters")
         start = used if used + n <= len(buffer) else 0
-        _captured[device] = buffer, start + n
+        # At whole 16 bytes, as every other pointer: Triton compiles another kernel for one that does not lie so, and
+        # that would be now, within the capture.
+        _captured[device] = buffer, start + -(-n // 4) * 4
         return buffer[start : start + n]
     if device not in _captured:
         _captured[device] = _to_keep(lambda: torch.zeros(CAPTURED, dtype=torch.int32, device=device)), 0

@@ -204,10 +204,11 @@ def bulk_tile(m: int, n: int, chip: Card, **changes) -> Gemm:
 def gemm_tile(M: int, N: int, chip: Card, descriptors: bool, width: int, aligned: bool = True) -> Gemm:
     """The candidate with the shortest time in whole waves; of equals the first.
 
-    Operands that are not aligned need a mask and an address per element: larger tiles spill then.
+    Operands that are not aligned need a mask and an address per element: larger tiles spill then. So do columns that
+    16 does not divide, of which Triton tells the compiler nothing (3.7 on 8.0).
     """
 
-    if not aligned:
+    if not aligned or (N % 16 and not descriptors):
         return Gemm(128, 128, 32, 8, 3)
     return min(gemms(chip, descriptors, width), key=lambda c: whole_waves(M, N, chip.sms, c[0].m, c[0].n, c[1]))[0]
 
@@ -261,7 +262,9 @@ def thin_beside(M: int, K: int, r: int, chip: Card) -> Thin:
     width = pad(r)
     m = 64 if width <= 64 else 32
     split = max(1, min(chip.sms // max(1, -(-M // m)), K // 256, 32))
-    return Thin(m, 64 if K % 64 == 0 or width <= 64 else 32, split, width, stages=3, pdl=True)
+    k = 64 if K % 64 == 0 or width <= 64 else 32
+    bounded = width > 32 and not chip.measured  # 64 ranks park 8 bytes on 10.0 (Triton 3.7)
+    return Thin(m, k, split, width, stages=3, registers=ALL_REGISTERS if bounded else None, pdl=True)
 
 
 def decode_tile(M: int, N: int, K: int, dtype: torch.dtype, chip: Card) -> Decode:

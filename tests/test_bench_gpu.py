@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +49,12 @@ def test_a_dry_run_of_every_stage(tmp_path, capsys):
     assert "The kernels one by one" in table and "The seven linear layers" in table and "Memory of one block" in table
     assert main(["gpu", "--dry-run", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("finished before") == len(there)
+
+
+def test_every_test_of_a_card_is_in_a_stage():
+    names = re.findall(r"^def (test_\w+)", (Path(__file__).parent / "test_gpu.py").read_text(), re.MULTILINE)
+    words = [word for stage in gpu.STAGES if stage.tests for word in stage.tests.split(" or ")]
+    assert [name for name in names if not any(word in name for word in words)] == []
 
 
 class Fake:

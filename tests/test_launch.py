@@ -659,3 +659,14 @@ def test_launches_on_one_stream_share_their_scratch_and_no_others_do():
         (huge,) = scratch.workspace(cpu, (scratch.KEPT + 1,), 0)
         assert huge.data_ptr() != larger.data_ptr() and len(scratch._planes[cpu, 1]) == 1 << 17
         assert scratch.workspace(cpu, (scratch.KEPT + 1,), 0)[0] is not huge
+
+
+def test_counters_of_a_captured_launch_lie_as_those_of_an_eager_one(monkeypatch):
+    """Triton compiles another kernel for a pointer that 16 does not divide, which within a capture comes too late."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with patch.dict(scratch._captured, {device: (torch.zeros(16, dtype=torch.int32), 0)}):
+        found = [scratch.counters(n, device) for n in (3, 1, 5, 3)]
+    assert [t.numel() for t in found] == [3, 1, 5, 3]
+    assert found[3].data_ptr() == found[0].data_ptr() != found[1].data_ptr()  # the buffer is full, and begins anew
+    assert all((t.data_ptr() - found[0].data_ptr()) % 16 == 0 for t in found)

@@ -235,6 +235,7 @@ def test_what_a_layer_keeps_between_calls_is_used_only_while_it_stands(change, g
     calls: list[str] = []
     monkeypatch.setattr("tinylora.ops.bound.Bound", lambda *operands: BoundByTorch(calls, *operands))
     monkeypatch.setattr(Kept, "pays", staticmethod(lambda x: True))
+    monkeypatch.setattr("tinylora.nn.linear.on_torch", lambda *operands: False)
     torch.manual_seed(0)
     _, layer = layer_with_a_trained_adapter()
     x = torch.randn(2, 5, 32, requires_grad=graded)
@@ -281,6 +282,7 @@ def test_a_weight_moved_between_forward_and_backward_is_not_read_where_it_lay(mo
     calls: list[str] = []
     monkeypatch.setattr("tinylora.ops.bound.Bound", lambda *operands: BoundByTorch(calls, *operands))
     monkeypatch.setattr(Kept, "pays", staticmethod(lambda x: True))
+    monkeypatch.setattr("tinylora.nn.linear.on_torch", lambda *operands: False)
     _, layer = layer_with_a_trained_adapter()
     x = torch.randn(5, 32, requires_grad=True)
     trains = [x, layer.adapters["default"].v]
@@ -296,6 +298,7 @@ def test_a_weight_moved_between_forward_and_backward_is_not_read_where_it_lay(mo
 def test_who_moves_the_weights_at_every_call_is_not_followed_for_ever(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(Kept, "pays", staticmethod(lambda x: True))
+    monkeypatch.setattr("tinylora.nn.linear.on_torch", lambda *operands: False)
     monkeypatch.setattr("tinylora.nn.linear.MOVES", 3)
     _, layer = layer_with_a_trained_adapter()
     for _ in range(5):
@@ -304,11 +307,21 @@ def test_who_moves_the_weights_at_every_call_is_not_followed_for_ever(monkeypatc
     assert layer._kept == {"default": None}
 
 
+def test_a_layer_that_no_kernel_takes_keeps_nothing(monkeypatch):
+    """On a card older than 8.0 the second call failed, and without Triton that of every card."""
+    monkeypatch.setattr(Kept, "pays", staticmethod(lambda x: True))
+    _, layer = layer_with_a_trained_adapter()
+    for _ in range(3):
+        layer(torch.randn(5, 32))
+    assert not layer._kept
+
+
 def test_what_a_layer_keeps_is_left_alone_where_somebody_looks_on(monkeypatch):
     pytest.importorskip("triton")
     calls: list[str] = []
     monkeypatch.setattr("tinylora.ops.bound.Bound", lambda *operands: BoundByTorch(calls, *operands))
     monkeypatch.setattr(Kept, "pays", staticmethod(lambda x: True))
+    monkeypatch.setattr("tinylora.nn.linear.on_torch", lambda *operands: False)
     _, layer = layer_with_a_trained_adapter()
     x = torch.randn(5, 32)
     with torch.no_grad():

@@ -222,6 +222,20 @@ def test_compile_fullgraph_with_dynamic_shapes(core, backend):
             torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("core", ["dense", "diagonal", "mixed", "rows"])
+def test_gradients_of_the_core_alone_in_a_graph(core):
+    """The first layer of a model, whose x asks for no gradient: a graph knows beforehand how a gradient lies."""
+    (x, weight, down, core, up, bias), ids, basis = Problem(16, 20, 32, 3, core=core).operands()
+    core.requires_grad_()
+
+    def function(core):
+        return adapted_linear(x, weight, down, 2 * core, up, bias, ids, basis=basis).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True)
+    torch.testing.assert_close(*(torch.autograd.grad(f(core), core)[0] for f in (compiled, function)))
+
+
 def test_export():
     module = Module(Problem(16, 20, 32, 2))
     x = torch.randn(2, 7, 32)

@@ -329,3 +329,15 @@ def test_without_bitsandbytes_there_are_no_four_bits(monkeypatch):
     model(input_ids=tokens())
     only_fast("LoRA", 7)
     assert "peft.tuners.lora.Linear" in covered() and not any("4bit" in name for name in covered())
+
+
+def test_a_scale_made_within_a_capture_is_kept_by_nobody(monkeypatch):
+    """Its memory is that graph's, and its numbers are there from the first replay on."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from tinylora.integrations.peft import _every
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode():
+        first, second = (_every(2, 3.0, torch.device("cuda", 0), torch.float32) for _ in range(2))
+    assert first is not second

@@ -1,5 +1,6 @@
 """Where a group's weights and numbers lie, and what it keeps of them, however the model was moved or changed."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -200,7 +201,8 @@ def test_a_base_weight_that_changes_is_seen_at_once():
 @pytest.mark.parametrize("config", [CONFIGS["one v"], CONFIGS["a v each"]], ids=["one v", "a v each"])
 def test_what_a_group_keeps_between_calls_is_used_only_while_it_stands(config, graded, monkeypatch):
     """By kernels: whatever somebody changes, or puts elsewhere, the next call sees it."""
-    monkeypatch.setattr("tinylora.nn.siblings.on_torch", lambda *operands: False)
+    for module in ("siblings", "linear"):
+        monkeypatch.setattr(f"tinylora.nn.{module}.on_torch", lambda *operands: False)
     pytest.importorskip("triton")
     bound: list[str] = []
     monkeypatch.setattr("tinylora.ops.bound.Bound", lambda *operands: BoundByTorch(bound, *operands))
@@ -286,3 +288,19 @@ def test_a_copy_in_shared_memory_stays_there():
     places = [p.data_ptr() for p in model.parameters()]
     torch.testing.assert_close(model(tokens()).logits, want)
     assert places == [p.data_ptr() for p in model.parameters()] and all(p.is_shared() for p in model.parameters())
+
+
+def test_a_state_dict_is_made_on_the_card_that_the_model_is_on(monkeypatch):
+    """Whichever is the current one: dlpack hands over nothing of another."""
+    model, asked = adapted(True, CONFIGS["a v each"]), []
+
+    def device(of):
+        asked.append(of)
+        return contextlib.nullcontext()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "is_cuda", True, raising=False)
+        patched.setattr(torch.cuda, "device", device)
+        state = model.state_dict()
+    name, weight = "model.layers.0.self_attn.q_proj.weight", model.model.layers[0].self_attn.q_proj.weight
+    assert asked and set(asked) == {weight.device} and torch.equal(state[name], weight)

@@ -104,6 +104,29 @@ def test_the_same_whatever_the_threads_the_matmul_precision_and_the_default_devi
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch 2.9 and newer")
+@pytest.mark.parametrize("of", [torch.backends, torch.backends.cuda.matmul], ids=["all", "cuda"])
+def test_precision_set_by_the_newer_names(of):
+    """transformers' tf32=True: torch's own question for the older setting is an error from then on."""
+    ways = pytest.importorskip("tinylora.ops.ways")
+    W, matmul = gaussian(640, 700), torch.backends.cuda.matmul
+    want = svd.truncated_svd(W, 2)
+    try:
+        matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"  # as before anybody set any
+        of.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        again = svd.truncated_svd(W, 2)
+        assert ways.precision() == "tf32x3" and matmul.fp32_precision == "tf32"
+        of.fp32_precision = "ieee"
+        assert ways.precision() == "ieee" and matmul.fp32_precision == "ieee"  # which follows, as before
+    finally:
+        of.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+    for a, b in zip(again, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "weight, r, message",
     [

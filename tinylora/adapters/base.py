@@ -1,5 +1,6 @@
 """What every adapter is: a config that says which numbers exist, and a module that gives (down, core, up)."""
 
+import contextlib
 import dataclasses
 import math
 import numbers
@@ -166,7 +167,9 @@ def own_storages(state: dict, prefix: str, names: Iterable[str]) -> None:
             continue
         shared = t.is_cpu and t.is_shared()  # by processes; torch says so of every CUDA tensor
         if not shared and t.untyped_storage().nbytes() != t.nbytes:
-            with torch.inference_mode(t.is_inference()):
+            # dlpack hands over nothing of another card than the current one
+            here = torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+            with torch.inference_mode(t.is_inference()), here:
                 state[prefix + name] = torch.from_dlpack(t)
 
 

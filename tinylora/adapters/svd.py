@@ -8,6 +8,7 @@ gaussian matrix, which is what an untrained model consists of, its subspace is o
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,9 +128,26 @@ def _warn_of_ties(eigenvalues: Tensor, r: int, A: Tensor, name: str) -> None:
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
     """fp32 matmuls in fp32: TF32 or bf16 passes, which training scripts switch on, would stall the iteration."""
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by torch 2.9's newer names (torch.backends.fp32_precision), which are not to be mixed
+        with _ieee(torch.backends.cuda.matmul), _ieee(torch.backends.mkldnn.matmul):
+            yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _ieee(of: Any) -> Iterator[None]:
+    """The same for one backend's matmuls."""
+    before, of.fp32_precision = of.fp32_precision, "none"
+    inherited = of.fp32_precision == before  # from the setting of all backends, as it goes on to be
+    of.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        of.fp32_precision = "none" if inherited else before

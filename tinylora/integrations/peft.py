@@ -401,7 +401,8 @@ def _every(r: int, scale: float, device: torch.device, factors: torch.dtype) -> 
     if scale == 1:
         return None
     dtype = torch.float64 if factors is torch.float64 else torch.float32
-    if _is_compiling():
+    # What is made while a CUDA graph is captured has its numbers from the first replay on, in that graph's memory.
+    if _is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.full((r,), scale, device=device, dtype=dtype)
     return _constant(r, scale, device, dtype)
 

@@ -12,6 +12,7 @@ from tinylora.nn.kept import Kept, Operands
 from tinylora.ops import adapted_linear
 from tinylora.ops.eager import mix
 from tinylora.ops.linear import invariant_linear, plain, unchecked
+from tinylora.ops.siblings import on_torch
 
 MOVES = 64  # how often what a layer keeps may have moved before it keeps nothing
 
@@ -162,7 +163,7 @@ class Linear(nn.Linear):
         # The layer's own operands fit each other since `attach`; only x can be wrong, and the full check says how.
         if x.shape[-1:] == weight.shape[1:] and x.dtype == weight.dtype and x.device == weight.device:
             y = unchecked(x, weight, down, core, up, bias, None, basis, invariant)
-            if Kept.pays(x) and not invariant and plain(x):
+            if Kept.pays(x) and not invariant and plain(x) and not on_torch(x, (weight,), down, core, up):
                 self._keep(Operands(weight, down, core, [core], up, bias, basis, [len(weight)]))
             return y
         return adapted_linear(x, weight, down, core, up, bias, None, basis=basis, batch_invariant=invariant)

@@ -18,7 +18,7 @@ from tinylora.kernels.thin import plan_thin
 from tinylora.ops import eager
 from tinylora.ops.dispatch import interpreting
 from tinylora.ops.matmul import Operand, linear
-from tinylora.ops.ways import kernel_capability, kind, kind_of_core, known, precision, remembered
+from tinylora.ops.ways import fp32_setting, kernel_capability, kind, kind_of_core, known, precision, remembered
 
 # Up to this many products r u the kernels mix C = Σᵢ vᵢ Pᵢ themselves, on the way; above, one launch does it.
 MIXED_INSIDE = 512
@@ -85,7 +85,7 @@ def add_low_rank(
     core = Core(*mixed_inside(core, basis), adapter_ids)
     if len(x) == 0:
         return torch.empty(0, len(down), dtype=torch.float32, device=x.device)
-    set_to = torch.get_float32_matmul_precision()
+    set_to = fp32_setting()
     key = ("add", kind(y), kind(x), x.data_ptr() % 16, kind(down), kind(up), kind_of_core(core), set_to)
     way = known.get(key)
     if way is None:
@@ -215,7 +215,7 @@ def _thin_alone(dy: Operand, up: Tensor, theirs: Core) -> Tensor:
     """t = dY U, where nobody asks for dX."""
     first = dy if isinstance(dy, Tensor) else dy[0]
     kinds = kind(dy) if first is dy else tuple(map(kind, dy))
-    key = ("thin", kinds, kind(up), kind_of_core(theirs), torch.get_float32_matmul_precision())
+    key = ("thin", kinds, kind(up), kind_of_core(theirs), fp32_setting())
     way = known.get(key)
     if way is None:
         tile = tiles.thin_tile(first.shape[0], *up.shape, first.dtype, kernel_capability(first.device))
@@ -247,7 +247,7 @@ def core_way(t: Tensor, z: Tensor, ours: Core, dtype: torch.dtype) -> Plan:
 
 def _factor_gradient(z: Tensor, core: Core, x: Tensor, out: Tensor) -> None:
     """out [r, C] = sᵀ X for x [M, C]: dD from (t, X), dU transposed from (z, dY)."""
-    key = ("factor", kind_of_core(core), kind(x), kind(out), torch.get_float32_matmul_precision())
+    key = ("factor", kind_of_core(core), kind(x), kind(out), fp32_setting())
     way = known.get(key)
     if way is None:
         tile = tiles.factor_gradient_tile(*x.shape, z.shape[1], x.dtype, kernel_capability(x.device))

@@ -268,7 +268,8 @@ def _op_backward(
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = _backward(dy, x, z, weight, down, core, up, adapter_ids, basis, tuple(need), batch_invariant)
-    return tuple(dy.new_empty(0) if g is None else g for g in grads)  # a schema has no optional outputs
+    # A schema has no optional outputs, and a graph knows their layout beforehand.
+    return tuple(dy.new_empty(0) if g is None else g.contiguous() for g in grads)
 
 
 @_op_backward.register_fake

@@ -16,7 +16,7 @@ from tinylora.kernels.decode import plan_decode
 from tinylora.kernels.gemm import fits_descriptors, plan_gemm
 from tinylora.kernels.thin import plan_thin
 from tinylora.ops.dispatch import triton_version
-from tinylora.ops.ways import kernel_capability, kind, kind_of_core, known, precision, remembered
+from tinylora.ops.ways import fp32_setting, kernel_capability, kind, kind_of_core, known, precision, remembered
 
 # The kernels' steps along what is summed are int32: up to 256 numbers, this far apart.
 FAR = 1 << 23
@@ -83,7 +83,7 @@ def way_of(
         up.device,
         kind_of_core(core),
         None if bias is None else (bias.dtype, bias.device),
-        torch.get_float32_matmul_precision(),
+        fp32_setting(),
         choice,
         pin,
     )

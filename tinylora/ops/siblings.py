@@ -251,7 +251,8 @@ def _op_backward(
     need_core: bool,
 ) -> tuple[Tensor, Tensor]:
     grads = _backward([dy], z, weights, down, core, up, adapter_ids, basis, need_x, need_core)
-    return tuple(dy.new_empty(0) if g is None else g for g in grads)  # a schema has no optional outputs
+    # A schema has no optional outputs, and a graph knows their layout beforehand.
+    return tuple(dy.new_empty(0) if g is None else g.contiguous() for g in grads)
 
 
 @_op_backward.register_fake

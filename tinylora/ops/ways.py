@@ -48,6 +48,18 @@ def kernel_capability(device: torch.device) -> tuple[int, int] | None:
     return None if device.type == "cpu" and interpreting() else capability_of(device)
 
 
+# Since torch 2.9 torch.get_float32_matmul_precision() is an error where somebody has set it by the newer names, as
+# transformers' tf32=True and torch_compile=True do (torch.backends.fp32_precision).
+_of_backend = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def fp32_setting() -> str:
+    """How torch multiplies fp32 numbers on a card: "tf32", or something that stands for in full."""
+    if _of_backend is None:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return _of_backend("cuda", "matmul")
+
+
 def precision() -> str:
     """How fp32 operands are multiplied: as torch's own matmul setting allows, and never below tf32x3."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
+    return "tf32x3" if fp32_setting() == "tf32" else "ieee"
