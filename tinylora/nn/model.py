@@ -279,6 +279,9 @@ def base_digests(layers: Mapping[str, nn.Linear]) -> dict[str, str]:
 
     if any(in_pieces(layers[name].weight) for name in names):  # put together by all processes, in one order
         return {name: one(name) for name in _progress(names, "reading weights")}
+    for device in {layers[name].weight.device for name in names}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the readers' stream is not the caller's, which may still write
     # SHA-256 reads 2 GB/s a core: 13 GB of a 7B model's weights are 7 seconds on one, and it leaves the GIL alone.
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
         found = readers.map(one, names)
