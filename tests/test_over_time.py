@@ -32,7 +32,8 @@ def no_collector():
 def test_a_dropped_model_is_gone_at_once(no_collector, monkeypatch, config, keeps):
     if keeps:  # as on a card
         monkeypatch.setattr(Kept, "pays", staticmethod(lambda x: True))
-        monkeypatch.setattr("tinylora.nn.siblings.on_torch", lambda *operands: False)
+        for module in ("siblings", "linear"):
+            monkeypatch.setattr(f"tinylora.nn.{module}.on_torch", lambda *operands: False)
     model = tinylora.apply(qwen2(), config)
     with torch.no_grad():
         model(tokens()), model(tokens())
