@@ -113,9 +113,13 @@ def test_precision_set_by_the_newer_names(of):
     want = svd.truncated_svd(W, 2)
     try:
         matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"  # as before anybody set any
+        svd.truncated_svd(W, 2)  # leaves nothing set, so that what is set later holds
         of.fp32_precision = "tf32"
+        assert matmul.fp32_precision == "tf32"
         with pytest.raises(RuntimeError):
             torch.get_float32_matmul_precision()
+        with svd._full_precision():
+            assert matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
         again = svd.truncated_svd(W, 2)
         assert ways.precision() == "tf32x3" and matmul.fp32_precision == "tf32"
         of.fp32_precision = "ieee"

@@ -104,7 +104,8 @@ def _add_training(kinds, command: str, about: str) -> None:
         "--adapter",
         dest="adapter.kind",
         choices=[kind for kind, config in CONFIGS.items() if command != "es" or config.adapter_class.core_alone_trains],
-        help="default: the recipe's; another kind has its own defaults",
+        help="default: the recipe's; another kind has its own defaults"
+        + (". Of those whose core alone trains" if command == "es" else ""),
     )
     values = recipes.load(recipes.DEFAULT)
     for flag, (kind, name, what) in _flags(command).items():
@@ -161,9 +162,9 @@ def _add_eval(commands) -> None:
         "eval",
         help="what a model scores on GSM8K, with an adapter or without: pass@1, strict and lenient",
         description="pass@1 on GSM8K by both scorers, with 95 % confidence intervals (Wilson): one greedy completion "
-        "a problem. strict counts the right number behind ####, as the prompt asks for; without one lenient "
-        "takes the text's last. Several GPUs: torchrun --standalone --nproc-per-node 8 -m tinylora eval ...; the "
-        "processes share problems.",
+        "a problem. strict counts the right number behind ####, as the prompt asks for; lenient takes the text's last "
+        "number where nothing stands behind ####. Several GPUs: torchrun --standalone --nproc-per-node 8 -m tinylora "
+        "eval ...; the processes share problems.",
     )
     parser.add_argument("--model", help=f"a model folder, or a name on the Hub ({values['model']})")
     parser.add_argument("--adapter", help="a folder that tinylora.save, a run or PEFT's save_pretrained wrote")

@@ -217,7 +217,7 @@ def _watch(shared: AdaLoraShared) -> None:
 
 
 def _watching() -> list[AdaLoraShared]:
-    return [shared for ref in tuple(_watched) if (shared := ref()) is not None]
+    return [shared for ref in _watched.copy() if (shared := ref()) is not None]
 
 
 class _Step(NamedTuple):

@@ -131,14 +131,16 @@ def _full_precision() -> Iterator[None]:
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # set by torch 2.9's newer names (torch.backends.fp32_precision), which are not to be mixed
-        with _ieee(torch.backends.cuda.matmul), _ieee(torch.backends.mkldnn.matmul):
-            yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
+        before = None
+    with contextlib.ExitStack() as restored:
+        if hasattr(torch.backends, "fp32_precision"):
+            # The older call sets these, too: they would not follow torch.backends.fp32_precision any more.
+            restored.enter_context(_ieee(torch.backends.cuda.matmul))
+            restored.enter_context(_ieee(torch.backends.mkldnn.matmul))
+        if before is not None:
+            restored.callback(torch.set_float32_matmul_precision, before)
+            torch.set_float32_matmul_precision("highest")
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager

@@ -104,9 +104,6 @@ def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
         run_folder.write_run(out, "es", settings, seen)
     if writes:
         run_folder.cut_log(out / LOG, start)
-        for number, old in run_folder.checkpoints(out):
-            if number > start:  # damaged, and counted as the newest they would have the new ones removed
-                shutil.rmtree(old)
     an_epoch = len(problems) // es["prompts"]
     steps = settings.get("steps") or math.ceil(es["num_train_epochs"] * an_epoch)
     whence = f", resumed from checkpoint-{start}" if start else ", from the beginning" if resume else ""
@@ -135,7 +132,8 @@ def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
                 print(f"generation {step}/{steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
             if step % settings["save_every"] == 0:
                 checkpoint.save(model, out / f"checkpoint-{step}")
-                for _, old in run_folder.checkpoints(out)[2:]:
+                # Later ones could not be read, and stay: counted, they would have the new ones removed.
+                for _, old in [found for found in run_folder.checkpoints(out) if found[0] <= step][2:]:
                     shutil.rmtree(old)
     if writes:
         checkpoint.save(model, out / ADAPTER)

@@ -401,16 +401,22 @@ def _every(r: int, scale: float, device: torch.device, factors: torch.dtype) -> 
     if scale == 1:
         return None
     dtype = torch.float64 if factors is torch.float64 else torch.float32
-    # What is made while a CUDA graph is captured has its numbers from the first replay on, in that graph's memory.
-    if _is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if _is_compiling():
         return torch.full((r,), scale, device=device, dtype=dtype)
-    return _constant(r, scale, device, dtype)
+    key = r, scale, device, dtype
+    found = _constants.get(key)
+    if found is None:
+        with torch.inference_mode(False):  # a tensor of inference mode could not be kept for a backward later
+            found = torch.full((r,), scale, device=device, dtype=dtype)
+        # What is made while a CUDA graph is captured has its numbers from the first replay on, in that graph's memory.
+        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            if len(_constants) >= 1024:
+                _constants.clear()
+            _constants[key] = found
+    return found
 
 
-@functools.lru_cache(maxsize=1024)
-def _constant(r: int, scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # a tensor of inference mode could not be kept for a backward later
-        return torch.full((r,), scale, device=device, dtype=dtype)
+_constants: dict[tuple, Tensor] = {}
 
 
 def patch_peft() -> None:

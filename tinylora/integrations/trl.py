@@ -111,7 +111,7 @@ def adapter_trainer(trainer: type) -> type:
                 save_adapter(self.model, output_dir or self.args.output_dir)
 
         def create_model_card(self, *args, **kwargs):
-            if not adapter_names(self.model):
+            if not adapter_names(self.model) or not trainer.create_model_card.__module__.startswith("trl."):
                 super().create_model_card(*args, **kwargs)
 
         def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -163,8 +163,8 @@ class Linear(nn.Linear):
         # The layer's own operands fit each other since `attach`; only x can be wrong, and the full check says how.
         if x.shape[-1:] == weight.shape[1:] and x.dtype == weight.dtype and x.device == weight.device:
             y = unchecked(x, weight, down, core, up, bias, None, basis, invariant)
-            if Kept.pays(x) and not invariant and plain(x) and not on_torch(x, (weight,), down, core, up):
-                self._keep(Operands(weight, down, core, [core], up, bias, basis, [len(weight)]))
+            if Kept.pays(x) and not invariant and plain(x):
+                self._keep(x, Operands(weight, down, core, [core], up, bias, basis, [len(weight)]))
             return y
         return adapted_linear(x, weight, down, core, up, bias, None, basis=basis, batch_invariant=invariant)
 
@@ -194,11 +194,13 @@ class Linear(nn.Linear):
             )
         return acts
 
-    def _keep(self, operands: Operands) -> None:
-        """Have later calls on these operands take fewer steps."""
+    def _keep(self, x: Tensor, operands: Operands) -> None:
+        """Have later calls on these operands take fewer steps, where it is kernels that x meets."""
         name = self.active
         kept = self._kept.get(name)
         if name in self._kept and (kept is None or kept.stands()):
+            return
+        if on_torch(x, (operands.weight,), operands.down, operands.core, operands.up):
             return
         # Who moves the weights at every call (ZeRO-3 gathers them) gains nothing by this.
         self._moved += kept is not None
