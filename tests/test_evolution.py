@@ -13,7 +13,7 @@ from tiny_gsm8k import write_model, write_problems
 
 import tinylora
 from bench.addition import tokenizer
-from tinylora import LoraConfig, LoraXSConfig, TinyLoraConfig, cli
+from tinylora import LoraConfig, LoraXSConfig, TinyLoraConfig, cli, recipes
 from tinylora.evolution import Evolution
 
 CHARS = tokenizer()
@@ -238,6 +238,22 @@ def test_the_command_takes_what_can_evolve(gsm8k, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(flags(gsm8k, tmp_path, "--adapter", "lora"))
     assert "invalid choice: 'lora' (choose from" in capsys.readouterr().err
+    recipe = {"about": "cannot evolve"} | recipes.read(recipes.DEFAULT)
+    recipe["adapter"] = {"kind": {"value": "lora", "source": "ours", "note": ""}}
+    (tmp_path / "mine.json").write_text(json.dumps(recipe))
+    # Before anything is loaded: the model does not exist.
+    command = [
+        "train",
+        "es",
+        "--recipe",
+        tmp_path / "mine.json",
+        "--model",
+        tmp_path / "none",
+        "--out",
+        tmp_path / "out",
+    ]
+    assert cli.main([*map(str, command)]) == 2
+    assert "the adapter is a LoraConfig, expected TinyLoraConfig or LoraXSConfig" in capsys.readouterr().err
 
 
 def test_a_step_leaves_the_model_s_stack_and_settings():

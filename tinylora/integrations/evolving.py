@@ -77,13 +77,16 @@ def _run(settings: dict[str, Any], out: Path, resume: bool) -> Path:
         raise ValueError(
             f"es.population is {es['population']}, expected at least {processes.count()}: so many processes share it"
         )
+    config = config_from_dict({"seed": settings["seed"]} | settings["adapter"])
+    if not config.adapter_class.core_alone_trains:  # `Evolution` says so, too, once the model is there
+        raise ValueError(f"the adapter is a {type(config).__name__}, expected TinyLoraConfig or LoraXSConfig")
     problems, seen = run_folder.enter(settings, out, resume)
     if not 0 < es["prompts"] <= len(problems):
         raise ValueError(f"es.prompts is {es['prompts']}, expected 1 to {len(problems)}, the problems that there are")
     processes.start()
     model, tokenizer = load_model(settings["model"], settings["dtype"], together)
     with processes.one_first(together):  # it decomposes the weights, and the others find that on the disk
-        apply(model, config_from_dict({"seed": settings["seed"]} | settings["adapter"]))
+        apply(model, config)
     start = _last_checkpoint(model, out) if resume else 0
     scores: dict[str, list[float]] = {}
 
