@@ -348,7 +348,9 @@ def forward_of_parts(
     y = x.new_empty(x.shape[0], up.shape[0])
     sizes = [w.shape[0] for w in weights]
     for i, (weight, own, u) in enumerate(zip(weights, y.split(sizes, 1), up.split(sizes), strict=True)):
-        if biases:
+        if len(weight) == 1:  # torch 2.10 writes 16 bits elsewhere, where `out` is a column of a wider tensor
+            own.copy_(F.linear(x, weight, biases[i] if biases else None))
+        elif biases:
             torch.addmm(biases[i], x, weight.t(), out=own)
         else:
             torch.mm(x, weight.t(), out=own)
