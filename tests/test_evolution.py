@@ -242,17 +242,8 @@ def test_the_command_takes_what_can_evolve(gsm8k, tmp_path, capsys):
     recipe["adapter"] = {"kind": {"value": "lora", "source": "ours", "note": ""}}
     (tmp_path / "mine.json").write_text(json.dumps(recipe))
     # Before anything is loaded: the model does not exist.
-    command = [
-        "train",
-        "es",
-        "--recipe",
-        tmp_path / "mine.json",
-        "--model",
-        tmp_path / "none",
-        "--out",
-        tmp_path / "out",
-    ]
-    assert cli.main([*map(str, command)]) == 2
+    where = {"recipe": "mine.json", "model": "none", "out": "out"}
+    assert cli.main(["train", "es", *(f"--{flag}={tmp_path / name}" for flag, name in where.items())]) == 2
     assert "the adapter is a LoraConfig, expected TinyLoraConfig or LoraXSConfig" in capsys.readouterr().err
 
 

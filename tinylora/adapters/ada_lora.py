@@ -89,13 +89,14 @@ class AdaLoraShared(Shared):
         _watch(self)
 
     def before_step(self, stepping: frozenset[int], loss_scale: float) -> None:
-        if any(a.lam.requires_grad and stepped_elsewhere(a.lam) for a in list(self.layers.values())):
+        adapters = list(self.layers.values())  # another thread may be adding its own
+        if any(a.lam.requires_grad and stepped_elsewhere(a.lam) for a in adapters):
             raise ValueError("AdaLoRA acts when an optimizer steps λ, and DeepSpeed steps copies: expected DDP")
-        for adapter in list(self.layers.values()):
+        for adapter in adapters:
             if is_dtensor(adapter.lam) and id(adapter.lam) in stepping:
                 raise ValueError("AdaLoRA ranks the triplets of whole layers, expected no sharding (FSDP2): DDP works")
         self._refuse_several(stepping)
-        for adapter in list(self.layers.values()):
+        for adapter in adapters:
             if adapter.lam.requires_grad:
                 adapter.add_orthogonality(self.config.orthogonality * loss_scale, stepping)
 

@@ -371,9 +371,11 @@ def named_numbers(
     return found
 
 
-def trained_numbers(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
-    """What trains of an adapter, by its name in `named_numbers`."""
-    return {n: t for n, t in named_numbers(model, name).items() if isinstance(t, nn.Parameter)}
+def trained_numbers(
+    model: nn.Module, name: str = "default", owners: tuple[dict, dict] | None = None
+) -> dict[str, nn.Parameter]:
+    """What trains of an adapter, by its name in `named_numbers`, whose arguments these are."""
+    return {n: t for n, t in named_numbers(model, name, owners).items() if isinstance(t, nn.Parameter)}
 
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
@@ -423,9 +425,8 @@ def activate(model: nn.Module, name: str | None) -> nn.Module:
     refuse_within(model)
     layers, saved = adapted_layers(model), saved_modules(model)
     for other in adapter_names(model):
-        for p in named_numbers(model, other, (layers, saved)).values():
-            if isinstance(p, nn.Parameter):
-                p.requires_grad_(other == name)
+        for p in trained_numbers(model, other, (layers, saved)).values():
+            p.requires_grad_(other == name)
     for layer in layers.values():
         layer.active = name if name in layer.adapters else None
     for module in saved.values():
