@@ -125,9 +125,6 @@ def _compare(results, size, dtype, kind, bare, plain, prompts, batches, budget, 
     import tinylora
     from tinylora.integrations.peft import counts, reset_counts
 
-    def prepare(provider):  # users patch once, not in every step
-        tinylora.patch_peft() if provider == PATCHED else tinylora.unpatch_peft()
-
     config, r = adapter(kind)
     adapted = peft.get_peft_model(plain, config)
     for batch in batches:
@@ -143,6 +140,13 @@ def _compare(results, size, dtype, kind, bare, plain, prompts, batches, budget, 
         for name, call, M in passes:
             runs = {who.BARE: pair[0], who.PEFT: pair[1], PATCHED: pair[1]}
             calls = {provider: partial(call, run) for provider, run in runs.items()}
+
+            def prepare(provider, calls=calls):
+                # Users patch once and call a thousand times; a patch throws away what Python has specialised for the
+                # classes, and another provider what lay in the caches. So a call that is timed is its second.
+                tinylora.patch_peft() if provider == PATCHED else tinylora.unpatch_peft()
+                calls[provider]()
+
             if note:
                 del calls[PATCHED]
                 results.add(Row("peft", size, kind, PATCHED, name, M, None, None, r, None, dtype, note=note))
