@@ -23,19 +23,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylora.ops.backward import first_order
-from tinylora.ops.eager import PANELS, SMALL, add_product, at_once, in_rows, like_rows, mix, thin, thin_transposed
+from tinylora.ops.eager import AMX, PANELS, SMALL, add_product, at_once, in_rows, like_rows, mix, thin, thin_transposed
 
 # Up to so many numbers in x Python costs as much as arithmetic, and without autograd the fewest calls are the best way.
 FEW = {torch.float32: 1 << 20, torch.bfloat16: SMALL, torch.float16: SMALL}
+
+# Up to this many numbers in a 16-bit W, and four times as many products, an fp32 copy of it in every call takes less
+# time than oneDNN's preparation of 16 bits.
+COPY = 1 << 18
 
 # Up to this many products, [N, r] by [r, K], making W' takes less time than a second pass over Y, whatever M is.
 FOLD = 1 << 17
 
 # Up to so many products M N K all of dW' takes less time than a node of our own: where both D and U train this many for
-# each of r + 2, as a node costs as much as a rank of 2 before it computes anything; where one of them does, ONE. With
-# AMX (Intel's processors since 2023) a product in BLAS costs a fraction of what it does elsewhere, Python the same.
-_AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_tile", False)
-BOTH, ONE = (1 << 22, 1 << 23) if _AMX else (1 << 20, 1 << 18)
+# each of r + 2, as a node costs as much as a rank of 2 before it computes anything; where one of them does, ONE.
+BOTH, ONE = (1 << 22, 1 << 23) if AMX else (1 << 20, 1 << 18)
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -84,7 +86,7 @@ def linear_on_cpu(
             # F.linear's is a view, which made without gradients may not be changed in place with them; PEFT's is none.
             return y if grads else y.data
         # Exact in fp32, and a fourth of oneDNN's time, most of which is preparation. Y is rounded where it rounds.
-        weight = torch.addmm(weight.float(), up, down, alpha=scale)
+        weight = weight.float().addmm_(up, down, alpha=scale)  # in place: a second copy takes as long as the product
         return F.linear(x.float(), weight, None if bias is None else bias.float()).to(dtype)
     core = mix(core, basis)
     grads = torch.is_grad_enabled()
@@ -115,6 +117,9 @@ def _scaled(up: Tensor, b: Tensor, d: Tensor) -> Tensor:
 
 
 def _in_few_calls(x, weight, bias, down, core, up, scale, b=None, d=None) -> Tensor:
+    dtype = x.dtype
+    if dtype is not torch.float32 and weight.numel() <= COPY and x.numel() * weight.shape[0] <= 4 * COPY:
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     if x.dtype is torch.float32:
         # On matrices: of three dimensions F.linear makes two, and three again, in every product.
         rows = in_rows(x)
@@ -125,7 +130,7 @@ def _in_few_calls(x, weight, bias, down, core, up, scale, b=None, d=None) -> Ten
             y.addmm_(z, up.t(), alpha=scale)
         else:
             y.addcmul_(torch.mm(z.mul_(d), up.t()), b, value=scale)
-        return like_rows(y, x)
+        return like_rows(y, x).to(dtype)
     z = F.linear(x.float(), down)
     if core is not None:
         z = F.linear(z, core)
@@ -186,9 +191,12 @@ class _Folded(torch.autograd.Function):
     def forward(ctx, x, weight, bias, down, up, scale, b, d):
         _, _, _, need_down, need_up, _, _, _ = ctx.needs_input_grad
         rows, dtype, z = in_rows(x), x.dtype, None
-        if dtype is not down.dtype:
-            rows, weight, bias = rows.float(), weight.float(), None if bias is None else bias.float()
-        weight = torch.addmm(weight, up if b is None else torch.outer(b, d).mul_(up), down, alpha=scale)
+        factor = up if b is None else torch.outer(b, d).mul_(up)
+        if dtype is down.dtype:
+            weight = torch.addmm(weight, factor, down, alpha=scale)
+        else:
+            rows, bias = rows.float(), None if bias is None else bias.float()
+            weight = weight.float().addmm_(factor, down, alpha=scale)
         y = F.linear(rows, weight, bias)
         if need_up or b is not None:
             z = torch.mm(rows, down.t()) if rows.numel() < PANELS else thin(rows, down)

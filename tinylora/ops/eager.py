@@ -5,8 +5,9 @@ Four rules keep it fast and exact:
 - Everything at rank r (z, s, t, q: [M, r]) is fp32 even for bf16 operands. Torch has no bf16 x bf16 -> fp32
   matmul on CPUs, so `thin` upcasts a block of rows that stays in the L2 cache, never the whole of x. On a card it has
   one, and the other factor comes as two bf16 numbers: what fp32 has no tensor cores for.
-- Up to rank 8 what is [M, r] lies in memory as its transpose, [r, M], which BLAS makes from x in 0.6 of the time and
-  reads as fast. MKL has one thread for such a product, however many there are: each thread gets a panel of rows.
+- Up to rank 8 what is [M, r] lies in memory as its transpose, [r, M], which BLAS makes from x in 0.6 of the time (with
+  AMX in a fourth at rank 2) and reads as fast. Without AMX MKL has one thread for such a product, however many there
+  are: each thread gets a panel of rows.
 - s = 0 adds exact zeros: with a zero core the result is F.linear's, bit for bit.
 """
 
@@ -28,6 +29,11 @@ BLOCK = 1 << 18
 
 # Numbers in x from which on a panel for each thread is worth a batched product, whose preparation takes 5 microseconds.
 PANELS = 1 << 17
+
+# Whether this is an Intel processor of 2023 or later, where MKL is another one: a product costs a fraction of what it
+# does elsewhere, beside Python's calls, and has all threads where it is thin. Sums over rows want panels of so many.
+AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_tile", False)
+ROWS = 1024 if AMX else 32
 
 ALIGNED = 64  # bytes; where torch's own tensors on a CPU start
 
@@ -64,7 +70,7 @@ def panels(x: Tensor) -> int:
     if x.numel() < PANELS or not x.is_cpu:
         return 1
     M, threads = x.shape[0], torch.get_num_threads()
-    return threads if M % threads == 0 and threads * 32 <= M else 1
+    return threads if M % threads == 0 and threads * ROWS <= M else 1
 
 
 def on_tensor_cores(x: Tensor, dtype: torch.dtype) -> bool:
@@ -105,6 +111,9 @@ def thin(x: Tensor, down: Tensor) -> Tensor:
 
 def _thin(x: Tensor, down: Tensor) -> Tensor:
     (M, K), r = x.shape, down.shape[0]
+    if AMX:
+        in_columns = r < M and (r <= 4 or (r <= 8 and M * K <= 1 << 20))
+        return torch.mm(down, x.t()).t() if in_columns else torch.mm(x, down.t())
     parts = panels(x)
     if parts > 1 and r <= 8:
         z = torch.bmm(down.expand(parts, r, K), x.view(parts, M // parts, K).mT)
