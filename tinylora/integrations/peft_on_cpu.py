@@ -39,6 +39,9 @@ FOLD = 1 << 17
 # each of r + 2, as a node costs as much as a rank of 2 before it computes anything; where one of them does, ONE.
 BOTH, ONE = (1 << 22, 1 << 23) if AMX else (1 << 20, 1 << 18)
 
+# Above so many W' is not made for a core: with AMX z and t, which give dC, take less time than W' and dD.
+CORE = 1 << 23 if AMX else 1 << 62
+
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -68,8 +71,11 @@ def linear_on_cpu(
     products = x.numel() * N
     few = products <= (2 + r) * BOTH
     wide = dtype is down.dtype
-    # In 16 bits W' would lose so small an update, and large products in fp32 are slow.
-    if (N * K * r <= FOLD) if wide else (few and N * K <= SMALL and dtype in HALVES):
+    if wide:
+        folded = N * K * r <= FOLD and (core is None or products <= CORE)
+    else:  # W' in 16 bits would lose so small an update, and large products in fp32 are slow
+        folded = few and N * K <= SMALL and dtype in HALVES
+    if folded:
         if core is not None:
             down = _mixed(core, basis, down, N)
         grads, one, other = torch.is_grad_enabled(), down.requires_grad, up.requires_grad
