@@ -89,6 +89,25 @@ def test_numbers_as_a_card_multiplies_them(core, factors, monkeypatch):
     assert (eager.thin_transposed(z, x) - exactly).abs().max() < 2**-14 * exactly.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+@pytest.mark.parametrize("M, K, r", [(1, 96, 2), (3, 96, 8), (70, 96, 4), (4096, 96, 1), (4096, 300, 8), (70, 96, 9)])
+def test_thin_products_on_either_kind_of_processor(M, K, r, dtype, monkeypatch):
+    """With AMX and without: whichever this one has, both are tested."""
+    x, down, z = torch.randn(M, K, dtype=dtype), torch.randn(r, K), torch.randn(M, r)
+    for amx, rows in ((True, 1024), (False, 32)):
+        monkeypatch.setattr(eager, "AMX", amx)
+        monkeypatch.setattr(eager, "ROWS", rows)
+        for threads in (1, 2):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                found, summed = eager.thin(x, down), eager.thin_transposed(z, x)
+            finally:
+                torch.set_num_threads(before)
+            torch.testing.assert_close(found.double(), x.double() @ down.double().t(), atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(summed.double(), z.double().t() @ x.double(), atol=1e-3, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [f32, f16, bf16], ids=str)
 @pytest.mark.parametrize("core", ["dense", "diagonal", "rows", "mixed"])
 @pytest.mark.parametrize("shape", [(33,), (3, 11), (2, 3, 5)], ids=str)
