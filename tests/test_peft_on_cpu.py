@@ -31,6 +31,13 @@ UNFOLDED = [
     Problem(130, 200, 300, 3, bf16, factors=f32, bias=False),
     Problem(128, 48, 40, 9, bf16, factors=f32, core="none", bias=False),
     Problem(64, 48, 40, 3, f64, factors=f32, core="none"),
+    Problem(5, 200, 300, 8, f64, factors=f32, core="none"),  # few rows of a larger W
+    Problem(300, 200, 300, 3),  # many, and a core
+]
+MANY = [  # rows of a larger W: folded, and never all of dW'
+    Problem(300, 200, 300, 3, core="none"),
+    Problem(300, 300, 200, 8, f64, core="none"),
+    Problem(240, 300, 200, 8, core="none", bias=False),
 ]
 
 
@@ -64,7 +71,7 @@ def exact(x, weight, down, core, up, bias, ids=None, basis=None, scale=1.0):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.75])
-@pytest.mark.parametrize("problem", FOLDED + UNFOLDED, ids=lambda p: p.id)
+@pytest.mark.parametrize("problem", FOLDED + UNFOLDED + MANY, ids=lambda p: p.id)
 def test_numbers(problem, scale, threads, way, poison_empty):
     operands, _, _ = problem.operands()
     x, weight, *_ = operands
@@ -73,7 +80,7 @@ def test_numbers(problem, scale, threads, way, poison_empty):
     if (way == "whole" and small) or problem.M == 0:
         assert node(ours(*leaves)) is None
     else:
-        assert node(ours(*leaves)) == ("folded" if problem in FOLDED else "apart")
+        assert node(ours(*leaves)) == ("folded" if problem in FOLDED + MANY else "apart")
     dy = torch.randn(problem.M, problem.N).to(problem.dtype)
 
     def of(function, operands):
@@ -123,7 +130,8 @@ ONE_SIDE = [
     Problem(3500, 40, 48, 4),  # enough rows for a panel a thread
     UNFOLDED[1],
     UNFOLDED[9],
-    Problem(5, 200, 300, 8),  # no more rows than ranks
+    MANY[2],
+    Problem(5, 200, 300, 8),  # few rows of a larger W
     Problem(5, 200, 300, 8, bf16, factors=f32),
 ]
 
@@ -198,7 +206,18 @@ def test_gradients_where_one_side_trains(problem, trains, way, threads, poison_e
         assert value.is_contiguous(), name  # torch's fused optimizers read a gradient as it lies
 
 
-@pytest.mark.parametrize("M", [5, 9])  # up to r rows and more
+@pytest.mark.parametrize("change", ["rows", "kept"])
+def test_a_larger_layer_is_folded_for_many_rows_and_where_autograd_may_keep_it(change, monkeypatch):
+    few, many = (Problem(M, 300, 200, 8, core="none").operands()[0] for M in (239, 240))
+    assert node(ours(*(t if t is None else t.requires_grad_() for t in many))) == "folded"
+    if change == "kept":
+        monkeypatch.setattr(peft_on_cpu, "KEPT", 300 * 200 - 1)
+    else:
+        many = few
+    assert node(ours(*(t if t is None else t.requires_grad_() for t in many))) == "apart"
+
+
+@pytest.mark.parametrize("M", [5, 200])  # few rows and more
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=["f32", "bf16"])
 def test_a_core_beside_diagonals(M, dtype):
     (x, weight, down, core, up, bias), _, _ = Problem(M, 200, 300, 8, dtype, factors=f32).operands()

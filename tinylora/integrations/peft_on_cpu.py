@@ -25,15 +25,14 @@ from torch import Tensor
 from tinylora.ops.backward import first_order
 from tinylora.ops.eager import AMX, PANELS, SMALL, add_product, at_once, in_rows, like_rows, mix, thin, thin_transposed
 
-# Up to so many numbers in x Python costs as much as arithmetic, and without autograd the fewest calls are the best way.
-FEW = {torch.float32: 1 << 20, torch.bfloat16: SMALL, torch.float16: SMALL}
-
 # Up to this many numbers in a 16-bit W, and four times as many products, an fp32 copy of it in every call takes less
 # time than oneDNN's preparation of 16 bits. Elsewhere than with AMX it is not measured: a fourth of it.
 COPY = 1 << 18 if AMX else 1 << 16
 
-# Up to this many products, [N, r] by [r, K], making W' takes less time than a second pass over Y, whatever M is.
-FOLD = 1 << 17
+# Up to this many products, [N, r] by [r, K], making W' takes less time than a second pass over Y, whatever M is; for a
+# few rows without gradients, where no pass is long, up to FOLD_FEW numbers in W. A larger W' is worth it from as many
+# rows on as the harmonic mean of N and K; autograd keeps it until backward, which is to cost KEPT numbers a layer.
+FOLD, FOLD_FEW, KEPT = 1 << 17, 1 << 14, 1 << 18
 
 # Up to so many products M N K all of dW' takes less time than a node of our own: where both D and U train this many for
 # each of r + 2, as a node costs as much as a rank of 2 before it computes anything; where one of them does, ONE.
@@ -68,17 +67,22 @@ def linear_on_cpu(
     40,000 numbers.
     """
     (N, K), r, dtype = weight.shape, down.shape[0], x.dtype
-    products = x.numel() * N
+    numel, wide, grads = x.numel(), dtype is down.dtype, torch.is_grad_enabled()
+    if not grads and numel <= SMALL and N * K > FOLD_FEW and dtype is not torch.float64 is not down.dtype:
+        return _in_few_calls(x, weight, bias, down, core, up, scale, basis, diagonals)
+    products = numel * N
     few = products <= (2 + r) * BOTH
-    wide = dtype is down.dtype
-    if wide:
-        folded = N * K * r <= FOLD and (core is None or products <= CORE)
-    else:  # W' in 16 bits would lose so small an update, and large products in fp32 are slow
+    if not wide:  # W' in 16 bits would lose so small an update, and large products in fp32 are slow
         folded = few and N * K <= SMALL and dtype in HALVES
+    elif N * K * r <= FOLD:
+        folded = core is None or products <= CORE
+    else:
+        folded = numel * (N + K) >= 2 * N * K * K and (not grads or (core is None and N * K <= KEPT))
+        few = False
     if folded:
         if core is not None:
             down = _mixed(core, basis, down, N)
-        grads, one, other = torch.is_grad_enabled(), down.requires_grad, up.requires_grad
+        one, other = down.requires_grad, up.requires_grad
         if diagonals is not None:
             b, d = diagonals
             if grads and products > ONE and (b.requires_grad or d.requires_grad) and not (one or other):
@@ -89,20 +93,13 @@ def linear_on_cpu(
             return _folded(x, weight, bias, down, up, scale, None, None)
         if wide:
             y = F.linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
-            # F.linear's is a view, which made without gradients may not be changed in place with them; PEFT's is none.
-            return y if grads else y.data
+            return y if grads else y.data  # as in `_in_few_calls`
         # Exact in fp32, and a fourth of oneDNN's time, most of which is preparation. Y is rounded where it rounds.
         weight = weight.float().addmm_(up, down, alpha=scale)  # in place: a second copy takes as long as the product
         return F.linear(x.float(), weight, None if bias is None else bias.float()).to(dtype)
     core = mix(core, basis)
-    grads = torch.is_grad_enabled()
-    small = not grads and x.numel() <= FEW.get(dtype, 0) and down.dtype is torch.float32
     if diagonals is not None:
-        if small and x.numel() <= r * K:  # no more rows than ranks: z and s are smaller than U
-            return _in_few_calls(x, weight, bias, down, core, up, scale, *diagonals)
         up = _scaled(up, *diagonals)
-    if small:
-        return _in_few_calls(x, weight, bias, down, core, up, scale)
     if grads and (
         x.requires_grad
         or down.requires_grad
@@ -122,26 +119,24 @@ def _scaled(up: Tensor, b: Tensor, d: Tensor) -> Tensor:
     return up * torch.addr(_ZERO, b, d) if torch.is_grad_enabled() else torch.outer(b, d).mul_(up)
 
 
-def _in_few_calls(x, weight, bias, down, core, up, scale, b=None, d=None) -> Tensor:
-    dtype = x.dtype
-    if dtype is not torch.float32 and weight.numel() <= COPY and x.numel() * weight.shape[0] <= 4 * COPY:
-        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
-    if x.dtype is torch.float32:
-        # On matrices: of three dimensions F.linear makes two, and three again, in every product.
-        rows = in_rows(x)
-        z, y = torch.mm(rows, down.t()), F.linear(rows, weight, bias)
-        if core is not None:
-            z = torch.mm(z, core.t())
-        if b is None:
-            y.addmm_(z, up.t(), alpha=scale)
-        else:
-            y.addcmul_(torch.mm(z.mul_(d), up.t()), b, value=scale)
-        return like_rows(y, x).to(dtype)
-    z = F.linear(x.float(), down)
+def _in_few_calls(x, weight, bias, down, core, up, scale, basis, diagonals) -> Tensor:
+    """As torch calls them, on x as it comes: its calls and Python's are what few rows cost."""
+    dtype, rows = x.dtype, x
+    if dtype is not torch.float32:
+        rows = x.float()
+        if weight.numel() <= COPY and x.numel() * weight.shape[0] <= 4 * COPY:
+            x, weight, bias = rows, weight.float(), None if bias is None else bias.float()
+    z = F.linear(rows, down)
     if core is not None:
-        z = F.linear(z, core)
-    s = F.linear(z, up) if b is None else F.linear(z.mul_(d), up).mul_(b)
-    return F.linear(x, weight, bias).add_(s, alpha=scale)  # rounded as PEFT's sum of 16 bits and fp32 is
+        z = F.linear(z, mix(core, basis))
+    if diagonals is None:
+        s = F.linear(z, up)
+    else:
+        b, d = diagonals
+        s = F.linear(z.mul_(d), up).mul_(b)
+    y = F.linear(x, weight, bias).add_(s, alpha=scale)  # rounded as PEFT's sum of 16 bits and fp32 is
+    # F.linear's is a view, which made without gradients may not be changed in place with them; PEFT's is none.
+    return y.data if y.dtype is dtype else y.to(dtype)
 
 
 def _mixed(core: Tensor, basis: Tensor | None, down: Tensor, N: int) -> Tensor:
