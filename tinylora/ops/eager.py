@@ -6,8 +6,8 @@ Four rules keep it fast and exact:
   matmul on CPUs, so `thin` upcasts a block of rows that stays in the L2 cache, never the whole of x. On a card it has
   one, and the other factor comes as two bf16 numbers: what fp32 has no tensor cores for.
 - Up to rank 8 what is [M, r] lies in memory as its transpose, [r, M], which BLAS makes from x in 0.6 of the time (with
-  AMX in a fourth at rank 2) and reads as fast. Without AMX MKL has one thread for such a product, however many there
-  are: each thread gets a panel of rows.
+  AMX in a fourth at rank 2) and reads as fast, from FEW rows on: of 2 to 7 MKL reads it in up to ten times the time.
+  Without AMX MKL has one thread for such a product, however many there are: each thread gets a panel of rows.
 - s = 0 adds exact zeros: with a zero core the result is F.linear's, bit for bit.
 """
 
@@ -26,6 +26,8 @@ SMALL, TINY = 1 << 15, 1 << 12
 
 # Elements of one upcast block: 1 MiB in fp32, which fits the L2 cache of every server CPU of the last years.
 BLOCK = 1 << 18
+
+FEW = 8  # below so many rows what is [M, r] lies in rows
 
 # Numbers in x from which on a panel for each thread is worth a batched product, whose preparation takes 5 microseconds.
 PANELS = 1 << 17
@@ -111,6 +113,8 @@ def thin(x: Tensor, down: Tensor) -> Tensor:
 
 def _thin(x: Tensor, down: Tensor) -> Tensor:
     (M, K), r = x.shape, down.shape[0]
+    if M < FEW:
+        return torch.mm(x, down.t())
     if AMX and x.is_cpu:  # in columns, until rank 8 of more than the L2 cache holds is slower so
         in_columns = r < M and (r <= 4 or (r <= 8 and M * K <= 1 << 20))
         return torch.mm(down, x.t()).t() if in_columns else torch.mm(x, down.t())
@@ -173,7 +177,11 @@ def apply_core(
     if core.dtype != z.dtype:
         core = core.to(z.dtype)
     if adapter_ids is None:
-        return z * core if core.dim() == 1 else torch.mm(core.t() if transposed else core, z.t()).t()
+        if core.dim() == 1:
+            return z * core
+        if z.shape[0] < FEW:
+            return torch.mm(z, core if transposed else core.t())
+        return torch.mm(core.t() if transposed else core, z.t()).t()
     M, r = z.shape
     chosen = adapter_ids.clamp(min=0) if gaps else adapter_ids
     parts = []
