@@ -1,5 +1,6 @@
 """`tinylora convert` and `tinylora merge`, on folders as a user has them."""
 
+import io
 import json
 import subprocess
 import sys
@@ -98,6 +99,27 @@ def test_convert_and_merge_pefts(kind, base, tmp_path):
         close(tinylora.load(model_of(base), out)(tokens()).logits, want)
     assert run("merge", "--base", base, "--adapter", tmp_path / "theirs", "--out", tmp_path / "merged") == 0
     close(model_of(tmp_path / "merged")(tokens()).logits, want)
+
+
+def test_a_terminal_sees_how_far_it_is(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    base = folder_of(qwen2(), tmp_path / "base")
+    adapted("LoRA").save_pretrained(tmp_path / "theirs")
+    for command, bars in (
+        (
+            ("convert", tmp_path / "theirs", tmp_path / "lora", "--format", "lora", "--base", base),
+            ("reading", "writing"),
+        ),
+        (("convert", tmp_path / "theirs", tmp_path / "ours", "--format", "tinylora", "--base", base), ("weights",)),
+        (("merge", "--base", base, "--adapter", tmp_path / "theirs", "--out", tmp_path / "merged"), ("merging",)),
+    ):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        assert run(*command) == 0
+        for bar in bars:
+            assert bar in sys.stderr.getvalue()
 
 
 def test_an_adapted_head_of_pefts(base, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """PEFT, live: patched layers against PEFT's own in numbers and gradients, every way out, and what users do."""
 
 import copy
+import re
 import statistics
 import sys
 
@@ -11,6 +12,7 @@ from models import qwen2, tokens
 from peft_models import CONFIGS, adapted, dtypes, kinds, layer_of, only_fast, shake
 
 import tinylora
+from tinylora.cli import main
 from tinylora.integrations.peft import counts, reset_counts
 
 pytestmark = pytest.mark.usefixtures("unpatched_afterwards")
@@ -341,3 +343,17 @@ def test_a_scale_made_within_a_capture_is_kept_by_nobody(monkeypatch):
     with FakeTensorMode():
         first, second = (_every(2, 3.0, torch.device("cuda", 0), torch.float32) for _ in range(2))
     assert first is not second
+
+
+def test_info_shows_what_ran_in_this_process_and_why(capsys):
+    model = adapted("VeRA")
+    tinylora.patch_peft()
+    reset_counts()
+    assert main(["info"]) == 0
+    assert "counted in the process that patches" in capsys.readouterr().out
+    model(input_ids=tokens())
+    with model.disable_adapter():
+        model(input_ids=tokens())
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"calls of VeRA\s+14 fast, 14 adapters disabled", shown)

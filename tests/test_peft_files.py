@@ -452,6 +452,10 @@ def test_files_that_are_not_whole(tmp_path):
             tinylora.load(qwen2(), tmp_path)
     with pytest.raises(ValueError, match="does not exist, expected an adapter that"):
         tinylora.load(qwen2(), tmp_path / "nowhere")
+    named = peft.get_peft_model(qwen2(), CONFIGS["LoRA"](), adapter_name="mine")
+    named.save_pretrained(tmp_path / "several")  # each in a folder of its name
+    with pytest.raises(ValueError, match=r"expected an adapter .* \(one of PEFT's is in 'mine' there\)"):
+        tinylora.load(qwen2(), tmp_path / "several")
 
 
 def test_what_cannot_be_written(tmp_path):

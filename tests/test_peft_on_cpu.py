@@ -204,6 +204,7 @@ def test_gradients_where_one_side_trains(problem, trains, way, threads, poison_e
         else:
             assert_as_good_as_torch(name, value, want[name], [own[name] for own in torchs])
         assert value.is_contiguous(), name  # torch's fused optimizers read a gradient as it lies
+        assert value.dtype == (problem.dtype if name[0] in "xy" or name == "bias" else wide), name
 
 
 @pytest.mark.parametrize("change", ["rows", "kept"])
@@ -211,10 +212,37 @@ def test_a_larger_layer_is_folded_for_many_rows_and_where_autograd_may_keep_it(c
     few, many = (Problem(M, 300, 200, 8, core="none").operands()[0] for M in (239, 240))
     assert node(ours(*(t if t is None else t.requires_grad_() for t in many))) == "folded"
     if change == "kept":
-        monkeypatch.setattr(peft_on_cpu, "KEPT", 300 * 200 - 1)
+        monkeypatch.setattr(peft_on_cpu, "MANY", 300 * 200 - 1)
     else:
         many = few
     assert node(ours(*(t if t is None else t.requires_grad_() for t in many))) == "apart"
+
+
+@pytest.mark.parametrize(
+    "problem, taken",
+    [
+        (Problem(5, 48, 40, 3), None),  # a small W is folded
+        (Problem(5, 200, 100, 3), "_in_few_calls"),
+        (Problem(5, 128, 128, 16), "_in_few_calls"),  # of a rank for which it is not
+        (Problem(512, 512, 64, 3), None),  # few numbers in x, and more in Y than are few
+        (Problem(130, 200, 300, 3), "_forward"),  # neither few nor many
+        (Problem(300, 200, 300, 3), None),
+        (Problem(600, 600, 500, 3), "_forward"),  # many, of a W too large
+        (Problem(5, 128, 200, 3, bf16, factors=f32), None),  # rounded as in training
+        (Problem(5, 200, 300, 3, bf16, factors=f32), "_in_few_calls"),
+        (Problem(5, 200, 300, 3, f64, factors=f32, core="none"), "_forward"),
+    ],
+    ids=lambda p: getattr(p, "id", p),
+)
+def test_which_way_is_taken_without_gradients(problem, taken, monkeypatch):
+    ways = []
+    for way in ("_in_few_calls", "_forward"):
+        function = getattr(peft_on_cpu, way)
+        monkeypatch.setattr(peft_on_cpu, way, lambda *a, way=way, to=function: (ways.append(way), to(*a))[1])
+    with torch.no_grad():
+        y = ours(*problem.operands()[0])
+    assert ways == ([] if taken is None else [taken])
+    assert y.dtype is problem.dtype and not y._is_view()
 
 
 @pytest.mark.parametrize("M", [5, 200])  # few rows and more
@@ -228,9 +256,10 @@ def test_a_core_beside_diagonals(M, dtype):
     want = reference.adapted_linear(*(t.double() for t in (x, weight, down, core, scaled, bias)))
     torchs = reference.adapted_linear(*(t.to(dtype) for t in (x, weight, down, core, scaled, bias)))
     assert_as_good_as_torch("y", y, want, torchs)
+    assert y.dtype is dtype and not y._is_view()  # in place it may be changed with gradients as well
 
 
-@pytest.mark.parametrize("problem", [FOLDED[3], UNFOLDED[1], UNFOLDED[4], UNFOLDED[5], UNFOLDED[8]], ids=lambda p: p.id)
+@pytest.mark.parametrize("problem", [FOLDED[3], MANY[0], *(UNFOLDED[i] for i in (1, 4, 5, 8))], ids=lambda p: p.id)
 @pytest.mark.parametrize("zero", ["core", "up"])
 def test_a_zero_core_or_up_gives_the_base_layer_bit_for_bit(problem, zero, way):
     if way == "whole" and problem.dtype in (bf16, f16):

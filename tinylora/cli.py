@@ -18,7 +18,7 @@ from tinylora.adapters import AdaLoraConfig, LoraConfig, LoraXSConfig, TiedLoraC
 from tinylora.adapters.factor_cache import cache_folder
 from tinylora.adapters.tying import TYINGS
 from tinylora.integrations import folders
-from tinylora.integrations.peft import covered
+from tinylora.integrations.peft import counts, covered
 from tinylora.integrations.transformers import meta_model
 from tinylora.nn.checkpoint import FILE, numbers_in, read
 from tinylora.nn.targets import find_targets, several_in_one, sites_of
@@ -194,6 +194,14 @@ def _adapter_rows(folder: str) -> list[tuple[str, object]]:
     ]
 
 
+def _calls() -> list[tuple[str, str]]:
+    """PEFT's layers in this process: `tinylora.cli.main(["info"])` in that which trains shows what ran, and why."""
+    found = {kind: {why: n for why, n in ways.items() if n} for kind, ways in counts().items()}
+    rows = [(f"calls of {kind}", ", ".join(f"{n} {why}" for why, n in ways.items())) for kind, ways in found.items()]
+    where = 'counted in the process that patches: tinylora.cli.main(["info"]) there, or integrations.peft.counts()'
+    return [row for row in rows if row[1]] or [("", where)]
+
+
 def _machine_rows() -> list[tuple[str, object]]:
     def version(package: str) -> str:
         try:
@@ -222,7 +230,7 @@ def _machine_rows() -> list[tuple[str, object]]:
             "for as long as a matmul reads it",
         ),
         ("patch_peft", f"covers {', '.join(covered())}" if version("peft") != "not installed" else "needs peft"),
-        ("", "tinylora.integrations.peft.counts() says in your process which calls were covered, and why others not"),
+        *_calls(),
         ("factor cache", cache_folder()),
     ]
 

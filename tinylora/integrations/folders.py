@@ -150,9 +150,23 @@ def peft_as_lora(adapter: str | os.PathLike, out: str | os.PathLike, config: str
 
     ValueError as `tinylora.load`.
     """
-    model = _skeleton(config, lambda name: torch.float32)
-    peft_files.load_peft(model, adapter, digests=collections.defaultdict(str))
-    return peft_files.save(model, out, format="lora")
+
+    def read() -> nn.Module:
+        model = _skeleton(config, lambda name: torch.float32)
+        return peft_files.load_peft(model, adapter, digests=collections.defaultdict(str))
+
+    return _in_two_steps(read, lambda model: peft_files.save(model, out, format="lora"))
+
+
+def _in_two_steps(read: Callable[[], nn.Module], write: Callable[[nn.Module], Path]) -> Path:
+    """`write` of what `read` gives, and a bar: each takes tens of seconds for a large adapter of a 7B model."""
+    with tqdm(total=2, desc="reading the adapter", unit="step", disable=None) as bar:
+        model = read()
+        bar.update()
+        bar.set_description("writing")
+        path = write(model)
+        bar.update()
+    return path
 
 
 def load_onto_skeleton(base: ModelFolder, folder: str | os.PathLike, with_base: bool = True) -> nn.Module:
@@ -194,10 +208,14 @@ def convert(adapter: str | os.PathLike, out: str | os.PathLike, format: str, bas
     the adapter. ValueError if `out` exists, and as `tinylora.load` and `tinylora.save`.
     """
     files.refuse_existing(out)
-    model = load_onto_skeleton(ModelFolder(base), adapter, with_base=format == "tinylora")
-    model.name_or_path = str(base)
-    with files.whole_folder(out) as scratch:
-        return Path(out) / peft_files.save(model, scratch, format=format).name
+    source = ModelFolder(base)
+
+    def write(model: nn.Module) -> Path:
+        model.name_or_path = str(base)
+        with files.whole_folder(out) as scratch:
+            return Path(out) / peft_files.save(model, scratch, format=format).name
+
+    return _in_two_steps(lambda: load_onto_skeleton(source, adapter, with_base=format == "tinylora"), write)
 
 
 def merge(base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.PathLike) -> Path:

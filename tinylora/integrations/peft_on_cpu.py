@@ -13,9 +13,10 @@ z = X Dᵀ, t = dY U and q = t C, [M, r] in fp32 (fp64 if an operand is), and h 
     dX = dY W + scale · q D,  dD = scale · qᵀ X,  dC = scale · tᵀ z = scale · (h U)ᵀ,  dU = scale · (C h)ᵀ
 
 `adapted_linear` gives the same numbers. Here a scale is a factor of a product that is computed anyway, one autograd
-node has all the gradients, and a small layer is folded: W' = W + scale · U C D is made anew in every call, in fp32 also
-for 16-bit operands where x is small, too, which leaves one product for Y and one for dX. Where even a node is too much,
-X W'ᵀ goes to torch with all of dW'.
+node has all the gradients, and a layer that is small, or small beside its rows, is folded: W' = W + scale · U C D is
+made anew in every call, in fp32 also for 16-bit operands where x is small, too, which leaves one product for Y and one
+for dX. Where even a node is too much, X W'ᵀ goes to torch with all of dW'; few rows without gradients go to torch as
+they come.
 """
 
 import torch
@@ -29,10 +30,11 @@ from tinylora.ops.eager import AMX, PANELS, SMALL, add_product, at_once, in_rows
 # time than oneDNN's preparation of 16 bits. Elsewhere than with AMX it is not measured: a fourth of it.
 COPY = 1 << 18 if AMX else 1 << 16
 
-# Up to this many products, [N, r] by [r, K], making W' takes less time than a second pass over Y, whatever M is; for a
-# few rows without gradients, where no pass is long, up to FOLD_FEW numbers in W. A larger W' is worth it from as many
-# rows on as the harmonic mean of N and K; autograd keeps it until backward, which is to cost KEPT numbers a layer.
-FOLD, FOLD_FEW, KEPT = 1 << 17, 1 << 14, 1 << 18
+# Up to this many products, [N, r] by [r, K], making W' takes less time than a second pass over Y, whatever M is; of few
+# rows without gradients, where no pass is long, only if W has no more than FOLD_FEW numbers. A larger W' is worth it
+# from as many rows on as the harmonic mean of N and K, up to MANY numbers: above, it gained nothing without gradients,
+# and with them autograd keeps it.
+FOLD, FOLD_FEW, MANY = 1 << 17, 1 << 14, 1 << 18
 
 # Up to so many products M N K all of dW' takes less time than a node of our own: where both D and U train this many for
 # each of r + 2, as a node costs as much as a rank of 2 before it computes anything; where one of them does, ONE.
@@ -63,33 +65,32 @@ def linear_on_cpu(
     diagonals: (b [N], d [r]) for U = b ∘ up ∘ d; else None
 
     returns [..., N] in weight's dtype. Gradients for x, bias, down, core, up, b and d, as far as they require them.
-    With a zero core or up the result is F.linear's, bit for bit; of few rows in 16 bits and a small layer, but for 1 of
-    40,000 numbers.
+    With a zero core or up the result is F.linear's of a contiguous x, bit for bit; of few rows in 16 bits and a small
+    layer, but for 1 of 40,000 numbers.
     """
     (N, K), r, dtype = weight.shape, down.shape[0], x.dtype
     numel, wide, grads = x.numel(), dtype is down.dtype, torch.is_grad_enabled()
-    if not grads and numel <= SMALL and N * K > FOLD_FEW and dtype is not torch.float64 is not down.dtype:
-        return _in_few_calls(x, weight, bias, down, core, up, scale, basis, diagonals)
     products = numel * N
-    few = products <= (2 + r) * BOTH
+    short = not grads and numel <= SMALL and products <= 4 * SMALL * K  # few rows, and few numbers in Y
+    both, one = products <= (2 + r) * BOTH, products <= ONE
     if not wide:  # W' in 16 bits would lose so small an update, and large products in fp32 are slow
-        folded = few and N * K <= SMALL and dtype in HALVES
-    elif N * K * r <= FOLD:
-        folded = core is None or products <= CORE
+        folded = both and N * K <= SMALL and dtype in HALVES
+    elif N * K * r <= FOLD and (not short or N * K <= FOLD_FEW) and (core is None or products <= CORE):
+        folded = True
     else:
-        folded = numel * (N + K) >= 2 * N * K * K and (not grads or (core is None and N * K <= KEPT))
-        few = False
+        folded = N * K <= MANY and numel * (N + K) >= 2 * N * K * K and (core is None or not grads)
+        both = one = False
     if folded:
         if core is not None:
             down = _mixed(core, basis, down, N)
-        one, other = down.requires_grad, up.requires_grad
+        need_down, need_up = down.requires_grad, up.requires_grad
         if diagonals is not None:
             b, d = diagonals
-            if grads and products > ONE and (b.requires_grad or d.requires_grad) and not (one or other):
+            if grads and not one and (b.requires_grad or d.requires_grad) and not (need_down or need_up):
                 return _folded(x, weight, bias, down, up, scale, b, d)
             up = _scaled(up, b, d)
-            other = up.requires_grad
-        if grads and ((products > ONE) if one is not other else (one and not few)):
+            need_up = up.requires_grad
+        if grads and (not one if need_down is not need_up else (need_down and not both)):
             return _folded(x, weight, bias, down, up, scale, None, None)
         if wide:
             y = F.linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
@@ -97,6 +98,8 @@ def linear_on_cpu(
         # Exact in fp32, and a fourth of oneDNN's time, most of which is preparation. Y is rounded where it rounds.
         weight = weight.float().addmm_(up, down, alpha=scale)  # in place: a second copy takes as long as the product
         return F.linear(x.float(), weight, None if bias is None else bias.float()).to(dtype)
+    if short and dtype is not torch.float64:
+        return _in_few_calls(x, weight, bias, down, core, up, scale, basis, diagonals)
     core = mix(core, basis)
     if diagonals is not None:
         up = _scaled(up, *diagonals)
@@ -121,12 +124,12 @@ def _scaled(up: Tensor, b: Tensor, d: Tensor) -> Tensor:
 
 def _in_few_calls(x, weight, bias, down, core, up, scale, basis, diagonals) -> Tensor:
     """As torch calls them, on x as it comes: its calls and Python's are what few rows cost."""
-    dtype, rows = x.dtype, x
+    dtype, wide = x.dtype, x
     if dtype is not torch.float32:
-        rows = x.float()
+        wide = x.float()
         if weight.numel() <= COPY and x.numel() * weight.shape[0] <= 4 * COPY:
-            x, weight, bias = rows, weight.float(), None if bias is None else bias.float()
-    z = F.linear(rows, down)
+            x, weight, bias = wide, weight.float(), None if bias is None else bias.float()
+    z = F.linear(wide, down)
     if core is not None:
         z = F.linear(z, mix(core, basis))
     if diagonals is None:
@@ -157,8 +160,8 @@ def _folded_gradients(ctx, dy):
     dx = dbias = ddown = dup = db = dd = None
     if need_bias:
         dbias = in_rows(dy).sum(0)
-    if dy.dtype is not weight.dtype:
-        dy = dy.to(weight.dtype)
+    if dy.dtype is not up.dtype:
+        dy = dy.to(up.dtype)
     rows = in_rows(dy)
     # Where `thin` and `thin_transposed` end in one product they are spared: their questions take 2 of its 9 us.
     few = rows.numel() < PANELS
@@ -190,7 +193,7 @@ class _Folded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, down, up, scale, b, d):
-        _, _, _, need_down, need_up, _, _, _ = ctx.needs_input_grad
+        need_x, _, _, need_down, need_up, _, _, _ = ctx.needs_input_grad
         rows, dtype, z = in_rows(x), x.dtype, None
         factor = up if b is None else torch.outer(b, d).mul_(up)
         if dtype is down.dtype:
@@ -202,7 +205,7 @@ class _Folded(torch.autograd.Function):
         if need_up or b is not None:
             z = torch.mm(rows, down.t()) if rows.numel() < PANELS else thin(rows, down)
         ctx.scale = scale
-        ctx.save_for_backward(weight, z, rows if need_down else None, up, b, d)
+        ctx.save_for_backward(weight if need_x else None, z, rows if need_down else None, up, b, d)
         if dtype is not y.dtype:
             y = y.to(dtype)
         return like_rows(y, x)
