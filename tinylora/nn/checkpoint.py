@@ -203,10 +203,11 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     """(header, tensors) of an adapter file, checked against its checksum. ValueError says what is wrong with it."""
     path = Path(path)
     if not path.is_file():
-        pefts = (path.parent / "adapter_config.json").is_file()
-        within = sorted(p.parent.name for p in path.parent.glob("*/adapter_config.json"))  # PEFT's, of other names
-        hint = f" (one of PEFT's is in {', '.join(map(repr, within[:3]))} there)" if within else ""
-        hint = " (the folder holds one of PEFT's: tinylora convert)" if pefts else hint
+        hint = ""
+        if (path.parent / "adapter_config.json").is_file():
+            hint = " (the folder holds one of PEFT's: tinylora convert)"
+        elif within := sorted(p.parent.name for p in path.parent.glob("*/adapter_config.json")):  # of other names
+            hint = f" (one of PEFT's is in {', '.join(map(repr, within[:3]))} there)"
         raise ValueError(f"{path} does not exist, expected an adapter that tinylora.save wrote{hint}")
     try:
         with safe_open(path, "pt") as file:

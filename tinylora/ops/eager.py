@@ -116,7 +116,7 @@ def _thin(x: Tensor, down: Tensor) -> Tensor:
     if M < FEW:
         return torch.mm(x, down.t())
     if AMX and x.is_cpu:  # in columns, until rank 8 of more than the L2 cache holds is slower so
-        in_columns = r < M and (r <= 4 or (r <= 8 and M * K <= 1 << 20))
+        in_columns = r <= 4 or (r <= 8 and M * K <= 1 << 20)
         return torch.mm(down, x.t()).t() if in_columns else torch.mm(x, down.t())
     parts = panels(x)
     if parts > 1 and r <= 8:
